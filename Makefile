@@ -1,0 +1,74 @@
+# All the set-up there is: git, make and Python. Every target below first makes .venv with the versions in
+# constraints.txt; a second call finds the stamp and installs nothing.
+#   make demo   run the whole pipeline and print what came out
+#   make test   every check and every test
+#   make lab    JupyterLab with this project's kernel
+PYTHON  ?= python3
+VENV    ?= .venv
+# flags of notebook cells and of tests to run as well: FLAGS="slow cuda"
+FLAGS   ?=
+WORKERS ?= 2
+LAB_ARGS ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
+
+# Nothing of the machine's own Python reaches the environment.
+unexport PYTHONPATH PYTHONHOME
+export PYTHONNOUSERSITE := 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+export JUPYTER_PREFER_ENV_PATH := 1
+# Jupyter, DVC and matplotlib keep small files under HOME: give them one where the machine has none.
+ifneq ($(shell test -d "$$HOME" -a -w "$$HOME" && echo writable),writable)
+export HOME := $(CURDIR)/$(VENV)/home
+export PIP_NO_CACHE_DIR := 1
+endif
+
+.PHONY: help demo test check notebooks pytest lab setup
+.NOTPARALLEL:
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: $(STAMP)
+	@$(BIN)/dvc repro
+	@$(BIN)/ai2text summary
+
+test: check notebooks pytest
+
+# The rules of the house: seconds, so they come first.
+check: $(STAMP)
+	@echo "--- ruff"
+	@$(BIN)/ruff check ai2text nbs tests setup.py
+	@echo "--- house rules"
+	@$(BIN)/python -m pytest -q tests/test_house.py
+
+# Every notebook runs from top to bottom, with its own definitions.
+notebooks: export OMP_NUM_THREADS := 1
+notebooks: $(STAMP)
+	@echo "--- nbdev_test"
+	@$(BIN)/nbdev_test --n_workers $(WORKERS) --timing --flags "$(FLAGS)"
+
+# What crosses modules, and every notebook's tests again, on the exported package.
+pytest: export OMP_NUM_THREADS := 1
+pytest: $(STAMP)
+	@echo "--- pytest"
+	@$(BIN)/python -m pytest -q --ignore=tests/test_house.py --cov --flags "$(FLAGS)"
+
+lab: $(STAMP)
+	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $(LAB_ARGS)
+
+setup: $(STAMP)
+
+# The stamp goes first and comes back last: an install that was cut off starts again from nothing.
+$(STAMP): constraints.txt settings.ini setup.py
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: no '$(PYTHON)' on this machine's PATH; name a Python >= $(MIN_PYTHON): make $(or $(MAKECMDGOALS),demo) PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(MIN_PYTHON)".split("."))))' || { echo "error: this project needs Python >= $(MIN_PYTHON), and '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1); name another: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12" >&2; exit 1; }
+	@echo "--- installing into $(VENV) (several GB; minutes, once)"
+	@if test -e $@; then rm $@; else "$(PYTHON)" -m venv --clear $(VENV); fi
+	@mkdir -p "$$HOME"
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --no-user --progress-bar off -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (ai2text)" >/dev/null
+	@touch $@

@@ -1,0 +1,71 @@
+"What every test shares: the notebooks of the house, and which slow ones to run."
+import json
+import os
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("MPLBACKEND", "agg")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Notebook:
+    "A notebook of nbs/, read as it lies there."
+    path: Path
+
+    @property
+    def name(self): return self.path.relative_to(ROOT/"nbs").with_suffix("").as_posix()
+
+    @property
+    def number(self):
+        "The number that gives its place in the order of dependence, or None."
+        found = re.match(r"(\d\d)_", self.path.name)
+        return int(found[1]) if found else None
+
+    @cached_property
+    def raw(self): return json.loads(self.path.read_text(encoding="utf-8"))
+
+    @cached_property
+    def code(self):
+        "Its code cells as (position in the notebook, source, tags)."
+        return [(i, "".join(c["source"]), c["metadata"].get("tags", [])) for i, c in enumerate(self.raw["cells"]) if c["cell_type"] == "code"]
+
+    @cached_property
+    def module(self):
+        "The module it exports, or None for a stage or the front page."
+        names = [o for _, source, _ in self.code for o in re.findall(r"^#\|\s*default_exp\s+(\S+)", source, flags=re.M)]
+        return names[0] if names else None
+
+    @property
+    def in_folder(self): return self.path.parent != ROOT/"nbs"
+
+
+NOTEBOOKS = [Notebook(o) for o in sorted((ROOT/"nbs").rglob("*.ipynb")) if not any(p.startswith((".", "_")) for p in o.relative_to(ROOT).parts)]
+LIBRARY = [o for o in NOTEBOOKS if o.module]
+STAGES = [o for o in NOTEBOOKS if o.in_folder]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--flags", default="", help='tests and notebook cells to run as well, as in nbdev_test: --flags "slow cuda"')
+
+
+@pytest.fixture(scope="session")
+def flags(pytestconfig):
+    "The flags of cells and tests that are asked for."
+    return set(pytestconfig.getoption("--flags").split())
+
+
+def pytest_collection_modifyitems(config, items):
+    asked = set(config.getoption("--flags").split())
+    for item in items:
+        for flag in {"slow", "cuda"} - asked:
+            if item.get_closest_marker(flag): item.add_marker(pytest.mark.skip(reason=f'runs with --flags "{flag}"'))
+
+
+@pytest.fixture(scope="session")
+def root(): return ROOT

@@ -1,0 +1,234 @@
+"The rules of the house, checked in seconds: order of dependence, export, clean notebooks, pins, nothing of a machine."
+import ast
+import configparser
+import filecmp
+import importlib.metadata
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from execnb.nbio import dict2nb, nb2str
+from nbdev.clean import clean_nb
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from conftest import LIBRARY, NOTEBOOKS, ROOT, STAGES
+
+each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda o: o.name)
+each_stage = pytest.mark.parametrize("notebook", STAGES, ids=lambda o: o.name)
+
+
+def tree(source):
+    "The syntax tree of a cell, magics and shell lines left out."
+    return ast.parse("\n".join(o for o in source.splitlines() if not re.match(r"\s*[%!]", o)))
+
+
+def imports(source):
+    "The modules that a cell imports, by their dotted names; relative ones as ours."
+    for node in ast.walk(tree(source)):
+        if isinstance(node, ast.Import): yield from (o.name for o in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(o for o in ("ai2text" if node.level else "", node.module or "") if o)
+            yield from (f"ai2text.{o.name}" for o in node.names) if base == "ai2text" else (base,)
+
+
+def ours(notebook):
+    "The modules of ours that a notebook imports, tests included."
+    names = {o.split(".")[1] for _, source, _ in notebook.code for o in imports(source) if o.startswith("ai2text.")}
+    return names - {"__version__"}
+
+
+def settings():
+    parser = configparser.ConfigParser(delimiters=["="])
+    parser.read(ROOT/"settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+def requirements(*keys): return [Requirement(o) for key in keys for o in settings()[key].splitlines() if o.strip()]
+
+
+def tracked():
+    "The text files that git has or would take, with their text."
+    listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in listed.stdout.split("\0"):
+        path = ROOT/name
+        if not name or not path.is_file(): continue
+        data = path.read_bytes()
+        if b"\0" not in data: yield name, data.decode("utf-8")
+
+
+def run_python(code):
+    "What a fresh interpreter prints for `code`."
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# Order of dependence
+
+@pytest.mark.parametrize("notebook", [o for o in NOTEBOOKS if o.number is not None and not o.in_folder], ids=lambda o: o.name)
+def test_notebook_imports_only_lower_numbers(notebook):
+    numbers = {o.module: o.number for o in LIBRARY}
+    assert notebook.module, f"{notebook.name}: a numbered notebook starts with #| default_exp"
+    assert notebook.path.stem == f"{notebook.number:02}_{notebook.module}", "the module's name is the notebook's without its number"
+    higher = {o for o in ours(notebook) if o in numbers and numbers[o] >= notebook.number and o != notebook.module}
+    assert not higher, f"{notebook.name} imports {higher}, which come later: move the code down or the import up"
+    unknown = ours(notebook) - set(numbers)
+    assert not unknown, f"{notebook.name} imports {unknown} from ai2text, which no notebook exports"
+
+
+def test_numbers_are_unique():
+    numbers = [o.number for o in LIBRARY]
+    assert len(set(numbers)) == len(numbers)
+
+
+@each_stage
+def test_stage_only_calls(notebook):
+    foreign = {o for _, source, _ in notebook.code for o in imports(source) if o.split(".")[0] != "ai2text"}
+    assert not foreign, f"{notebook.name} imports {foreign}: a stage imports from ai2text only"
+    defined = [node.name for _, source, _ in notebook.code for node in ast.walk(tree(source))
+               if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+    assert not defined, f"{notebook.name} defines {defined}: move them into the module that owns the stage"
+    assert not notebook.module and not any("nbdev_export(" in source for _, source, _ in notebook.code), "a stage exports nothing"
+    assert not ours(notebook) & {o.path.stem for o in STAGES} - {o.module for o in LIBRARY}, "nothing imports a stage"
+
+
+@each_stage
+def test_stage_has_one_parameters_cell(notebook):
+    cells = [source for _, source, tags in notebook.code if "parameters" in tags]
+    assert len(cells) == 1, f"{notebook.name}: {len(cells)} cells are tagged parameters"
+    for node in tree(cells[0]).body:
+        assert isinstance(node, ast.AnnAssign) and node.value is not None, f"line {node.lineno} is no `name: type = value  # what it is`"
+        assert "#" in cells[0].splitlines()[node.end_lineno-1], f"{node.target.id} says nothing of itself: add a comment"
+    assert notebook.code[0][1] == cells[0], "the parameters come before all other code"
+
+
+# Notebooks and export
+
+@each_notebook
+def test_notebook_is_clean(notebook):
+    cfg = settings()
+    nb = dict2nb(json.loads(notebook.path.read_text(encoding="utf-8")))
+    clean_nb(nb, allowed_cell_metadata_keys=cfg["allowed_cell_metadata_keys"].split())
+    assert notebook.path.read_text(encoding="utf-8") == nb2str(nb), f"run: nbdev_clean --fname {notebook.path.relative_to(ROOT)}"
+
+
+@each_stage
+def test_stage_is_committed_without_outputs(notebook):
+    full = [i for i, c in enumerate(notebook.raw["cells"]) if c.get("outputs")]
+    assert not full, f"{notebook.name}: cells {full} have outputs; they belong in papermill_runs/"
+
+
+@each_notebook
+def test_notebook_opens_with_title_and_line(notebook):
+    first = notebook.raw["cells"][0]
+    assert first["cell_type"] == "markdown" and re.match(r"# .+\n+> .+", "".join(first["source"])), f"{notebook.name}: `# Title` and a `> line` come first"
+
+
+def test_export_is_in_sync(tmp_path):
+    "Exporting everything again, from nothing, gives the package as it is."
+    for name in ("settings.ini", "pyproject.toml", "setup.py"): shutil.copy(ROOT/name, tmp_path)
+    shutil.copytree(ROOT/"nbs", tmp_path/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    (tmp_path/"ai2text").mkdir()
+    done = subprocess.run([Path(sys.executable).with_name("nbdev_export")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = lambda folder: {o.relative_to(folder).as_posix() for o in folder.rglob("*.py")}
+    here, fresh = names(ROOT/"ai2text"), names(tmp_path/"ai2text")
+    assert here == fresh, f"only in the package: {here-fresh}; only in the notebooks: {fresh-here}; run nbdev_export, remove what has no notebook"
+    _, different, failed = filecmp.cmpfiles(ROOT/"ai2text", tmp_path/"ai2text", sorted(here), shallow=False)
+    assert not different+failed, f"{different+failed} are not what the notebooks export: run nbdev_export"
+    assert (tmp_path/"pyproject.toml").read_text() == (ROOT/"pyproject.toml").read_text()
+
+
+# What a machine needs
+
+def not_required(sources, *keys):
+    "The imports of `sources` (where, code) that no requirement in settings.ini brings by name."
+    known = {canonicalize_name(o.name) for o in requirements(*keys)}
+    homes = importlib.metadata.packages_distributions()
+    own = {"ai2text", *(o.stem for o in (ROOT/"tests").glob("*.py"))}
+    return {f"{where}: {name}" for where, code in sources for name in imports(code) if (top := name.split(".")[0]) not in own | sys.stdlib_module_names
+            and not {canonicalize_name(o) for o in homes.get(top, [])} & known}
+
+
+def test_every_import_is_required():
+    python = {folder: [(o.name, o.read_text(encoding="utf-8")) for o in (ROOT/folder).glob("*.py")] for folder in ("ai2text", "tests")}
+    cells = [(o.name, source) for o in NOTEBOOKS for _, source, _ in o.code]
+    assert not (missing := not_required(python["ai2text"], "requirements")), f"settings.ini's requirements lack {sorted(missing)}"
+    assert not (missing := not_required(python["tests"] + cells, "requirements", "dev_requirements")), f"settings.ini lacks {sorted(missing)}"
+
+
+def pins():
+    "The lines of constraints.txt, by name: two where Python 3.10 has an older version."
+    found = {}
+    for line in (ROOT/"constraints.txt").read_text().splitlines():
+        if not line or line.startswith("#"): continue
+        assert re.fullmatch(r'[A-Za-z0-9._-]+==[^ ;@]+( ; python_version (<|>=) "3\.\d+")?', line), f"constraints.txt: {line!r} is no plain pin"
+        pin = Requirement(line)
+        found.setdefault(canonicalize_name(pin.name), []).append(pin)
+    return found
+
+
+@pytest.mark.parametrize("requirement", requirements("requirements", "dev_requirements"), ids=lambda o: o.name)
+def test_requirement_is_pinned_and_installed_so(requirement):
+    found = pins().get(canonicalize_name(requirement.name), [])
+    assert found, f"constraints.txt does not pin {requirement.name}"
+    installed = importlib.metadata.version(requirement.name)
+    for pin in found:
+        version = next(iter(pin.specifier)).version
+        assert requirement.specifier.contains(version), f"{pin} is outside of settings.ini's {requirement}"
+        if not pin.marker or pin.marker.evaluate(): assert pin.specifier.contains(installed), f"{installed} is installed, not {pin}; run make setup"
+
+
+def test_torch_and_torchaudio_are_a_pair():
+    assert pins()["torch"][0].specifier == pins()["torchaudio"][0].specifier
+
+
+HEAVY = {"torch", "torchaudio", "numpy", "matplotlib", "papermill", "IPython", "nbdev", "dvc", "webdataset", "sentencepiece"}
+
+
+def test_import_is_light():
+    loaded = run_python("import sys, ai2text; print(*{o.split('.')[0] for o in sys.modules})")
+    assert not HEAVY & set(loaded.split()), "import ai2text loads heavy packages"
+
+
+@pytest.mark.skipif(not any(o.module == "cli" for o in LIBRARY), reason="no command line yet")
+def test_help_is_light():
+    loaded = run_python("""
+import contextlib, io, sys
+from ai2text.cli import main
+sys.argv = ["ai2text", "--help"]
+with contextlib.redirect_stdout(io.StringIO()) as out:
+    try: main()
+    except SystemExit as e: assert not e.code, e.code
+assert "stage" in out.getvalue(), out.getvalue()
+print(*{o.split('.')[0] for o in sys.modules})""")
+    assert not HEAVY & set(loaded.split()), "ai2text --help loads heavy packages"
+
+
+# Nothing of a machine, nothing secret
+
+MACHINE = re.compile(r"(?<![\w.:/~$}-])/(?:home|Users|root|work|mnt|workspace)/[\w.-]+")
+SECRET = re.compile(r"AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY|\bgh[pousr]_[A-Za-z0-9]{30,}|\bhf_[A-Za-z0-9]{30,}")
+DVC_SECRET = re.compile(r"^\s*(access_key_id|secret_access_key|session_token|password|token)\s*=", flags=re.M)
+
+
+def test_no_machine_paths():
+    found = [f"{name}: {hit[0]}" for name, text in tracked() for hit in MACHINE.finditer(text)]
+    assert not found, f"paths of one machine: {found}"
+
+
+def test_no_keys():
+    found = [name for name, text in tracked() if SECRET.search(text) or (name.startswith(".dvc/") and DVC_SECRET.search(text))]
+    assert not found, f"keys in {found}: they belong in the environment or in .dvc/config.local"
+    assert ".dvc/config.local" not in dict(tracked())
+
+
+def test_reports_are_small():
+    "What git keeps of a run stays readable: a report is under 1 MB."
+    big = [f"{o.name}: {o.stat().st_size} bytes" for o in (ROOT/"papermill_runs").glob("*.ipynb") if o.stat().st_size >= 1_000_000]
+    assert not big, f"reports of 1 MB and more: {big}"

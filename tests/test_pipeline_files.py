@@ -1,0 +1,81 @@
+"dvc.yaml, params.yaml, the notebooks of the stages and the modules beneath must tell the same story."
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from papermill import inspect_notebook
+
+from ai2text.config import import_closure, load_params
+from ai2text.stage import STAGES, stage_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+PARAMS = load_params(ROOT/"params.yaml")
+PIPELINE = {name: stage.get("do", stage) for name, stage in load_params(ROOT/"dvc.yaml")["stages"].items()}
+MODELS = {name: "foreach" in stage for name, stage in load_params(ROOT/"dvc.yaml")["stages"].items()}
+
+
+def notebook(name:str)->Path: return ROOT/f"nbs/stages/{name}.ipynb"
+
+
+def options(stage:dict, kind:str)->dict:
+    "The paths of a list of outputs, each with its options."
+    return dict(next(iter(o.items())) if isinstance(o, dict) else (o, {}) for o in stage.get(kind, []))
+
+
+def test_every_stage_is_in_the_pipeline(): assert set(PIPELINE) == set(STAGES)
+
+
+@pytest.mark.parametrize("name", PIPELINE)
+def test_command(name):
+    assert PIPELINE[name]["cmd"] == f"exec python -m ai2text.cli stage {name}" + " --model ${key}" * MODELS[name]
+
+
+@pytest.mark.parametrize("name", PIPELINE)
+def test_code_dependencies_are_the_imports(name):
+    "A stage runs again when code changes that it imports, its model's family included, and only then."
+    families = {m["family"] for m in PARAMS["models"].values()} if MODELS[name] else set()
+    modules = [p for p in import_closure(notebook(name), *families, package=ROOT/"ai2text") if p.stem not in families]
+    wanted = [f"nbs/stages/{name}.ipynb", *(p.relative_to(ROOT).as_posix() for p in modules), *["ai2text/${item.family}.py"] * MODELS[name]]
+    listed = [d for d in PIPELINE[name]["deps"] if d.endswith((".py", ".ipynb"))]
+    assert listed == wanted, f"dvc.yaml, deps of {name}: these belong there:\n" + "\n".join(f"      - {w}" for w in wanted)
+
+
+@pytest.mark.parametrize("name", PIPELINE)
+def test_parameters_fit(name):
+    "params.yaml, dataclass and notebook have the same names, and every value is in range."
+    for model in PARAMS["models"] if MODELS[name] else [None]: stage_parameters(name, PARAMS, list(inspect_notebook(notebook(name))), model)
+    depends = PIPELINE[name]["params"]
+    assert depends[0] == name
+    assert depends[1:] == (["milestones.${train.milestones}", "models.${key}"] if name == "train" else [])
+
+
+def test_every_list_of_milestones_is_sound():
+    from ai2text.ttq import read_milestones
+    plan = [(m.wer, m.budget_hours) for m in read_milestones(PARAMS["milestones"]["plan"], "milestones.plan")]
+    assert plan == [(0.30, 4), (0.20, 12), (0.15, 48), (0.10, 120)]
+    for name, items in PARAMS["milestones"].items(): read_milestones(items, f"milestones.{name}")
+
+
+def test_every_parameter_has_a_comment():
+    for number, line in enumerate((ROOT/"params.yaml").read_text("utf-8").splitlines(), 1):
+        if re.match(r" +\w+: +\S", line): assert " # " in line, f"params.yaml, line {number}: say what it is"
+
+
+@pytest.mark.parametrize("name", PIPELINE)
+def test_outputs(name):
+    "The report is kept in git; nothing survives from one run to the next inside of DVC."
+    outs = options(PIPELINE[name], "outs")
+    report = f"papermill_runs/{name}{'-${key}' * MODELS[name]}.ipynb"
+    assert outs[report] == dict(cache=False)
+    for kind in ("outs", "metrics", "plots"):
+        for path, given in options(PIPELINE[name], kind).items():
+            assert "persist" not in given, f"dvc.yaml, {name}, {path}: a run in progress lives in .runs"
+            assert path.startswith(("data/", "models/")) or given["cache"] is False, f"dvc.yaml, {name}, {path}: is small, so it belongs in git"
+
+
+def test_dvc_reads_it():
+    "No overlapping outputs, no cycles, and the stages of each model."
+    listed = subprocess.run([sys.executable, "-m", "dvc", "stage", "list", "--name-only"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert set(listed) == {n for name in PIPELINE for n in ([f"{name}@{m}" for m in PARAMS["models"]] if MODELS[name] else [name])}

@@ -1,0 +1,129 @@
+"""A run that is killed at random moments, or asked to stop, ends as one that was left alone, bit for bit.
+
+The processes are real ones. Importing torch takes longer than the run, so one process imports it and forks each trainer: it does nothing but wait and kill."""
+import csv, math, os, random, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ai2text.batch import Loss, collate
+from ai2text.checkpoint import latest
+from ai2text.trainer import Budget, Every, Interrupted, TrainerOptimized, WarmupConstantDecay
+
+STEPS, KILLS = 60, 25
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, 1))
+
+    def forward(self, batch):
+        guess = self.net(batch.audio)[:,0].float()
+        return Loss((guess - batch.audio.square().sum(1)).square().sum(), torch.tensor(float(len(batch))), {})
+
+class Loader:
+    "Twelve uneven batches an epoch; says where it stands."
+    epoch = next = 0
+
+    def __iter__(self):
+        while self.next < 12:
+            i, self.next = self.next, self.next + 1
+            draw = torch.Generator().manual_seed(1000*self.epoch + i)
+            waves = [torch.rand(16, generator=draw).numpy() for _ in range(2 + i%3)]
+            yield collate(waves, ["a"]*len(waves), [f"{i}-{j}" for j in range(len(waves))], self.epoch, i)
+        self.epoch, self.next = self.epoch + 1, 0
+
+    def state_dict(self): return dict(epoch=self.epoch, next=self.next)
+    def load_state_dict(self, state): self.epoch, self.next = state["epoch"], state["next"]
+
+def measure(model):
+    draw = torch.Generator().manual_seed(7)
+    return dict(val_wer=float(model(collate([torch.rand(16, generator=draw).numpy() for _ in range(8)], ["a"]*8, ["a"]*8)).sum))
+
+def train(folder, dtype="fp32", pause=0.):
+    "The run under test: everything on that a checkpoint must hold."
+    torch.manual_seed(0)
+    model = Model()
+    trainer = TrainerOptimized(model, torch.optim.AdamW(model.parameters(), lr=0.01), None, 4, 5, amp_dtype=dtype, schedule=WarmupConstantDecay(5),
+                               ema_decay=0.9, seed=3, device="cpu", threads=1)
+    if trainer.scaler.is_enabled(): trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.**24, growth_interval=7)
+    class Slow(Loader):
+        def __iter__(self):
+            for batch in super().__iter__(): time.sleep(pause); yield batch
+    return trainer.fit(Slow(), Budget(STEPS), [], folder, evaluate=measure, evaluate_every=Every(steps=7), checkpoint_every=Every(steps=3))
+
+def fork(folder, dtype)->int:
+    "A child that trains and leaves."
+    if child := os.fork(): return child
+    try: train(folder, dtype); os._exit(0)
+    except BaseException as e: print(repr(e), file=sys.stderr, flush=True); os._exit(1)
+
+def kill_at_random(top, dtype):
+    "One run left alone, one killed again and again."
+    warm = nn.Parameter(torch.zeros(1))
+    warm.grad = torch.zeros(1)
+    torch.optim.AdamW([warm]).step() # its first call imports for a second; no backward here, autograd's threads do not survive a fork
+    began = time.monotonic()
+    assert os.waitpid(fork(top/"whole", dtype), 0)[1] == 0
+    took, draw, kills = time.monotonic() - began, random.Random(0), 0
+    while not (top/"killed/result.json").exists():
+        child = fork(top/"killed", dtype)
+        if kills < KILLS:
+            time.sleep(draw.uniform(0, 0.25*took))
+            os.kill(child, signal.SIGKILL)
+            kills += 1
+        status = os.waitpid(child, 0)[1]
+        assert status in (0, signal.SIGKILL), status
+    print(kills)
+
+def same_end(a:Path, b:Path):
+    "Weights, averages and curve, clocks apart."
+    def ends(folder):
+        path = latest(folder/"checkpoints")
+        rows = [{k: v for k,v in row.items() if k != "hours"} for row in csv.DictReader(open(folder/"learning_curve.csv"))]
+        state = torch.load(path/"state.pt", weights_only=True)
+        moments = [v.tolist() for s in state["optimizer"]["state"].values() for v in s.values()]
+        return path.name, (path/"model.safetensors").read_bytes(), (path/"ema.safetensors").read_bytes(), rows, moments, state["scaler"], state["run"]["loader"]
+    for x,y in zip(ends(a), ends(b)): assert x == y
+    assert not list((b/"checkpoints").glob(".*"))
+
+def start(*args):
+    return subprocess.Popen([sys.executable, __file__, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_kill_anywhere(tmp_path, dtype):
+    out, err = (p := start("kill", tmp_path, dtype)).communicate(timeout=300)
+    assert p.returncode == 0, err
+    assert int(out) >= 5, "the run ended before it could be killed often enough to mean something"
+    same_end(tmp_path/"whole", tmp_path/"killed")
+
+def test_asked_to_stop(tmp_path):
+    p = start("train", tmp_path/"run", "fp32", 0.01)
+    while not latest(tmp_path/"run/checkpoints") and p.poll() is None: time.sleep(0.01)
+    p.send_signal(signal.SIGTERM)
+    time.sleep(0.01)
+    p.send_signal(signal.SIGINT) # impatience does no harm
+    err = p.communicate(timeout=60)[1]
+    path = latest(tmp_path/"run/checkpoints")
+    assert p.returncode == 3 and f"saved as {path}, run it again to go on" in err, err
+    step = int(path.name[5:])
+    assert 3 <= step < STEPS
+    seconds = train(tmp_path/"run")["seconds"]
+    assert seconds["lost"] < 0.01 # it had said how long it lived
+    train(tmp_path/"whole")
+    same_end(tmp_path/"whole", tmp_path/"run")
+
+def test_best_weights_are_kept(tmp_path):
+    result = train(tmp_path)
+    assert math.isclose(result["best"]["value"], min(float(r["val_wer"]) for r in csv.DictReader(open(tmp_path/"learning_curve.csv"))))
+    assert (tmp_path/"checkpoints/best/model.safetensors").exists()
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    what, folder, dtype, *pause = sys.argv[1:]
+    if what == "kill": kill_at_random(Path(folder), dtype)
+    else:
+        try: train(Path(folder), dtype, *map(float, pause))
+        except Interrupted as e: print(e, file=sys.stderr); sys.exit(3)

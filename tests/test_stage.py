@@ -1,0 +1,191 @@
+"The stage runner as a process: exit status, signals, the death of its parent and its own."
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+import ai2text
+from ai2text import stage
+
+PACKAGE = Path(ai2text.__file__).parent
+KITCHEN = """
+from dataclasses import dataclass
+@dataclass
+class PourConfig:
+    cups:int = 1
+"""
+RUNNER = """
+import sys
+from ai2text import cli, stage
+stage.STAGES["pour"] = "kitchen:PourConfig"
+sys.exit(cli.main(["stage", "pour"]))
+"""
+# Counts its interrupts, takes a second to save after the first, and then raises as a trainer does.
+TRAIN = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+interrupts = []
+signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))
+helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+Path("started").write_text(f"{os.getpid()} {helper.pid}")
+print("training")
+while not interrupts: time.sleep(0.05)
+time.sleep(1)
+Path("saved").write_text(str(len(interrupts)))
+raise KeyboardInterrupt
+"""
+
+
+def project(root:Path, *cells:str, cups=2)->Path:
+    (root/"nbs/stages").mkdir(parents=True)
+    (root/"dvc.yaml").touch()
+    (root/"params.yaml").write_text(json.dumps(dict(pour=dict(cups=cups))))
+    (root/"kitchen.py").write_text(KITCHEN)
+    (root/"runner.py").write_text(RUNNER)
+    first = new_code_cell("workspace: str = ''\ncups: int = 1", metadata=dict(tags=["parameters"]))
+    notebook = new_notebook(cells=[first, *map(new_code_cell, cells)], metadata=dict(kernelspec=dict(name="python3", language="python", display_name="python3")))
+    nbformat.write(notebook, root/"nbs/stages/pour.ipynb")
+    return root
+
+
+def environment()->dict:
+    env = {k: v for k, v in os.environ.items() if k != "SHELL"}
+    return env | dict(PYTHONPATH=str(PACKAGE.parent), PATH=f"{Path(sys.executable).parent}:{env['PATH']}")
+
+
+def start(root:Path, *command:str)->subprocess.Popen:
+    return subprocess.Popen(command or [sys.executable, "runner.py"], cwd=root, env=environment(), start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def alive(pid:int)->bool: return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def wait_for(holds, seconds=20):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def started(root:Path)->list[int]:
+    "The kernel's process and its helper's, once the stage's code runs."
+    wait_for(lambda: (root/"started").exists() and len((root/"started").read_text().split()) == 2)
+    return [int(pid) for pid in (root/"started").read_text().split()]
+
+
+def failure(root:Path)->str: return nbformat.read(root/"papermill_runs/pour.ipynb", 4).cells[0].source
+
+
+def test_output_is_live_and_report_repeats(tmp_path):
+    root = project(tmp_path, "import sys\nprint('cups', cups)\nprint(50 * cups, '%', file=sys.stderr)")
+    first, second = (start(root).communicate() for _ in range(2))
+    assert first == second
+    assert first == ("cups 2\npapermill_runs/pour.ipynb\n", "100 %\n")
+    report = (root/"papermill_runs/pour.ipynb").read_text()
+    assert str(root) not in report and "100 %" not in report
+    start(root).wait()
+    assert (root/"papermill_runs/pour.ipynb").read_text() == report
+
+
+def test_wrong_parameter_is_one_line(tmp_path):
+    process = start(project(tmp_path, "1", cups="two"))
+    out, err = process.communicate()
+    assert (process.returncode, out) == (2, "")
+    assert err == "ai2text stage: params.yaml: pour.cups: 'two' is a str; write a int\n"
+
+
+def test_failure_keeps_the_report(tmp_path):
+    root = project(tmp_path, "print('before')", "raise KeyError('tea')", "print('after')")
+    process = start(root)
+    out, err = process.communicate()
+    assert process.returncode == 1 and out == "before\n"
+    assert err.endswith("ai2text stage: stage pour: KeyError: 'tea'; its report: papermill_runs/pour.ipynb\n")
+    assert "KeyError: 'tea'" in failure(root)
+
+
+def test_dead_kernel_is_a_failure(tmp_path):
+    root = project(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    process = start(root)
+    assert process.wait(20) == 1
+    assert "DeadKernelError" in failure(root)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_become_one_interrupt(tmp_path, signum):
+    root = project(tmp_path, TRAIN)
+    process = start(root)
+    assert process.stdout.readline() == "training\n" # while the cell runs
+    pids = started(root)
+    process.send_signal(signum)
+    time.sleep(0.4)
+    os.killpg(process.pid, signum)
+    assert process.wait(20) == 128 + signum
+    assert (root/"saved").read_text() == "1"
+    assert failure(root).endswith(f"interrupted by {signum.name}\n```")
+    wait_for(lambda: not any(map(alive, pids)))
+
+
+def test_swallowed_interrupt_stops_the_stage(tmp_path):
+    root = project(tmp_path, TRAIN.replace("raise KeyboardInterrupt", ""), "Path('next').touch()")
+    process = start(root)
+    started(root)
+    process.terminate()
+    assert process.wait(20) == 143
+    assert (root/"saved").exists() and not (root/"next").exists()
+
+
+def test_death_of_the_parent_is_an_interrupt(tmp_path):
+    root = project(tmp_path, TRAIN)
+    parent = start(root, sys.executable, "-c", "import subprocess, sys; subprocess.run([sys.executable, 'runner.py'])")
+    pids = started(root)
+    runner = psutil.Process(pids[0]).ppid()
+    parent.kill()
+    wait_for(lambda: not any(map(alive, [runner, *pids])))
+    assert (root/"saved").read_text() == "1"
+    assert "interrupted by SIGTERM" in failure(root)
+
+
+def test_kernel_ends_with_a_killed_runner(tmp_path):
+    root = project(tmp_path, TRAIN)
+    process = start(root)
+    pids = started(root)
+    process.kill()
+    wait_for(lambda: not any(map(alive, pids)), seconds=3)
+    assert not (root/"saved").exists()
+
+
+def test_dvc_killed_without_a_shell_variable(tmp_path):
+    root = project(tmp_path, TRAIN)
+    (root/"dvc.yaml").write_text("stages:\n  pour:\n    cmd: exec python runner.py\n")
+    dvc = [sys.executable, "-m", "dvc"]
+    subprocess.run([*dvc, "init", "--no-scm", "-q"], cwd=root, env=environment(), check=True)
+    process = start(root, *dvc, "repro")
+    pids = started(root)
+    runner = psutil.Process(pids[0]).ppid()
+    assert psutil.Process(runner).ppid() == process.pid # no shell between the two
+    process.kill()
+    wait_for(lambda: not any(map(alive, [runner, *pids])))
+    assert (root/"saved").read_text() == "1"
+
+
+def test_a_copy_of_the_project_runs_its_own_code(tmp_path):
+    root = project(tmp_path, "import ai2text\nprint(ai2text.__version__)")
+    shutil.copytree(PACKAGE, root/"ai2text", ignore=shutil.ignore_patterns("__pycache__", "demo"))
+    (root/"ai2text/__init__.py").write_text('__version__ = "of the copy"\n')
+    stage.STAGES["pour"] = "kitchen:PourConfig"
+    sys.path.append(str(root))
+    try: report = root/stage.run_stage("pour", root=root/"nbs")
+    finally:
+        sys.path.remove(str(root))
+        del stage.STAGES["pour"]
+    assert "of the copy" in nbformat.read(report, 4).cells[2].outputs[0].text
