@@ -309,6 +309,9 @@ def whole_folder(
         yield part
         if path.exists(): path.rename(old)
         part.rename(path)
+    except OSError as e:
+        e.filename = e.filename or str(path) # a full disk does not say which file it was
+        raise
     finally:
         for leftover in (part, old): shutil.rmtree(leftover, ignore_errors=True)
 
@@ -356,9 +359,7 @@ def reject_table(
     first = {r["reason"]: r for r in reversed(rejects)}
     return [dict(reason=k, lines=n, first=f"{first[k]['file']}, line {first[k]['line']}: {first[k]['detail']}") for k,n in sorted(count.items())]
 
-# %% ../nbs/30_corpus.ipynb #9c13c6d0
-SPLIT_COLOURS = {"train": "#0072b2", "dev": "#e69f00", "test": "#d55e00", "": "#999999"}
-
+# %% ../nbs/30_corpus.ipynb #b5673c38
 def read_wave(
     row:dict,    # of a manifest
     folder:Path, # the manifest's
@@ -382,6 +383,9 @@ def plot_samples(
     fig.tight_layout()
     return fig
 
+# %% ../nbs/30_corpus.ipynb #37749262
+SPLIT_COLOURS = {"train": "#0072b2", "dev": "#e69f00", "test": "#d55e00", "": "#999999"}
+
 def plot_speakers(
     rows:list[dict], # of a manifest
     most:int=60,     # speakers shown, those with most speech
@@ -398,11 +402,11 @@ def plot_speakers(
         if at: ax.bar(at, [minutes[bars[i]] for i in at], color=SPLIT_COLOURS[split], label=split or "no split")
     ax.set_xticks(range(len(bars)), [name for _,name in bars], rotation=90, fontsize=7)
     ax.set(ylabel="minutes", xlim=(-1, len(bars)))
-    ax.legend()
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)
     fig.tight_layout()
     return fig
 
-# %% ../nbs/30_corpus.ipynb #b7230512
+# %% ../nbs/30_corpus.ipynb #2bcb7efd
 def plot_room(
     utterance:Utterance,
     seed:int, # the corpus'

@@ -159,7 +159,7 @@ class ShardReader:
         shard = self.open(path) # held until read: another thread may push it out of the cache
         block = os.pread(shard.fd, int(index.size[u]), int(index.offset[u]))
         if len(block) == index.size[u] and (not self.verify or zlib.crc32(block) == index.crc32[u]): return block
-        raise ShardError(f"{path}, {index.key[u]}: differs from the index; fetch the shard again (`ai2text verify` checks them all)")
+        raise ShardError(f"{path}, {index.key[u]}: differs from the index; fetch the shard again (`ai2text.shards.verify` checks them all)")
 
 # %% ../nbs/50_loader.ipynb #48e62f27
 def pcm_view(
@@ -201,7 +201,8 @@ def local_path(
     if scheme == "file":
         if rest.startswith("/"): return Path(urllib.parse.unquote(rest))
         raise ShardError(f"{text}: {rest.split('/')[0]!r} stands where a host belongs; write {rest} or file:///{Path(rest).absolute().as_posix()[1:]}")
-    if scheme == "s3": raise ShardError(f"{text}: reading S3 needs the module ai2text.s3, which this version does not have; fetch the shards (`dvc pull`) and give their folder")
+    if scheme == "s3":
+        raise ShardError(f"{text}: reading S3 needs the module ai2text.s3, which this version does not have; fetch the shards (`dvc pull`) and give their folder")
     raise ShardError(f"{text}: no reader for {scheme}://; give a path or file:///path")
 
 def find_shards(
@@ -223,7 +224,8 @@ def find_shards(
     index = select(index, paths)
     for shard in index.shards:
         size = paths[shard["file"]].stat().st_size
-        if size != shard["bytes"]: raise ShardError(f"{paths[shard['file']]}: has {size} bytes, {shard['bytes']} in the index; fetch it again or run the stage `shards`")
+        if size != shard["bytes"]:
+            raise ShardError(f"{paths[shard['file']]}: has {size} bytes, {shard['bytes']} in the index; fetch it again or run the stage `shards`")
     return [paths[s["file"]] for s in index.shards], index
 
 def _present(paths, folder):
@@ -235,7 +237,8 @@ def _present(paths, folder):
 # %% ../nbs/50_loader.ipynb #3ae8be57
 class ShardLoader:
     "Batches of utterances from shards: planned, counted, resumable. Made by `create_webdataset_loader`."
-    def __init__(self, paths, index, *, batch_size, batch_seconds, num_workers, shuffle_buffer, seed, shuffle, rank, world, max_skip_share, prefetch, pin_memory, verify):
+    def __init__(self, paths, index, *, batch_size, batch_seconds, num_workers, shuffle_buffer, seed, shuffle, rank, world, max_skip_share,
+                 prefetch, pin_memory, verify):
         if not 0 <= rank < world: raise ValueError(f"rank {rank} is not one of {world}")
         if batch_size < 1: raise ValueError(f"batch_size = {batch_size}: a batch needs at least one utterance")
         self.index, self.read, self.fingerprint = index, ShardReader(paths, index, verify), fingerprint(index)
@@ -339,9 +342,11 @@ def state_dict(self:ShardLoader)->dict:
 def load_state_dict(self:ShardLoader, state:dict):
     "Go on where a state was taken; `ShardError` if data or plan are other ones. Workers and world size may differ."
     if state["fingerprint"] != self.fingerprint:
-        raise ShardError(f"the state is of data {state['fingerprint'][:16]}, the shards are {self.fingerprint[:16]}: other utterances or other bytes; start a new run, or bring back the data")
+        raise ShardError(f"the state is of data {state['fingerprint'][:16]}, the shards are {self.fingerprint[:16]}: "
+                         "other utterances or other bytes; start a new run, or bring back the data")
     for name,value in self.settings.items():
-        if state["settings"][name] != value: raise ShardError(f"{name} was {state['settings'][name]} when the state was taken and is {value} now; a plan cannot change within an epoch")
+        was = state["settings"][name]
+        if was != value: raise ShardError(f"{name} was {was} when the state was taken and is {value} now; a plan cannot change within an epoch")
     self.epoch, self.next = state["epoch"], state["next"]
     self._count_from_zero()
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'RECORD', 'NOT_IN_SHARD', 'FORMAT', 'COLUMNS', 'AUDIO_SUFFIXES', 'AUDIO', 'ShardError', 'ShardsConfig',
-           'safe_key', 'spread', 'read_pcm', 'encode', 'tar_member', 'tar_end', 'utterance_block', 'members',
-           'extension', 'Index', 'printable', 'reject_summary', 'index_text', 'save_index', 'fingerprint', 'load_index',
-           'select', 'ShardTask', 'recipe', 'one_thread', 'write_shard', 'end_with_parent', 'locked', 'run_tasks',
+           'safe_key', 'spread', 'resample_alike', 'read_pcm', 'encode', 'tar_member', 'tar_end', 'utterance_block',
+           'members', 'extension', 'Index', 'printable', 'reject_summary', 'index_text', 'save_index', 'fingerprint',
+           'load_index', 'select', 'ShardTask', 'recipe', 'write_shard', 'end_with_parent', 'locked', 'run_tasks',
            'write_shards', 'read_transcripts', 'find_audio', 'create_shards', 'Problem', 'verify', 'utterance_text',
            'member_audio', 'scan', 'shard_rows', 'plot_spread']
 
@@ -21,15 +21,13 @@ from typing import NamedTuple
 
 import numpy as np
 import soundfile as sf
-import torch
 from tqdm import tqdm
 
-from .audio import resample
-from .config import atomic_write, opt, sha256, write_json
+from .config import ConfigError, atomic_write, opt, sha256, write_json
 from .text import NORMALISER_VERSION, normalise
 
-# %% ../nbs/40_shards.ipynb #16194b05
-class ShardError(ValueError):
+# %% ../nbs/40_shards.ipynb #e53363d9
+class ShardError(ConfigError):
     "Shards or their sources are not what they should be; the message names file, key and mend."
 
 @dataclass
@@ -61,7 +59,20 @@ def spread(
     if twice: raise ShardError(f"{len(twice)} ids come more than once, as {twice[0]!r}; give each utterance an id of its own")
     return sorted(rows, key=lambda row: sha256(f"{seed} {row['id']}".encode("utf-8", "surrogatepass")))
 
-# %% ../nbs/40_shards.ipynb #898ced2e
+# %% ../nbs/40_shards.ipynb #ef5bc89b
+def resample_alike(
+    wave,            # (T,) float32
+    rate:int,        # Hz it has
+    sample_rate:int, # Hz it shall have
+):                   # (T * sample_rate / rate,) float32
+    "Resampling on one thread: other numbers of threads round differently, and shards must not."
+    import torch
+    from ai2text.audio import resample
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: return resample(wave, rate, sample_rate)
+    finally: torch.set_num_threads(threads)
+
 def read_pcm(
     path,            # an audio file
     sample_rate:int, # Hz wanted
@@ -77,7 +88,8 @@ def read_pcm(
     if lossless and len(wave) < frames: raise ValueError(f"is cut off: {len(wave)} of {frames} samples")
     if exact: return wave[:,0], rate
     if not np.isfinite(wave).all(): raise ValueError("holds samples that are not finite numbers")
-    wave = resample(wave.mean(1), rate, sample_rate)
+    wave = wave.mean(1)
+    if rate != sample_rate: wave = resample_alike(wave, rate, sample_rate)
     return np.rint(wave*32768).clip(-32768, 32767).astype(np.int16), rate
 
 def encode(
@@ -196,22 +208,22 @@ def reject_summary(
     example = {re.sub(r"[\d.]+", "#", r["reason"]): r for r in reversed(rejected)}
     return "; ".join(f"{n} x {example[kind]['reason']} (as {printable(example[kind]['id'])!r})" for kind,n in kinds.most_common(5))
 
-# %% ../nbs/40_shards.ipynb #86ed697a
-def _lines(pairs, indent)->str:
-    "A JSON object with a line for each key, and for each row of a list of objects."
-    line = lambda v: json.dumps(v, ensure_ascii=False, allow_nan=False)
-    rows = lambda v: "[\n" + ",\n".join(f"{indent}  {line(r)}" for r in v) + f"\n{indent} ]"
-    return "{\n" + ",\n".join(f"{indent} {line(k)}: {v if k == 'utterances' else rows(v) if v and isinstance(v, list) and isinstance(v[0], dict) else line(v)}"
-                              for k,v in pairs.items()) + f"\n{indent}}}"
+# %% ../nbs/40_shards.ipynb #06596566
+def _object(fields, indent="")->str:
+    "A JSON object with a line for each key; its values are JSON already."
+    return "{\n" + ",\n".join(f"{indent} {json.dumps(k)}: {v}" for k,v in fields.items()) + f"\n{indent}}}"
 
 def index_text(
     index:Index,
 )->str:
     "An index as JSON: short enough to read in its first lines, long in its columns."
+    line = lambda v: json.dumps(v, ensure_ascii=False, allow_nan=False)
+    rows = lambda v: "[" + ",".join(f"\n  {line(r)}" for r in v) + "]"
+    totals = dict(format=FORMAT, normaliser=index.normaliser, num_shards=len(index.shards), samples_per_shard=index.samples_per_shard,
+                  total_samples=len(index), sample_rate=index.sample_rate, seconds=round(index.seconds, 3))
     columns = dict(key=index.key) | {c: getattr(index, c).tolist() for c in COLUMNS}
-    return _lines(dict(format=FORMAT, normaliser=index.normaliser, num_shards=len(index.shards), samples_per_shard=index.samples_per_shard,
-                       total_samples=len(index), sample_rate=index.sample_rate, seconds=round(index.seconds, 3), shards=index.shards,
-                       rejected=index.rejected, utterances=_lines(columns, " ")), "") + "\n"
+    return _object({k: line(v) for k,v in totals.items()} | dict(shards=rows(index.shards), rejected=rows(index.rejected),
+                   utterances=_object({c: line(v) for c,v in columns.items()}, " "))) + "\n"
 
 def save_index(
     index:Index,
@@ -277,14 +289,6 @@ def recipe(
     parts = [FORMAT, sf.__libsndfile_version__, task.sample_rate, task.codec, task.rows, [stamp(row) for row in task.rows]]
     return sha256(json.dumps(parts).encode("utf-8"))
 
-@contextlib.contextmanager
-def one_thread():
-    "Resampling rounds differently with other numbers of threads; shards must not."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(threads)
-
 # %% ../nbs/40_shards.ipynb #cdc85b41
 def write_shard(
     task:ShardTask,
@@ -294,7 +298,7 @@ def write_shard(
     if (note := _finished(task, wanted)) is not None: return note
     columns, rejected = {c: [] for c in ("key", *COLUMNS) if c != "shard"}, []
     digest, at = hashlib.sha256(), 0
-    with one_thread(), atomic_write(task.path, "wb") as f:
+    with atomic_write(task.path, "wb") as f:
         for row in task.rows:
             try: block, seconds = utterance_block(row, task.root, task.sample_rate, task.codec)
             except ValueError as e:
@@ -551,7 +555,8 @@ def scan(
                     continue
                 keys.append(key); rates.add(info.samplerate)
                 for c,v in zip(columns, (number, offset, size, info.frames/info.samplerate, len(text), zlib.crc32(block))): columns[c].append(v)
-        shards.append(dict(file=path.name, samples=len(keys) - at_first, seconds=round(sum(columns["duration"][at_first:]), 3), bytes=path.stat().st_size, sha256=sha256(path)))
+        shards.append(dict(file=path.name, samples=len(keys) - at_first, seconds=round(sum(columns["duration"][at_first:]), 3),
+                           bytes=path.stat().st_size, sha256=sha256(path)))
     if not keys: raise ShardError(f"no utterances in {len(shards)} shards" + (f": {reject_summary(rejected)}" if rejected else ""))
     return Index(shards, keys, *(np.array(columns[c], dtype=t) for c,t in COLUMNS.items()),
                  rates.pop() if len(rates) == 1 else 0, max(s["samples"] for s in shards), "", rejected)
@@ -579,7 +584,8 @@ def shard_rows(
 )->list:         # a dict for each shard, and their sum
     "Shards as rows of a table; `of PCM` is the size as a share of bare 16-bit samples."
     def row(name, samples, seconds, size, digest):
-        return {"shard": name, "utterances": samples, "minutes": f"{seconds/60:,.1f}", "MB": f"{size/1e6:,.1f}", "of PCM": f"{size/(2*index.sample_rate*seconds):.0%}", "SHA-256": digest}
+        return {"shard": name, "utterances": samples, "minutes": f"{seconds/60:,.1f}",
+                "MB": f"{size/1e6:,.1f}", "of PCM": f"{size/(2*index.sample_rate*seconds):.0%}", "SHA-256": digest}
     rows = [row(s["file"], s["samples"], s["seconds"], s["bytes"], s["sha256"][:12]) for s in index.shards]
     if len(rows) > most: rows = [*rows[:most - 1], dict.fromkeys(rows[0], "..."), rows[-1]]
     return [*rows, row("all", len(index), index.seconds, sum(s["bytes"] for s in index.shards), "")]

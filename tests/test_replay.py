@@ -3,8 +3,10 @@
 nbdev_test runs a notebook's own definitions, so an import that is missing in an exported cell passes it and breaks
 the package. Here the exported cells are not run: their names come from the module. So the coverage is the package's."""
 import importlib
+import os
 import re
 import sys
+from types import ModuleType
 
 import pytest
 from execnb.shell import CaptureShell
@@ -35,12 +37,23 @@ def test_cells_are_chosen_as_nbdev_does():
     assert not skipped("#| slow\nx", {"slow"}) and not skipped("#| hide\nx = '#| export'", set())
 
 
-@pytest.mark.parametrize("notebook", LIBRARY, ids=lambda o: o.name)
-def test_notebook_on_exported_module(notebook, flags, monkeypatch):
-    module = importlib.import_module(f"ai2text.{notebook.module}")
+@pytest.fixture
+def leaves_nothing(monkeypatch):
+    "What a notebook puts into the process, its stand-ins for modules too, is gone for the next test."
+    modules, environment = set(sys.modules), dict(os.environ)
     monkeypatch.chdir(ROOT/"nbs")
     monkeypatch.setenv("IN_TEST", "1")
     monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name in set(sys.modules) - modules:
+        if not isinstance(sys.modules[name], ModuleType): del sys.modules[name]
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.mark.parametrize("notebook", LIBRARY, ids=lambda o: o.name)
+def test_notebook_on_exported_module(notebook, flags, leaves_nothing, monkeypatch):
+    module = importlib.import_module(f"ai2text.{notebook.module}")
     shell = CaptureShell(notebook.path, mpl_format="png")
     monkeypatch.setitem(sys.modules, "__main__", shell.user_module)
     shell.user_ns.update({k: v for k, v in vars(module).items() if k not in OWN})
