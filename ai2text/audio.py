@@ -7,9 +7,8 @@ __all__ = ['N_MELS', 'HOP', 'WINDOW', 'N_FFT', 'LEFT_EDGE', 'RIGHT_EDGE', 'PREEM
            'LOG_FLOOR', 'read_audio', 'resample', 'num_frames', 'mel_filters', 'frame_basis', 'Fbank', 'mirror_edges',
            'spec_augment']
 
-# %% ../nbs/20_audio.ipynb #ec2b6c4e
+# %% ../nbs/20_audio.ipynb #c4bb27bb
 import io, math
-from pathlib import Path
 
 import numpy as np
 import soundfile as sf

@@ -14,6 +14,7 @@ from . import __version__
 COMMANDS = dict(
     stage=("ai2text.stage:run_stage", "run a stage of the pipeline with its section of params.yaml", "name"),
     shards=("ai2text.shards:create_shards", "pack recordings and their transcripts into tar shards"),
+    verify=("ai2text.shards:check_shards", "check every byte of shards against their index; the exit status tells a script", "folder"),
     train=("ai2text.recipe:train", "train a model outside of the pipeline, for a few steps or for long"),
     summary=("ai2text.recipe:summary", "show what the pipeline has reached, and where the reports are"),
     ttq=("ai2text.ttq:ttq", "say how far runs are from their milestones; the exit status tells a script", "logs"),

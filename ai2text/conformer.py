@@ -35,13 +35,14 @@ class ConformerConfig:
     freq_width: int    = opt(27, "mel channels in the widest band", ge=0, le=N_MELS)
     time_masks: int    = opt(2, "stretches hidden by SpecAugment", ge=0)
     time_share: float  = opt(0.1, "longest stretch, as a share of the utterance", ge=0, le=1)
+    augment_after: int = opt(1, "epochs at the start without SpecAugment", ge=0)
 
     def __post_init__(self):
         if self.d_model % (2*self.heads): raise ConfigError(f"d_model: {self.d_model} is not a multiple of twice heads ({self.heads})")
 
 SIZES = dict(
     tiny = dict(d_model=16, layers=2, heads=2, ff=32, kernel=5, channels=4, dropout=0.),
-    demo = dict(d_model=192, layers=8, heads=4, ff=768, kernel=15),
+    demo = dict(d_model=144, layers=8, heads=4, ff=576, kernel=15, dropout=0., freq_width=12, time_share=0.05),
     plan = dict(d_model=256, layers=12, heads=4, ff=1024, kernel=31),
 )
 
@@ -190,26 +191,25 @@ class Conformer(nn.Module):
         frames:Tensor,        # (B,)
         chunk:int=0,          # encoder frames in a chunk; 0 = whole utterances
         left_chunks:int=-1,   # chunks of history; -1 = all
+        augment:bool=False,   # hide bands and stretches
     ):                        # logits (B, N, V), encoder frames (B,)
+        "Scores over tokens, 25 a second."
+        c = self.shape
         x = (features - self.mean)/self.deviation
-        if self.training: x = self.augment(x, frames)
+        if augment: x = spec_augment(x, frames, c.freq_masks, c.freq_width, c.time_masks, c.time_share)
         if x.shape[1] <= RIGHT_CONTEXT: x = nnf.pad(x, (0, 0, 0, RIGHT_CONTEXT + 1 - x.shape[1]))
         x = self.subsampling(x)
         frames = encoder_frames(frames).clamp(min=1)
-        turns = rotary(x.shape[1], self.shape.d_model//self.shape.heads, x.device)
+        turns = rotary(x.shape[1], c.d_model//c.heads, x.device)
         mask = attention_mask(frames, x.shape[1], chunk, left_chunks)
         for block in self.blocks: x = block(x, turns, mask)
         return self.head(self.norm(x)), frames
 
-    def augment(self, x:Tensor, frames:Tensor)->Tensor:
-        c = self.shape
-        return spec_augment(x, frames, c.freq_masks, c.freq_width, c.time_masks, c.time_share)
-
     def forward(self, batch:Batch)->Loss:
         "CTC loss summed over the batch's utterances."
-        chunk = 0
-        if self.training and torch.rand(()) < self.shape.chunk_share: chunk = int(torch.randint(2, 26, ()))
-        logits, frames = self.encode(*self.features(batch.audio, batch.lengths), chunk)
+        chunk = int(torch.randint(2, 26, ())) if self.training and torch.rand(()) < self.shape.chunk_share else 0
+        augment = self.training and batch.epoch >= self.shape.augment_after
+        logits, frames = self.encode(*self.features(batch.audio, batch.lengths), chunk, augment=augment)
         return ctc_loss(logits, frames, [self.tokenizer.encode(t) for t in batch.transcripts])
 
     @torch.no_grad()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'MIN_SPEAKERS', 'SAID', 'HEARD', 'align', 'count_errors', 'resample', 'Score', 'score', 'utterance_rows',
-           'score_rows', 'rates_by', 'worst', 'confusions', 'Html', 'mark_differences', 'error_examples', 'table']
+           'score_rows', 'rates_by', 'worst', 'confusions', 'mark_differences', 'error_examples']
 
 # %% ../nbs/75_metrics.ipynb #731a4d25
 import html
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 import jiwer
 import numpy as np
+from .report import Html
 from .text import NORMALISER_VERSION, normalise
 
 # %% ../nbs/75_metrics.ipynb #a66c6980
@@ -193,10 +194,6 @@ def confusions(
 # %% ../nbs/75_metrics.ipynb #ca4df200
 SAID, HEARD = "#0072b2", "#d55e00" # of the palette of Okabe and Ito
 
-class Html(str):
-    "Text that a notebook shows as HTML."
-    def _repr_html_(self)->str: return str(self)
-
 def _mark(text:str, colour:str)->str:
     return f'<b><u style="color:{colour}">{html.escape(text)}</u></b>' if text else ""
 
@@ -227,12 +224,3 @@ def error_examples(
     "Each row's name, count of errors, and marked differences."
     return Html("".join(f"<p><code>{html.escape(str(r['id']))}</code> {html.escape(str(r['speaker']))}: errors {r['errors']}, words {r['words']}</p>"
                         + mark_differences(r["reference"], r["hypothesis"]) for r in rows))
-
-def table(
-    rows,         # dicts with the same keys
-    percent=("wer", "cer"), # columns shown as per cent
-)->Html:
-    "Rows as a table."
-    def show(key, v): return "" if v is None else html.escape(str(v)) if not isinstance(v, float) else f"{v:.1%}" if key in percent else f"{v:.3g}"
-    head = "".join(f"<th>{html.escape(str(k))}</th>" for k in (rows[0] if rows else ()))
-    return Html(f"<table><tr>{head}</tr>" + "".join("<tr>" + "".join(f"<td>{show(k, v)}</td>" for k,v in r.items()) + "</tr>" for r in rows) + "</table>")

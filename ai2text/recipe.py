@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BUDGET_ONLY', 'FAMILIES', 'FEATURE_BATCHES', 'TrainConfig', 'model_class', 'build_model', 'load_model',
            'transcribe_split', 'split_loader', 'measure', 'run_recipe', 'environment', 'set_up', 'fit', 'publish',
-           'read_again', 'EvaluateConfig', 'evaluate', 'train', 'summary', 'plot_batches', 'plot_curve', 'plot_errors']
+           'read_again', 'EvaluateConfig', 'evaluate', 'train', 'summary', 'plot_curve', 'plot_errors']
 
-# %% ../nbs/88_recipe.ipynb #5fe1adb5
-import dataclasses, importlib, json, os, platform, resource, shutil, subprocess, time
+# %% ../nbs/88_recipe.ipynb #78d08fb2
+import dataclasses, importlib, os, platform, resource, shutil, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from . import __version__
 from .checkpoint import load_checkpoint, load_config, load_weights, run_folder, save_model
-from .config import ConfigError, Layout, find_root, import_closure, load_params, make, opt, read_jsonl, sha256, write_json, write_jsonl
+from .config import ConfigError, Layout, find_root, import_closure, load_params, make, opt, read_json, read_jsonl, write_json, write_jsonl
 from .loader import create_webdataset_loader
 from .metrics import rates_by, score_rows, utterance_rows
 from .optimizer import OPTIMIZERS, make_optimizer
 from .text import NORMALISER_VERSION, load_tokenizer
-from .trainer import Budget, Every, Progress, TrainerOptimized, WarmupConstantDecay, dtypes, write_curve
+from .trainer import Budget, Every, Progress, TrainerOptimized, WarmupConstantDecay, dtypes
 from .ttq import Books, TTQObserver, TTQTracker, load_log, read_entries, read_milestones, summary as milestone_rows
 
 # %% ../nbs/88_recipe.ipynb #ad2c95db
@@ -188,7 +188,8 @@ def fit(
         return dict(val_wer=score.wer, val_wer_low=score.wer_low, val_wer_high=score.wer_high, val_cer=score.cer)
     about = dict(environment(), model=name, parameters=sum(p.numel() for p in trainer.model.parameters()), precision=str(trainer.dtype)[6:],
                  evaluation_set=dev.fingerprint[:16], normaliser=NORMALISER_VERSION)
-    tracker = TTQTracker(milestones, folder/"ttq_log.json", price_per_hour=config.price_per_hour or None, about=about, startup_seconds=time.monotonic() - born)
+    tracker = TTQTracker(milestones, folder/"ttq_log.json", price_per_hour=config.price_per_hour or None, about=about, startup_seconds=time.monotonic() - born,
+                         announce=lambda text: tqdm.write(text, file=sys.stderr))
     trainer.fit(loader, config.budget, [TTQObserver(tracker), Progress(), *observers], folder, evaluate=evaluate,
                 evaluate_every=Every(config.evaluate_every_steps, config.evaluate_every_minutes), checkpoint_every=Every(minutes=config.checkpoint_minutes))
     return folder
@@ -203,7 +204,7 @@ def publish(
 )->dict:               # what metrics.json holds
     "Copy a finished run's results into `models/M` and `results/M`."
     folder, results = Path(folder), layout.results(name)
-    result = json.loads((folder/"result.json").read_text("utf-8"))
+    result = read_json(folder/"result.json")
     model = build_model(params, load_tokenizer(layout.tokenizer))
     weights, _ = load_checkpoint(folder/"checkpoints/best")
     save_model(layout.model(name), model, weights["model"], lambda part: model.tokenizer.save(part/"tokenizer"), params["family"])
@@ -286,33 +287,18 @@ def summary(
     layout, lines = Layout(root or find_root()), []
     for folder in sorted((layout.root/"results").glob("*/metrics.json")):
         name = folder.parent.name
-        m, log = json.loads(folder.read_text("utf-8")), load_log(folder.parent/"ttq_log.json")
+        m, log = read_json(folder), load_log(folder.parent/"ttq_log.json")
         trained = log["totals"]["clocks"].get("training") or 0.
         percent = lambda d, key: f"{d[key]:.1%}  (95% interval {d[key + '_low']:.1%} to {d[key + '_high']:.1%})"
         lines += [name, f"  WER on dev         {percent(m, 'val_wer')}"]
-        if (test := layout.results(f"{name}-eval")/"eval.json").exists(): lines += [f"  WER on test        {percent(json.loads(test.read_text('utf-8')), 'wer')}"]
+        if (test := layout.results(f"{name}-eval")/"eval.json").exists(): lines += [f"  WER on test        {percent(read_json(test), 'wer')}"]
         for row in milestone_rows(log): lines.append(f"  milestone {row['milestone']:8} {row['state']}" + (f": after {row['after']} of {row['budget']}" if row["after"] else f" (budget {row['budget']})"))
         lines += [f"  training           {log['totals']['elapsed_hours']*60:.1f} min, {m['steps']} steps, {log['totals']['utterances']/(trained*3600) if trained else 0:.0f} utterances/s"]
     if not lines: raise FileNotFoundError(f"{layout.root/'results'}: no results yet; run `make demo`")
     reports = ", ".join(p.name for p in sorted(layout.reports.glob("*.ipynb")))
     return "\n".join([*lines, f"reports: {layout.reports.name}/ ({reports})"])
 
-# %% ../nbs/88_recipe.ipynb #3252997c
-def plot_batches(
-    loader, # its next epoch is drawn
-):          # a figure
-    "Micro-batch by micro-batch: speech, and what pads it."
-    import matplotlib.pyplot as plt
-    plan, durations = loader.plan(loader.epoch), loader.index.duration
-    real = [durations[b].sum() for b in plan]
-    padded = [len(b)*durations[b].max() for b in plan]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), dpi=90, layout="constrained", width_ratios=(3, 1))
-    axes[0].bar(range(len(plan)), padded, 1., color="#d55e00", label=f"padding {1 - sum(real)/sum(padded):.1%}")
-    axes[0].bar(range(len(plan)), real, 1., color="#0072b2", label="speech")
-    axes[0].set(xlabel="micro-batch of the epoch", ylabel="seconds", xlim=(0, min(len(plan), 120))); axes[0].legend(frameon=False, fontsize=8, loc="lower right")
-    axes[1].hist([len(b) for b in plan], 20, color="#0072b2"); axes[1].set(xlabel="utterances of a micro-batch", ylabel="micro-batches")
-    return figure
-
+# %% ../nbs/88_recipe.ipynb #282b39f4
 def plot_curve(
     path,  # learning_curve.csv
 ):         # a figure

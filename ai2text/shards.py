@@ -6,15 +6,13 @@
 __all__ = ['BLOCK', 'RECORD', 'NOT_IN_SHARD', 'FORMAT', 'COLUMNS', 'AUDIO_SUFFIXES', 'AUDIO', 'ShardError', 'ShardsConfig',
            'safe_key', 'spread', 'resample_alike', 'read_pcm', 'encode', 'tar_member', 'tar_end', 'utterance_block',
            'members', 'extension', 'Index', 'printable', 'reject_summary', 'index_text', 'save_index', 'fingerprint',
-           'load_index', 'select', 'ShardTask', 'recipe', 'write_shard', 'end_with_parent', 'locked', 'run_tasks',
-           'write_shards', 'read_transcripts', 'find_audio', 'create_shards', 'Problem', 'verify', 'utterance_text',
-           'member_audio', 'scan', 'shard_rows', 'plot_spread']
+           'load_index', 'select', 'ShardTask', 'recipe', 'write_shard', 'locked', 'write_shards', 'read_transcripts',
+           'find_audio', 'create_shards', 'Problem', 'verify', 'check_shards', 'utterance_text', 'member_audio', 'scan',
+           'shard_rows', 'plot_spread']
 
-# %% ../nbs/40_shards.ipynb #9d811061
-import contextlib, fcntl, hashlib, io, json, os, re, shutil, signal, tarfile, threading, time, zlib
+# %% ../nbs/40_shards.ipynb #ae8a6723
+import contextlib, fcntl, hashlib, io, json, os, re, shutil, tarfile, time, zlib
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +21,8 @@ import numpy as np
 import soundfile as sf
 from tqdm import tqdm
 
-from .config import ConfigError, atomic_write, opt, sha256, write_json
+from .config import ConfigError, atomic_write, opt, read_json, sha256, write_json
+from .parallel import in_parallel
 from .text import NORMALISER_VERSION, normalise
 
 # %% ../nbs/40_shards.ipynb #e53363d9
@@ -318,23 +317,13 @@ def write_shard(
 
 def _finished(task:ShardTask, wanted:str):
     "The note of a shard that is already there, whole and by the same recipe; otherwise None."
-    try: note = json.loads(Path(task.note).read_text("utf-8"))
+    try: note = read_json(task.note)
     except (FileNotFoundError, ValueError): return None
     if note["recipe"] != wanted or not Path(task.path).is_file(): return None
     same = Path(task.path).stat().st_size == note["shard"]["bytes"] and sha256(task.path) == note["shard"]["sha256"]
     return note if same else None
 
-# %% ../nbs/40_shards.ipynb #d302736e
-def end_with_parent(
-    parent:int, # process id
-):
-    "Start-up of a pool's process: end when `parent` has ended; leave Ctrl-C to it."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    def watch():
-        while os.getppid() == parent: time.sleep(0.2)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
+# %% ../nbs/40_shards.ipynb #4793717b
 @contextlib.contextmanager
 def locked(
     folder,         # made if need be
@@ -352,28 +341,7 @@ def locked(
         yield
     finally: os.close(handle)
 
-# %% ../nbs/40_shards.ipynb #ada64620
-def run_tasks(
-    tasks:list,
-    processes:int=0,  # 0: one for each core
-    executor=None,    # any `concurrent.futures.Executor`, in place of processes of our own
-):
-    "Notes of the tasks as they end. An error cancels what has not begun."
-    processes = min(processes or len(os.sched_getaffinity(0)), len(tasks))
-    if executor is None and processes < 2:
-        yield from map(write_shard, tasks)
-        return
-    pool = executor or ProcessPoolExecutor(processes, initializer=end_with_parent, initargs=(os.getpid(),))
-    futures = [pool.submit(write_shard, task) for task in tasks]
-    try:
-        for future in as_completed(futures): yield future.result()
-    except BrokenProcessPool as e:
-        raise ShardError("a process that wrote shards was killed, perhaps for want of memory; run again with fewer `processes`: whole shards are kept") from e
-    finally:
-        for future in futures: future.cancel()
-        if executor is None: pool.shutdown()
-
-# %% ../nbs/40_shards.ipynb #629b396d
+# %% ../nbs/40_shards.ipynb #9dc9d1c6
 def write_shards(
     rows:list,          # rows of a manifest
     out_dir,            # folder of the shards; other shards in it are removed
@@ -391,13 +359,12 @@ def write_shards(
     parts = [rows[i:i+config.shard_size] for i in range(0, len(rows), config.shard_size)]
     tasks = [ShardTask(str(out_dir/f"shard-{i:06d}.tar"), str(notes_dir/f"shard-{i:06d}.json"), part, str(audio_root), config.sample_rate, config.codec)
              for i,part in enumerate(parts)]
-    with locked(out_dir), tqdm(total=len(rows), unit=" utterances", desc=out_dir.name) as bar:
+    with locked(out_dir):
         index_path.unlink(missing_ok=True)
         for left in out_dir.glob(".*.part"): left.unlink()
         notes, lost, limit = [], list(rejected), config.max_reject_share*(len(rows) + len(rejected))
-        for note in run_tasks(tasks, config.processes, executor):
+        for note in in_parallel(write_shard, tasks, config.processes, executor, label=out_dir.name, weigh=lambda task: len(task.rows), group=1):
             notes.append(note); lost += note["rejected"]
-            bar.update(note["shard"]["samples"] + len(note["rejected"]))
             if len(lost) > limit: raise ShardError(_too_many(lost, len(rows) + len(rejected), config.max_reject_share))
         index = _joined(notes, lost, config)
         for stale in set(out_dir.glob("shard-*.tar")) - {out_dir/s["file"] for s in index.shards}: stale.unlink()
@@ -410,13 +377,13 @@ def _too_many(lost, total, share)->str:
             "Mend or remove them, or raise max_reject_share; whole shards are kept")
 
 def _joined(notes, rejected, config)->Index:
-    notes = sorted((n for n in notes if n["shard"]["samples"]), key=lambda n: n["shard"]["file"])
+    notes = [n for n in notes if n["shard"]["samples"]]
     gather = lambda c: [v for n in notes for v in n["utterances"][c]]
     columns = {c: gather(c) for c in COLUMNS if c != "shard"} | dict(shard=np.repeat(np.arange(len(notes)), [n["shard"]["samples"] for n in notes]))
     return Index([n["shard"] for n in notes], gather("key"), *(np.array(columns[c], dtype=t) for c,t in COLUMNS.items()),
                  config.sample_rate, config.shard_size, NORMALISER_VERSION, [dict(r, id=printable(r["id"])) for r in sorted(rejected, key=lambda r: r["id"])])
 
-# %% ../nbs/40_shards.ipynb #235da803
+# %% ../nbs/40_shards.ipynb #d238c3f2
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 
 def read_transcripts(
@@ -449,7 +416,7 @@ def find_audio(
         return path.relative_to(root)
     raise ValueError("has no audio file")
 
-# %% ../nbs/40_shards.ipynb #995c8211
+# %% ../nbs/40_shards.ipynb #0ffef280
 def create_shards(
     audio_dir,               # folder of recordings: ID.wav (or .flac, .mp3, .ogg, .opus)
     transcript_file,         # JSON map from id to transcript
@@ -477,7 +444,7 @@ def create_shards(
     config = ShardsConfig(shard_size, codec, sample_rate, seed, processes, max_reject_share)
     return write_shards(rows, output_dir, Path(output_dir)/"index.json", config, audio_root=audio_dir, rejected=rejected)
 
-# %% ../nbs/40_shards.ipynb #19a63d74
+# %% ../nbs/40_shards.ipynb #540970ff
 class Problem(NamedTuple):
     "Something that is not as the index says."
     shard:str  # file name
@@ -514,7 +481,18 @@ def _broken(path, index, utterances):
 
 AUDIO = tuple(s[1:] for s in AUDIO_SUFFIXES) # extensions of members
 
-# %% ../nbs/40_shards.ipynb #50405382
+# %% ../nbs/40_shards.ipynb #55ce07df
+def check_shards(
+    folder,         # of the shards
+    index:str=None, # its index; left out: index.json in the folder
+)->int|str:         # 1 if anything is wrong, as an exit status; else what was checked
+    "`verify` for the command line: print each problem with its shard and key."
+    index = load_index(index or Path(folder)/"index.json")
+    problems = verify(folder, index)
+    for p in problems: print(f"{p.shard}{p.key and ', ' + printable(p.key)}: {p.reason}")
+    return 1 if problems else f"{folder}: as its index says: {index}"
+
+# %% ../nbs/40_shards.ipynb #51b5f2a6
 def utterance_text(
     found:dict, # extension -> content
 )->dict:        # at least `text`
@@ -536,7 +514,7 @@ def member_audio(
         if ext in found: return found[ext]
     raise ValueError(f"has no audio: none of .{', .'.join(AUDIO)} among {', '.join(found)}")
 
-# %% ../nbs/40_shards.ipynb #49fdd905
+# %% ../nbs/40_shards.ipynb #7dd22801
 def scan(
     paths,   # tar files
 )->Index:
@@ -577,7 +555,7 @@ def _spans(path):
     except tarfile.TarError as e: raise ShardError(f"{path}: no whole tar file ({e}); fetch it again") from e
     if key is not None: yield key, start, end - start
 
-# %% ../nbs/40_shards.ipynb #a00e522f
+# %% ../nbs/40_shards.ipynb #e88fef35
 def shard_rows(
     index:Index,
     most:int=12, # rows; the middle of a long list is left out

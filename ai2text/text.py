@@ -9,14 +9,14 @@ __all__ = ['NORMALISER_VERSION', 'VOWELS', 'CONSONANTS', 'FOREIGN', 'TONES', 'SH
            'normalise', 'unknown_characters', 'Tokenizer', 'CharTokenizer', 'BPETokenizer', 'train_bpe',
            'train_tokenizer', 'load_tokenizer', 'min_frames']
 
-# %% ../nbs/10_text.ipynb #4fe546a0
-import hashlib, json, re, unicodedata
+# %% ../nbs/10_text.ipynb #56b08c30
+import hashlib, re, unicodedata
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 import sentencepiece
 from fastcore.basics import patch
-from .config import ConfigError, atomic_write, write_json
+from .config import ConfigError, atomic_write, read_json, write_json
 
 # %% ../nbs/10_text.ipynb #2e7d6e5a
 NORMALISER_VERSION = "vi-1" # part of each tokenizer's fingerprint: change it with any change of `normalise`
@@ -248,7 +248,7 @@ def load_tokenizer(
     "Read a tokenizer back; raises `ConfigError` if its files do not belong together or to this normaliser."
     folder = Path(folder)
     try:
-        about = json.loads((folder/"tokenizer.json").read_text("utf-8"))
+        about = read_json(folder/"tokenizer.json")
         tokens = (folder/"tokens.txt").read_text("utf-8")
         tokenizer = BPETokenizer((folder/"bpe.model").read_bytes()) if about["kind"] == "bpe" else CharTokenizer()
     except FileNotFoundError as error: raise ConfigError(f"{error.filename}: no such file; run the prepare stage to make the tokenizer") from None

@@ -6,8 +6,8 @@
 __all__ = ['dtypes', 'each_its_own', 'mix', 'pick_dtype', 'Budget', 'WarmupConstantDecay', 'Clocks', 'Every', 'State', 'EMA',
            'TrainerOptimized', 'Interrupted', 'Observer', 'Progress', 'write_curve']
 
-# %% ../nbs/80_trainer.ipynb #6524fbc1
-import contextlib, csv, hashlib, json, math, signal, struct, threading, time
+# %% ../nbs/80_trainer.ipynb #d6785bc9
+import contextlib, csv, hashlib, json, math, signal, struct, sys, threading, time
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from .checkpoint import Lock, about, keep_last, latest, load_checkpoint, name_checkpoint, save_checkpoint
-from .config import atomic_write, write_json
+from .config import atomic_write, read_json, write_json
 
 # %% ../nbs/80_trainer.ipynb #989e56df
 def mix(
@@ -336,11 +336,11 @@ def train_epoch(self:TrainerOptimized,
 )->float:          # mean loss per unit
     "One pass over the loader; a run that can be stopped and resumed is `fit`."
     self.model.train()
-    self.state.epoch, total, units, n = epoch, 0., 0., 0
-    for n,window in enumerate(self._windows(train_loader), 1):
+    self.state.epoch, total, units, last = epoch, 0., 0., None
+    for window in self._windows(train_loader):
         last = self.train_step(window)
         if last["ok"]: total, units = total + last["loss"]*last["units"], units + last["units"]
-    if not n: raise ValueError(f"epoch {epoch}: the loader gave no batch; is its split empty, or every utterance over its limits?")
+    if last is None: raise ValueError(f"epoch {epoch}: the loader gave no batch; is its split empty, or every utterance over its limits?")
     return total/units if units else math.nan
 
 # %% ../nbs/80_trainer.ipynb #fa721a0c
@@ -379,7 +379,7 @@ class Progress(Observer):
     def __init__(self,
         seconds:float=2.,  # between two updates
         file=None,         # where to; standard error when None
-    ): self.seconds, self.file = seconds, file
+    ): self.seconds, self.file = seconds, file or sys.stderr
 
     def on_start(self, trainer):
         self.bar = tqdm(total=100, initial=round(100*trainer.used, 1), file=self.file, desc="train",
@@ -516,7 +516,7 @@ def _resume(self:TrainerOptimized, loader):
     if own and (theirs := about(own)["budget"]) != self.budget.name:
         raise ValueError(f"{self.folder}: holds a run with the budget {theirs}, not {self.budget.name}; {each_its_own}")
     saved = self._restore(path, loader)["clocks"] if path else {}
-    alive = json.loads(beat.read_text("utf-8")) if beat.exists() else {}
+    alive = read_json(beat) if beat.exists() else {}
     self.clocks.restore(saved, alive)
     if not own: self.state.best = {} # those weights are in the other folder
     if self.state.curve: write_curve(self.folder/"learning_curve.csv", self.state.curve)
@@ -627,7 +627,7 @@ def _finish(self:TrainerOptimized)->dict:
 @patch
 def _finished(self:TrainerOptimized)->dict:
     "The result and the weights of a finished run."
-    result = json.loads((self.folder/"result.json").read_text("utf-8"))
+    result = read_json(self.folder/"result.json")
     if result["budget"] != self.budget.name:
         raise ValueError(f"{self.folder}: finished with the budget {result['budget']}, not {self.budget.name}; {each_its_own}")
     path = latest(self.folder/"checkpoints")

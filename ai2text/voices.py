@@ -9,8 +9,8 @@ __all__ = ['DIALECTS', 'RATES', 'PITCHES', 'VARIANT_DIR', 'VARIANTS', 'ESPEAK_RA
            'HUM', 'Voice', 'voice_names', 'fast_length', 'downsample', 'speak', 'plot_words', 'generator',
            'impulse_response', 'room']
 
-# %% ../nbs/25_voices.ipynb #1959f0cb
-import ctypes, hashlib, itertools, re, threading
+# %% ../nbs/25_voices.ipynb #f641a115
+import contextlib, ctypes, hashlib, itertools, re, threading
 from _ctypes import dlclose
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +43,8 @@ class Voice:
 VARIANTS = dict(
     train="""Alex Alicia Andy Denis Diogo Gene Gene2 Henrique Mario Michael Mike Nguyen adam aunty belinda benjamin boris edward edward2 f2 f4 f5
         grandma gustave iven2 iven3 john klatt3 klatt4 linda m1 m3 m4 m5 m7 m8 marcelo max michel miguel mike2 norbert paul quincy robert
-        steph travis victor""".split(),
-    dev="f3 m2 pablo shelby".split(),
+        shelby travis victor""".split(),
+    dev="f3 m2 pablo steph".split(),
     test="Annie ed f1 m6".split())
 
 def voice_names(
@@ -65,21 +65,22 @@ class _Event(ctypes.Structure):
 
 _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
 
-# %% ../nbs/25_voices.ipynb #fdfefe9c
-_lock, _loaded = threading.Lock(), []
+# %% ../nbs/25_voices.ipynb #50a30299
+_lock = threading.Lock()
 
+@contextlib.contextmanager
 def _fresh_library():
-    "libespeak-ng as it is at a program's start; call with `_lock` held."
-    while _loaded:
-        old = _loaded.pop()
-        old.espeak_Terminate()
-        dlclose(old._handle)
-    library = ctypes.CDLL(espeakng_loader.get_library_path())
-    rate = library.espeak_Initialize(SYNCHRONOUS, 0, str(espeakng_loader.get_data_path()).encode(), 0)
-    if rate != ESPEAK_RATE: raise RuntimeError(f"eSpeak NG answered {rate}, not {ESPEAK_RATE} Hz; reinstall espeakng-loader")
-    library.espeak_ng_SetRandSeed(ctypes.c_long(1))
-    _loaded.append(library)
-    return library
+    "libespeak-ng as it is at a program's start; taken out of memory again at the end, or the next one would be an old one."
+    with _lock:
+        library = ctypes.CDLL(espeakng_loader.get_library_path())
+        try:
+            rate = library.espeak_Initialize(SYNCHRONOUS, 0, str(espeakng_loader.get_data_path()).encode(), 0)
+            if rate != ESPEAK_RATE: raise RuntimeError(f"eSpeak NG answered {rate}, not {ESPEAK_RATE} Hz; reinstall espeakng-loader")
+            library.espeak_ng_SetRandSeed(ctypes.c_long(1))
+            yield library
+        finally:
+            library.espeak_Terminate()
+            dlclose(library._handle)
 
 # %% ../nbs/25_voices.ipynb #0d5b960f
 def _synthesise(
@@ -94,8 +95,7 @@ def _synthesise(
             if not event[i].type: return 0
             if event[i].type == WORD_EVENT: events.append((event[i].text_position - 1, event[i].sample))
     callback, encoded = _Callback(receive), text.encode()
-    with _lock:
-        library = _fresh_library()
+    with _fresh_library() as library:
         library.espeak_SetSynthCallback(callback)
         if library.espeak_SetVoiceByName(voice.name.encode()): raise RuntimeError(f"{voice.name!r}: eSpeak NG cannot load this voice; reinstall espeakng-loader")
         library.espeak_SetParameter(RATE_PARAMETER, voice.rate, 0)

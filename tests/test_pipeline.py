@@ -1,0 +1,141 @@
+"The whole pipeline, small: from nothing, killed, changed, changed back."
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).resolve().parent.parent
+M = "conformer_ctc"
+SMOKE = dict(
+    corpus=dict(sentences=60, dev_sentences=8, test_sentences=8), prepare=dict(tokenizer="char"), shards=dict(shard_size=20),
+    train=dict(max_steps=240, batch_seconds=8., warmup_steps=5, evaluate_every_steps=60, checkpoint_minutes=0.01, threads=1, seed=3))
+
+
+def python(code:str, cwd:Path)->str:
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=True).stdout
+
+
+def environment(**changes)->dict:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1", "PYTHONPATH": "", **changes}
+    return {k: v for k, v in env.items() if v is not None}
+
+
+class Workspace:
+    "A copy of the project's files with small parameters, in a git repository of its own."
+    def __init__(self, root:Path):
+        self.root = root
+        names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+        for name in filter(None, names):
+            if name.startswith(("papermill_runs/", "results/")) or name == "dvc.lock" or not (ROOT/name).is_file(): continue
+            (root/name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT/name, root/name)
+        self.change(SMOKE)
+        self.change(dict(models={M: dict(size="tiny")}))
+        self.run("git", "init", "-q")
+
+    def change(self, values:dict):
+        "Write values into params.yaml."
+        yaml, path = YAML(), self.root/"params.yaml"
+        params = yaml.load(path)
+        def merge(old, new):
+            for k, v in new.items(): merge(old[k], v) if isinstance(v, dict) else old.__setitem__(k, v)
+        merge(params, values)
+        with open(path, "w", encoding="utf-8") as f: yaml.dump(params, f)
+
+    def run(self, *command, ok=True, **changes)->str:
+        done = subprocess.run(command, cwd=self.root, capture_output=True, text=True, env=environment(**changes), stdin=subprocess.DEVNULL)
+        assert done.returncode == 0 or not ok, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+    def repro(self)->set:
+        "Run the pipeline; the names of the stages that ran."
+        return {line.split("'")[1] for line in self.run("dvc", "repro").splitlines() if line.startswith("Running stage")}
+
+    def start(self, **changes)->subprocess.Popen:
+        return subprocess.Popen(["dvc", "repro"], cwd=self.root, env=environment(**changes), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+    def wait_for_checkpoint(self, beyond:int=0, seconds:float=120.)->int:
+        "Wait until training has saved a step beyond `beyond`."
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            steps = [int(p.parent.name[5:]) for p in self.root.glob(f".runs/{M}/*/*/checkpoints/step-*/checkpoint.json")]
+            if max(steps, default=0) > beyond: return max(steps)
+            time.sleep(0.05)
+        raise AssertionError(f"no checkpoint beyond step {beyond} within {seconds} s")
+
+    def log(self)->dict: return json.loads((self.root/f"results/{M}/ttq_log.json").read_text())
+    def metrics(self)->bytes: return (self.root/f"results/{M}/metrics.json").read_bytes()
+    def runs(self)->list: return sorted(p.parent.as_posix() for p in self.root.glob(f".runs/{M}/*/*/result.json"))
+    def report(self, name:str)->Path: return self.root/f"papermill_runs/{name}.ipynb"
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    "A workspace in which the pipeline ran once."
+    w = Workspace(tmp_path_factory.mktemp("pipeline"))
+    assert w.repro() == {"corpus", "prepare", "shards", f"train@{M}", f"evaluate@{M}"}
+    return w
+
+
+def test_second_run_does_nothing(workspace): assert workspace.repro() == set()
+
+
+def test_results_answer(workspace):
+    log, metrics = workspace.log(), json.loads(workspace.metrics())
+    assert log["finished"] and len(log["history"]) == 4 and metrics["steps"] == 240
+    assert "val_wer" in workspace.run("dvc", "metrics", "show") and "wer" in workspace.run("dvc", "metrics", "show")
+    assert "WER on test" in workspace.run("ai2text", "summary")
+    assert workspace.run("dvc", "plots", "show", f"results/{M}/learning_curve.csv")
+    workspace.run("git", "add", "-A"), workspace.run("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "one")
+
+
+def test_lost_report_is_drawn_again_without_training(workspace):
+    before, runs = workspace.report(f"train-{M}").read_bytes(), workspace.runs()
+    stamp = Path(runs[0], "result.json").stat().st_mtime_ns
+    workspace.report(f"train-{M}").unlink()
+    assert workspace.repro() == {f"train@{M}"}
+    assert workspace.report(f"train-{M}").read_bytes() == before
+    workspace.report(f"train-{M}").write_text("scribbled over")
+    assert workspace.repro() == {f"train@{M}"}
+    assert workspace.report(f"train-{M}").read_bytes() == before
+    assert workspace.runs() == runs and Path(runs[0], "result.json").stat().st_mtime_ns == stamp
+
+
+def test_changed_back_returns_without_training(workspace):
+    before, runs = workspace.metrics(), workspace.runs()
+    workspace.change(dict(train=dict(lr=1e-3)))
+    assert f"train@{M}" in workspace.repro()
+    assert workspace.metrics() != before and len(workspace.runs()) == len(runs) + 1
+    assert "lr" in workspace.run("dvc", "params", "diff") and "val_" in workspace.run("dvc", "metrics", "diff")
+    workspace.change(dict(train=dict(lr=SMOKE["train"].get("lr", YAML().load(ROOT/"params.yaml")["train"]["lr"]))))
+    workspace.repro()
+    assert workspace.metrics() == before and len(workspace.runs()) == len(runs) + 1
+
+
+@pytest.mark.parametrize("what", ["group", "dvc", "dvc without SHELL"])
+def test_killed_training_goes_on(workspace, what):
+    "One trainer; it resumes; the log counts what was lost; the result is that of a run that was never killed."
+    workspace.change(dict(train=dict(seed=dict(zip(["group", "dvc", "dvc without SHELL"], (11, 12, 13)))[what])))
+    alive = workspace.start(**(dict(SHELL=None) if what == "dvc without SHELL" else {}))
+    saved = workspace.wait_for_checkpoint()
+    killed = max(workspace.root.glob(f".runs/{M}/*/*/checkpoints"), key=lambda p: p.stat().st_mtime).parent
+    if what == "group": os.killpg(alive.pid, signal.SIGKILL)
+    else: os.kill(alive.pid, signal.SIGKILL)
+    alive.wait()
+    assert not (killed/"result.json").exists(), "training was over before it could be killed"
+    workspace.repro()
+    log = workspace.log()
+    entries = [json.loads(line) for line in (killed/"ttq_log.jsonl").read_text().splitlines()]
+    resumed = [e["step"] for e in entries if e["kind"] == "resume"]
+    assert log["finished"] and log["totals"]["lives"] == 2 and len(resumed) == 2 and resumed[1] >= saved > 0
+    assert log["totals"]["down_hours"] > 0 and log["totals"]["elapsed_hours"] > 0
+    assert [h["step"] for h in log["history"] if not h.get("repeated")] == [60, 120, 180, 240]
+    assert b'"skipped": 0' in workspace.metrics()
