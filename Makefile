@@ -60,6 +60,10 @@ pytest: $(STAMP)
 lab: $(STAMP)
 	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $(LAB_ARGS)
 
+# The front page: nbs/index.ipynb with its outputs, as text.
+README.md: nbs/index.ipynb $(STAMP)
+	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README $<
+
 setup: $(STAMP)
 
 # The stamp goes first and comes back last: an install that was cut off starts again from nothing.

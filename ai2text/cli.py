@@ -73,7 +73,7 @@ def main(
     options = vars(_parser(argv).parse_args(argv))
     function, debug, command = options.pop("function"), options.pop("debug"), options.pop("command")
     try: result = function(**options)
-    except (ValueError, FileNotFoundError, RuntimeError) as e:
+    except (ValueError, OSError, RuntimeError) as e:
         code = getattr(e, "code", 2)
         if debug or isinstance(e, RuntimeError) and not hasattr(e, "code"): raise
         print(f"ai2text {command}: {e}", file=sys.stderr)

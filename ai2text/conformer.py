@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'SUBSAMPLING', 'RIGHT_CONTEXT', 'FRAME_SECONDS', 'ConformerConfig', 'conformer_config', 'encoder_frames',
-           'Subsampling', 'rotary', 'rotate', 'attention_mask', 'Attention', 'Convolution', 'FeedForward', 'Block',
-           'Conformer']
+           'whole_frames', 'Subsampling', 'rotary', 'rotate', 'attention_mask', 'Attention', 'Convolution',
+           'FeedForward', 'Block', 'Conformer']
 
 # %% ../nbs/60_conformer.ipynb #da90ff69
 from dataclasses import asdict, dataclass
@@ -64,6 +64,11 @@ FRAME_SECONDS = SUBSAMPLING*HOP/SAMPLE_RATE    # 0.04
 def encoder_frames(frames):
     "Encoder frames (int or Tensor) of `frames` feature frames."
     return ((frames - 1)//2 - 1)//2
+
+def whole_frames(frames:int)->int:
+    "Feature frames that make at least as many encoder frames, and a multiple of 8 of them."
+    n = max(encoder_frames(frames), 1)
+    return max(frames, SUBSAMPLING*(n + -n % 8) + RIGHT_CONTEXT - SUBSAMPLING + 1)
 
 class Subsampling(nn.Module):
     "100 frames a second to 25: two unpadded 3x3 convolutions of stride 2 and a projection."
@@ -198,8 +203,7 @@ class Conformer(nn.Module):
         c = self.shape
         x = (features - self.mean)/self.deviation
         if augment: x = spec_augment(x, frames, c.freq_masks, c.freq_width, c.time_masks, c.time_share)
-        if x.shape[1] <= RIGHT_CONTEXT: x = nnf.pad(x, (0, 0, 0, RIGHT_CONTEXT + 1 - x.shape[1]))
-        x = self.subsampling(x)
+        x = self.subsampling(nnf.pad(x, (0, 0, 0, whole_frames(x.shape[1]) - x.shape[1])))
         frames = encoder_frames(frames).clamp(min=1)
         turns = rotary(x.shape[1], c.d_model//c.heads, x.device)
         mask = attention_mask(frames, x.shape[1], chunk, left_chunks)

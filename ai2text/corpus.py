@@ -73,7 +73,7 @@ def demo_sentences(
     "The text of the demo."
     path = (folder or files("ai2text")/"demo")/SENTENCES
     try: return read_sentences(path.read_text("utf-8-sig").removesuffix("\n").split("\n"))
-    except FileNotFoundError: raise ConfigError(f"{path}: no such file; corpus.path must name the folder that holds {SENTENCES}, as ai2text/demo does") from None
+    except OSError as e: raise ConfigError(f"{path}: cannot be read ({e.strerror}); corpus.path must name the folder that holds {SENTENCES}, as ai2text/demo does") from None
     except UnicodeDecodeError as e: raise ConfigError(f"{path}: not UTF-8 at byte {e.start}; save it as UTF-8") from e
 
 # %% ../nbs/30_corpus.ipynb #f45a7812
@@ -279,10 +279,17 @@ def make_corpus(
     out_dir, source = Path(os.path.abspath(out_dir)), cfg.folder(root)
     with atomic_folder(out_dir) as folder:
         rows, rejects = IMPORTERS[cfg.source](cfg, folder, source, executor)
-        if not rows: raise ConfigError(f"{source or cfg.source}: no usable utterance; {len(rejects)} rejected" + "".join(f"; {r['file']}, line {r['line']}: {r['reason']}, {r['detail']}" for r in rejects[:3]))
+        if not rows: raise ConfigError(f"{source or cfg.source}: no usable utterance; {_first(rejects)}")
+        for split,name in TABLES.items():
+            lost = [r for r in rejects if r["file"] == name]
+            if lost and not any(r["split"] == split for r in rows): raise ConfigError(f"{source/name}: no usable line; {_first(lost)}. Mend them, or remove the table: prepare then draws {split} by speaker")
         write_jsonl(folder/"rejects.jsonl", rejects)
         write_jsonl(folder/"manifest.jsonl", rows)
     return len(rows), len(rejects)
+
+def _first(rejects:list[dict])->str:
+    "How many, and the first few."
+    return f"{len(rejects)} rejected" + "".join(f"; {r['file']}, line {r['line']}: {r['reason']}, {r['detail']}" for r in rejects[:3])
 
 # %% ../nbs/30_corpus.ipynb #fccab5e3
 def corpus_table(

@@ -152,12 +152,13 @@ def draw_speakers(
 def assign_splits(
     rows:list[dict], # each gets its `split`
     cfg:PrepareConfig,
+    given=(),        # splits of the source: one whose utterances were all rejected is not drawn from the others
 ):
     "Give each row the split of its source, or one drawn by speaker."
     for row in rows:
         if cfg.splits == "speaker": row["split"] = ""
         if row.setdefault("split", "") not in ("", *SPLITS): raise ConfigError(f"{row['id']}: split {row['split']!r} is none of {', '.join(SPLITS)}; name one or leave it empty")
-    given = {row["split"] for row in rows}
+    given = {row["split"] for row in rows} | (set(given) if cfg.splits == "source" else set())
     home = {voice(row): row["split"] for row in rows if row["split"] in ("dev", "test")}
     for split, share in (("test", cfg.test_share), ("dev", cfg.dev_share)):
         if split in given: continue
@@ -255,14 +256,14 @@ def prepare(
     corpus_dir, out_dir = Path(corpus_dir), Path(out_dir)
     for name in (*(f"{split}.jsonl" for split in SPLITS), "stats.json"): (out_dir/name).unlink(missing_ok=True)
     rejects, rows = [], read_corpus(corpus_dir)
-    total = len(rows)
+    total, given = len(rows), {row.get("split", "") for row in rows}
     rows = sift(rows, check_repeated("id", "duplicate id"), rejects)
     rows = sift(rows, check_text, rejects)
     paths = [os.path.join(corpus_dir, row["audio_filepath"]) for row in rows]
     facts = in_parallel(partial(probe, max_seconds=cfg.max_seconds), paths, cfg.processes, executor, label="probe")
     facts = {row["id"]: measured for row, measured in zip(rows, facts)}
     rows = sift(rows, lambda row: check_audio(row, facts[row["id"]], cfg), rejects)
-    assign_splits(rows, cfg)
+    assign_splits(rows, cfg, given)
     shared = check_speakers(rows)
     rows = sift(rows, check_leak(rows), rejects)
     write_jsonl(out_dir/"rejects.jsonl", rejects)
