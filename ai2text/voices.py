@@ -190,9 +190,9 @@ def generator(
     "Random numbers that depend on `seed` and `name` and nothing else."
     return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")])
 
-# %% ../nbs/25_voices.ipynb #15861c54
-RT60        = 0.1, 0.5       # seconds, until reflections have lost 60 dB
-DIRECT_DB   = 5, 20          # direct over reverberant energy
+# %% ../nbs/25_voices.ipynb #d8ae79b2
+RT60        = 0.1, 0.4       # seconds, until reflections have lost 60 dB
+DIRECT_DB   = 8, 25          # direct over reverberant energy
 EARLY       = 0.002, 0.04    # seconds, delay of the early reflections
 TAIL_START  = 0.003          # seconds
 REFLECTIONS = 6
@@ -213,8 +213,8 @@ def impulse_response(
 
 # %% ../nbs/25_voices.ipynb #946fe40f
 LOW_CUT  = 40, 150  # Hz, below which the microphone hears less
-TILT_DB  = -3, 3    # dB an octave, around 1 kHz
-SNR_DB   = 15, 40   # speech over noise
+TILT_DB  = -2, 2    # dB an octave, around 1 kHz
+SNR_DB   = 18, 45   # speech over noise
 COLOUR   = 0, 2     # power of 1/f in the noise's spectrum
 LEVEL_DB = -20, -1  # the loudest sample, to full scale
 HUM      = 50       # Hz, below which there is no noise

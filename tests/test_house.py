@@ -232,3 +232,10 @@ def test_reports_are_small():
     "What git keeps of a run stays readable: a report is under 1 MB."
     big = [f"{o.name}: {o.stat().st_size} bytes" for o in (ROOT/"papermill_runs").glob("*.ipynb") if o.stat().st_size >= 1_000_000]
     assert not big, f"reports of 1 MB and more: {big}"
+
+
+def test_readme_is_the_front_page():
+    from nbconvert import MarkdownExporter
+    text, resources = MarkdownExporter().from_filename(str(ROOT/"nbs/index.ipynb"))
+    assert not resources["outputs"], "a picture of the front page would need a file: link to one under nbs/images instead"
+    assert (ROOT/"README.md").read_text(encoding="utf-8").strip() == text.strip(), "run: make README.md"

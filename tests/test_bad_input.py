@@ -1,0 +1,371 @@
+"Bad input, a full disk, a killed process: a clear error or a counted skip, nothing half-written is taken for whole, the next run goes on."
+import itertools
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import soundfile
+
+from ai2text.cli import main
+from ai2text.config import ConfigError, Layout, read_json, read_jsonl, sha256
+from ai2text.corpus import CorpusConfig, make_corpus
+from ai2text.prepare import SPLITS, PrepareConfig, prepare
+from ai2text.shards import ShardsConfig, load_index, verify, write_shards
+from test_pipeline import ROOT, M, Workspace, environment
+
+DIGITS = "không một hai ba bốn năm sáu bảy tám chín".split()
+JUNK = b"RIFF, but no audio"
+SMALL = ShardsConfig(shard_size=5, codec="wav", processes=1)
+
+
+def release(folder:Path, **speakers)->Path:
+    "A folder of Common Voice: SPLIT=speakers, four clips of a second each, no text twice."
+    (folder/"clips").mkdir(parents=True)
+    numbers = itertools.count(1)
+    for split, names in speakers.items():
+        lines = ["client_id\tpath\tsentence"]
+        for name in names:
+            for number in itertools.islice(numbers, 4):
+                soundfile.write(folder/f"clips/{number}.wav", 0.1*np.sin(np.arange(16_000)*0.02*number), 16_000)
+                lines.append(f"{name}\t{number}.wav\t" + " ".join(DIGITS[int(d)] for d in f"{number:03}"))
+        (folder/f"{split}.tsv").write_text("\n".join(lines) + "\n", "utf-8")
+    return folder
+
+
+def add(folder:Path, *lines:bytes):
+    with open(folder/"train.tsv", "ab") as f: f.writelines(line + b"\n" for line in lines)
+
+
+def corpus(source:Path, root:Path)->Layout:
+    make_corpus(CorpusConfig(source="common_voice", path=str(source), processes=1), Layout(root).corpus, root)
+    return Layout(root)
+
+
+def prepared(layout:Layout, **changes)->dict:
+    return prepare(PrepareConfig(**dict(dict(tokenizer="char", processes=1), **changes)), layout.corpus, layout.prepared)
+
+
+def sharded(layout:Layout, split:str, config=SMALL):
+    return write_shards(read_jsonl(layout.manifest(split)), layout.split_shards(split), layout.split_index(split), config, audio_root=layout.prepared)
+
+
+def killed(code:str, cwd:Path):
+    "Run `code` in a process that ends itself with SIGKILL by calling `die` for the third time."
+    head = "import os\ncalls = []\ndef die():\n    calls.append(1)\n    if len(calls) == 3: os.kill(os.getpid(), 9)\n"
+    done = subprocess.run([sys.executable, "-c", head + code], cwd=cwd, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+
+
+def contents(folder:Path)->dict: return {p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# Rows and recordings that cannot be used
+
+def test_bad_rows_are_counted_with_their_reasons(tmp_path):
+    source = release(tmp_path/"cv", train=["a", "b", "c"], dev=["d"], test=["e"])
+    (source/"clips/junk.wav").write_bytes(JUNK)
+    (source/"clips/empty.wav").touch()
+    soundfile.write(source/"clips/cut.flac", soundfile.read(source/"clips/1.wav")[0], 16_000)
+    os.truncate(source/"clips/cut.flac", (source/"clips/cut.flac").stat().st_size//2)
+    for name in ("dots", "digits"): shutil.copy(source/"clips/1.wav", source/f"clips/{name}.wav")
+    add(source, b"a\tonly two columns", b"a\t1.wav\t\xff\xfe", b"a\tgone.wav\tmai", b"a\tjunk.wav\tmai", b"a\tempty.wav\tmai", b"a\t1.wav\tmai",
+        b"a\t../../etc/passwd\tmai", b"a\tdots.wav\t ", b"\tdots.wav\tmai", b"a\tdots.wav\t?!...", b"a\tdigits.wav\t2021", b"a\tcut.flac\tmai mai")
+    layout = corpus(source, tmp_path)
+    reasons = Counter(r["reason"] for r in read_jsonl(layout.corpus/"rejects.jsonl"))
+    assert reasons == {"wrong number of columns": 1, "not UTF-8": 1, "clip not found": 1, "unreadable audio": 2, "clip listed twice": 1,
+                       "path outside of clips": 1, "empty sentence": 1, "no client_id": 1}
+    assert all(r["file"] == "train.tsv" and r["line"] > 13 for r in read_jsonl(layout.corpus/"rejects.jsonl"))
+    stats = prepared(layout, max_reject_share=0.5)
+    assert {k: n for k, n in stats["rejects"].items() if n} == {"empty transcript": 1, "unknown characters": 1, "unreadable audio": 1}
+    assert stats["utterances"] == 23 and sum(s["utterances"] for s in stats["splits"].values()) == 20
+    (source/"clips/3.wav").write_bytes(JUNK) # after it was prepared
+    index = sharded(layout, "train", ShardsConfig(shard_size=5, processes=1, max_reject_share=0.2))
+    assert len(index) == 11 and [r["id"] for r in load_index(layout.split_index("train")).rejected] == ["3"]
+    with pytest.raises(ConfigError, match=r"1 of 12 recordings rejected, more than max_reject_share = 0.01 allows: .*not readable as audio.* \(as '3'\)"): sharded(layout, "train")
+    assert not layout.split_index("train").exists()
+
+
+def test_too_many_bad_rows_stop_prepare(tmp_path):
+    source = release(tmp_path/"cv", train=["a", "b"], dev=["d"], test=["e"])
+    for n in (1, 2, 3): soundfile.write(source/f"clips/{n}.wav", np.zeros(16_000), 16_000)
+    layout = corpus(source, tmp_path)
+    with pytest.raises(ConfigError, match=r"3 of 16 utterances rejected \(3 silent\): more than max_reject_share 0.1; read .*rejects.jsonl"): prepared(layout)
+    assert [p.name for p in layout.prepared.iterdir()] == ["rejects.jsonl"]
+
+
+def test_empty_split_stops_prepare_and_leaves_no_manifest(tmp_path):
+    whole, poor = release(tmp_path/"whole", train=["a", "b"], dev=["d"], test=["e"]), release(tmp_path/"poor", train=["a"], test=["e"])
+    layout = corpus(whole, tmp_path)
+    prepared(layout)
+    corpus(poor, tmp_path)
+    with pytest.raises(ConfigError, match="split dev is empty: 0 of its utterances were rejected, and 2 speakers are left in all; give the corpus a dev split or more speakers"):
+        prepared(layout)
+    assert not any(layout.manifest(split).exists() for split in SPLITS) and not (layout.prepared/"stats.json").exists()
+    with pytest.raises(ConfigError, match="an empty split cannot be sharded"): write_shards([], layout.split_shards("dev"), layout.split_index("dev"), audio_root=tmp_path)
+    corpus(whole, tmp_path)
+    assert prepared(layout)["splits"]["dev"]["utterances"] == 4
+
+
+def test_split_that_is_lost_is_not_drawn_from_another(tmp_path):
+    source = release(tmp_path/"cv", train=["a", "b", "c"], dev=["d"], test=["e"])
+    for n in range(13, 17): soundfile.write(source/f"clips/{n}.wav", np.zeros(16_000), 16_000)
+    layout = corpus(source, tmp_path)
+    with pytest.raises(ConfigError, match=r"split dev is empty: 4 of its utterances were rejected, .*\(rejected: 4 silent\)"): prepared(layout, max_reject_share=0.5)
+    before = contents(layout.corpus)
+    for n in range(13, 17): (source/f"clips/{n}.wav").unlink()
+    with pytest.raises(ConfigError, match=r"cv/dev.tsv: no usable line; 4 rejected; dev.tsv, line 2: clip not found, 13.wav; .*Mend them, or remove the table"):
+        corpus(source, tmp_path)
+    assert contents(layout.corpus) == before
+    (source/"dev.tsv").unlink()
+    assert prepared(corpus(source, tmp_path))["splits"]["dev"]["utterances"] == 4
+
+
+# Where the corpus should be
+
+def blocked(*_, **__): raise PermissionError(13, "Permission denied")
+
+
+@pytest.mark.parametrize("source, path, says", [
+    ("demo", "nowhere", "nowhere/sentences.vi.txt: cannot be read (No such file or directory); corpus.path must name the folder that holds sentences.vi.txt"),
+    ("demo", "file", "file/sentences.vi.txt: cannot be read (Not a directory)"),
+    ("demo", "folder", "folder/sentences.vi.txt: cannot be read (Is a directory)"),
+    ("common_voice", "nowhere", "nowhere: no such folder; corpus.path must name a language's folder of a Common Voice release, with clips/ and train.tsv in it"),
+    ("common_voice", "file", "file: no such folder"),
+    ("common_voice", "folder", "folder: holds no test.tsv, dev.tsv, train.tsv"),
+    ("common_voice", "locked", "locked: cannot be read (Permission denied); change its permissions")])
+def test_wrong_corpus_path(tmp_path, monkeypatch, source, path, says):
+    (tmp_path/"file").touch()
+    for name in ("folder/sentences.vi.txt", "locked"): (tmp_path/name).mkdir(parents=True)
+    before = contents(corpus(release(tmp_path/"cv", train=["a"]), tmp_path).corpus)
+    if path == "locked": monkeypatch.setattr(os, "listdir", blocked) # root may read what nobody may
+    with pytest.raises(ConfigError) as error: make_corpus(CorpusConfig(source=source, path=path, processes=1), tmp_path/"data/corpus", tmp_path)
+    assert says in str(error.value) and "\n" not in str(error.value)
+    monkeypatch.undo()
+    assert contents(tmp_path/"data/corpus") == before and os.listdir(tmp_path/"data") == ["corpus"]
+
+
+# Killed in the middle
+
+def test_killed_corpus_is_made_again(tmp_path):
+    killed("import ai2text.corpus as c\nspeak = c.record\ndef record(*a, **k): die(); return speak(*a, **k)\nc.record = record\n"
+           "c.make_corpus(c.CorpusConfig(sentences=6, dev_sentences=1, test_sentences=1, processes=1), 'corpus')", tmp_path)
+    assert os.listdir(tmp_path) == [".corpus.part"] and len(list(tmp_path.glob(".corpus.part/wav/*.wav"))) == 2
+    make_corpus(CorpusConfig(sentences=6, dev_sentences=1, test_sentences=1, processes=1), tmp_path/"corpus")
+    assert os.listdir(tmp_path) == ["corpus"]
+    assert {Path(r["audio_filepath"]) for r in read_jsonl(tmp_path/"corpus/manifest.jsonl")} == {p.relative_to(tmp_path/"corpus") for p in tmp_path.glob("corpus/wav/*")}
+
+
+def test_killed_prepare_leaves_no_whole_set(tmp_path):
+    layout = corpus(release(tmp_path/"cv", train=["a", "b"], dev=["d"], test=["e"]), tmp_path)
+    prepared(layout)
+    whole = contents(layout.prepared)
+    killed("import ai2text.prepare as p\nwrite = p.write_jsonl\ndef write_jsonl(*a): die(); write(*a)\np.write_jsonl = write_jsonl\n"
+           "p.prepare(p.PrepareConfig(tokenizer='char', processes=1), 'data/corpus', 'data/prepared')", tmp_path)
+    assert sorted(p.name for p in layout.prepared.glob("*.json*")) == ["rejects.jsonl", "train.jsonl"]
+    prepared(layout)
+    assert contents(layout.prepared) == whole
+
+
+def test_killed_shards_keep_what_is_whole(tmp_path):
+    layout = corpus(release(tmp_path/"cv", train=["a", "b", "c", "d"], dev=["e"], test=["f"]), tmp_path)
+    prepared(layout)
+    killed("import ai2text.shards as s\nfrom ai2text.config import Layout, read_jsonl\nend = s.tar_end\ndef tar_end(size): die(); return end(size)\ns.tar_end = tar_end\n"
+           "l = Layout('.')\nconfig = s.ShardsConfig(shard_size=5, codec='wav', processes=1)\n"
+           "s.write_shards(read_jsonl(l.manifest('train')), l.split_shards('train'), l.split_index('train'), config, audio_root=l.prepared)", tmp_path)
+    folder, names = layout.split_shards("train"), ["shard-000000.tar", "shard-000001.tar"]
+    assert sorted(p.name for p in folder.glob("*.tar")) == names and not layout.split_index("train").exists()
+    with pytest.raises(ConfigError, match="train.json: no such index; run the stage `shards`"): load_index(layout.split_index("train"))
+    times = [(folder/n).stat().st_mtime_ns for n in names]
+    index = sharded(layout, "train")
+    assert len(index) == 16 and verify(folder, index) == [] and len(os.listdir(folder)) == 4
+    assert [(folder/n).stat().st_mtime_ns for n in names] == times
+
+
+def test_full_disk_leaves_no_half_shard(tmp_path):
+    "A limit on the size of files serves for a full disk."
+    layout = corpus(release(tmp_path/"cv", train=["a", "b"], dev=["d"], test=["e"]), tmp_path)
+    prepared(layout)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
+    try:
+        with pytest.raises(OSError, match=r"data/shards/train/shard-000000.tar"): sharded(layout, "train")
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert os.listdir(layout.split_shards("train")) == [] and not layout.split_index("train").exists()
+    assert verify(layout.split_shards("train"), sharded(layout, "train")) == []
+
+
+# A model of other data
+
+def test_model_with_another_vocabulary_is_refused(tmp_path):
+    from ai2text.checkpoint import save_model
+    from ai2text.recipe import EvaluateConfig, build_model, evaluate
+    from ai2text.text import load_tokenizer
+    layout = corpus(release(tmp_path/"cv", train=["a", "b"], dev=["d"], test=["e"]), tmp_path)
+    prepared(layout)
+    model = build_model(dict(family="conformer", size="tiny"), load_tokenizer(layout.tokenizer))
+    save_model(layout.model(M), model, None, lambda part: model.tokenizer.save(part/"tokenizer"), "conformer")
+    prepared(layout, tokenizer="bpe", vocab_size=model.tokenizer.vocab_size + 2)
+    with pytest.raises(ConfigError, match=rf"models/{M}: was trained with another vocabulary \(char, .* symbols\) than the data's \(bpe, .*\); train it again on this data"):
+        evaluate(M, EvaluateConfig(), layout)
+    assert not layout.results(f"{M}-eval").exists()
+
+
+# As the user sees it
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    "A copy of the project, prepared on a tiny corpus of recordings."
+    w = Workspace(tmp_path_factory.mktemp("project"))
+    release(w.root/"cv", train=["a", "b"], dev=["d"], test=["e"])
+    w.change(dict(corpus=dict(source="common_voice", path="cv"), shards=dict(processes=1, codec="wav")))
+    make_corpus(CorpusConfig(source="common_voice", path="cv", processes=1), w.root/"data/corpus", w.root)
+    prepared(Layout(w.root))
+    return w
+
+
+def fails(w:Workspace, *command:str, code:int)->str:
+    "What a command that fails says on the terminal."
+    done = subprocess.run(command, cwd=w.root, capture_output=True, text=True, env=environment(), stdin=subprocess.DEVNULL)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def stage(w:Workspace, *words:str, code:int)->str:
+    "The last line of a stage that fails, with its traceback nowhere but in the report."
+    lines = fails(w, sys.executable, "-m", "ai2text.cli", "stage", *words, code=code).splitlines()
+    assert [line for line in lines if line.strip() and "%|" not in line] == lines[-1:], "\n".join(lines) # progress bars apart
+    return lines[-1]
+
+
+def test_typo_is_found_before_any_work(workspace):
+    text = (workspace.root/"params.yaml").read_text()
+    (workspace.root/"params.yaml").write_text(text.replace("warmup_steps:", "warmup_step:"))
+    try: says = stage(workspace, "corpus", code=2)
+    finally: (workspace.root/"params.yaml").write_text(text)
+    assert says == "ai2text stage: params.yaml: train.warmup_step: no such parameter; did you mean warmup_steps?"
+
+
+def test_missing_corpus_in_the_terminal(workspace):
+    before = contents(workspace.root/"data/corpus")
+    workspace.change(dict(corpus=dict(path="nowhere")))
+    try:
+        says = stage(workspace, "corpus", code=1)
+        assert says.startswith("ai2text stage: stage corpus: ConfigError: nowhere: no such folder; corpus.path must name") and says.endswith("; its report: papermill_runs/corpus.ipynb")
+        assert "no such folder" in nbformat.read(workspace.report("corpus"), 4).cells[0].source
+        assert contents(workspace.root/"data/corpus") == before
+        assert fails(workspace, "dvc", "repro", "-s", "corpus", code=255).splitlines()[-1].endswith("/nowhere'") # DVC looks before the stage does
+    finally: workspace.change(dict(corpus=dict(path="cv")))
+
+
+def test_full_disk_and_missing_files_in_the_terminal(workspace):
+    layout = Layout(workspace.root)
+    limited = ["bash", "-c", f"ulimit -f 200; exec '{sys.executable}' -m ai2text.cli stage shards"] # blocks of 1024 bytes
+    says = fails(workspace, *limited, code=1).splitlines()[-1]
+    assert says.startswith("ai2text stage: stage shards: OSError: [Errno 27] File too large: 'data/shards/train/shard-000000.tar'"), says
+    assert not list(workspace.root.glob("data/shards/*/*")) and not list(workspace.root.glob("data/index/*.json"))
+    held = layout.manifest("dev").read_bytes()
+    layout.manifest("dev").unlink()
+    says = stage(workspace, "shards", code=1)
+    assert "data/prepared/dev.jsonl'; run the stage that makes it, or `dvc repro` for all; its report" in says
+    layout.manifest("dev").write_bytes(held)
+    done = workspace.run(sys.executable, "-m", "ai2text.cli", "stage", "shards")
+    assert done.startswith("train: 1 shards, 8 utterances") and verify(layout.split_shards("dev"), layout.split_index("dev")) == []
+
+
+# The command line
+
+def command(capsys, *words)->tuple:
+    "Exit status and all that is printed."
+    try: code = main(list(map(str, words)))
+    except SystemExit as e: code = e.code
+    out, err = capsys.readouterr()
+    return code, out + err
+
+
+@pytest.mark.parametrize("words, says", [
+    ("stge", "argument COMMAND: invalid choice: 'stge' (choose from"),
+    ("stage", "the following arguments are required: name"),
+    ("stage trian", "ai2text stage: trian: no such stage; known are corpus, prepare, shards, train, evaluate"),
+    ("stage train", f"ai2text stage: stage train: runs once a model; add --model and one of {M}"),
+    ("stage train --model conformer", f"--model conformer: params.yaml has no models.conformer; known are {M}"),
+    ("stage corpus --model conformer_ctc", "this stage is the same for all models; leave --model out"),
+    ("train --max-steps many", "argument --max-steps: invalid int value: 'many'"),
+    ("train --amp-dtype fp9", "ai2text train: train.amp_dtype: 'fp9' is not known; choose from 'auto'"),
+    ("train --model other", f"ai2text train: params.yaml: models: no other; there are {M}"),
+    ("train", "data/prepared/tokenizer/tokenizer.json: no such file; run the prepare stage to make the tokenizer"),
+    ("ttq missing", "error: missing: no such file; give a ttq_log.json or the folder it lies in"),
+    ("summary", "results: no results yet; run `make demo`"),
+    ("verify nowhere", "ai2text verify: nowhere/index.json: no such index; run the stage `shards`"),
+    ("runs --keep -1", "ai2text runs: --keep -1: give 0 or more"),
+    ("shards --audio-dir nowhere --transcript-file t.json --output-dir out", "ai2text shards: nowhere: no such folder of recordings"),
+    ("shards --audio-dir . --transcript-file t.json --output-dir out", "ai2text shards: [Errno 2] No such file or directory: 't.json'"),
+    ("shards --audio-dir . --transcript-file . --output-dir out", "ai2text shards: [Errno 21] Is a directory: '.'")])
+def test_wrong_words(tmp_path, monkeypatch, capsys, words, says):
+    for name in ("params.yaml", "dvc.yaml", "nbs"): (tmp_path/name).symlink_to(ROOT/name)
+    monkeypatch.chdir(tmp_path)
+    code, text = command(capsys, *words.split())
+    assert code == 2 and says in text and "Traceback" not in text
+    assert sorted(os.listdir(tmp_path)) == ["dvc.yaml", "nbs", "params.yaml"]
+
+
+def test_commands_outside_of_a_project(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for words in ("runs", "summary", "stage corpus", "train"):
+        code, text = command(capsys, *words.split())
+        assert code == 2 and text.endswith(f"{tmp_path}: neither this folder nor one above it has dvc.yaml and params.yaml; change to the project's folder\n")
+    for name in ("params.yaml", "dvc.yaml"): (tmp_path/name).symlink_to(ROOT/name)
+    assert command(capsys, "runs") == (0, f"0 runs in {tmp_path/'.runs'}\n")
+
+
+def test_strange_transcripts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    release(Path("cv"), train=["a"])
+    shutil.copy("cv/clips/1.wav", "outside.wav")
+    def shards(transcripts, share="0.9"):
+        Path("t.json").write_text(json.dumps(transcripts))
+        return command(capsys, "shards", "--audio-dir", "cv/clips", "--transcript-file", "t.json", "--output-dir", "out", "--max-reject-share", share, "--processes", "1")
+    code, text = shards([dict(id="1", text="một")])
+    assert (code, text) == (2, 'ai2text shards: t.json: holds a list; write one JSON object, {"id": "transcript", ...}\n')
+    code, text = shards({"../../etc/passwd": "một"})
+    assert code == 2 and text.endswith("an empty split cannot be sharded (1 x has no audio file (as '../../etc/passwd'))\n")
+    assert not Path("out").exists()
+    code, text = shards({"1": "một", "../../etc/passwd": "hai", "../../outside": "ba", "2": "..."})
+    assert code == 0 and "1 shards, 1 utterances" in text and "3 rejected: 1 x " in text
+    rejected = {r["id"]: r["reason"] for r in read_json("out/index.json")["rejected"]}
+    assert rejected == {"../../etc/passwd": "has no audio file", "../../outside": "leads out of the audio folder", "2": "has an empty transcript"}
+    code, text = shards({"1": "một", "../../outside": "ba"}, "0.1")
+    assert code == 2 and "1 of 2 recordings rejected, more than max_reject_share = 0.1 allows: 1 x leads out of the audio folder (as '../../outside')" in text
+
+
+# make demo, interrupted before the pipeline
+
+PYTHON = """#!/bin/sh
+case "$1 $2" in
+"-m venv") mkdir -p $4/bin && cp "$0" $4/bin/python && for p in dvc ai2text; do printf '#!/bin/sh\\necho %s $@ >> calls\\n' $p > $4/bin/$p; chmod +x $4/bin/$p; done; echo venv >> calls ;;
+"-m pip") echo pip >> calls; test ! -e broken ;;
+esac
+"""
+
+
+def test_interrupted_install_starts_again(tmp_path):
+    for name in ("Makefile", "constraints.txt", "settings.ini", "setup.py"): shutil.copy(ROOT/name, tmp_path)
+    (tmp_path/"python").write_text(PYTHON)
+    (tmp_path/"python").chmod(0o755)
+    def demo():
+        (tmp_path/"calls").write_text("")
+        done = subprocess.run(["make", "demo", f"PYTHON={tmp_path/'python'}", "VENV=environment"], cwd=tmp_path, env=environment(MAKEFLAGS=None), capture_output=True, text=True)
+        return done.returncode, (tmp_path/"calls").read_text().split("\n")[:-1]
+    (tmp_path/"broken").touch()
+    assert demo() == (2, ["venv", "pip"])
+    (tmp_path/"broken").unlink()
+    assert demo() == (0, ["venv", "pip", "dvc repro", "ai2text summary"])
+    assert demo() == (0, ["dvc repro", "ai2text summary"])
