@@ -27,7 +27,7 @@ def opt(
     lt=None,         # value must be smaller than this
     choices=None,    # the values allowed
 ):                   # a dataclass field
-    "A dataclass field with a help line and a range; for a list, the range holds for each item."
+    "A dataclass field with a help line and a range; for a list or a mapping, the range holds for each value in it."
     meta = dict(help=help, ge=ge, gt=gt, le=le, lt=lt, choices=choices)
     if isinstance(default, (list, dict, set)): return field(default_factory=lambda: type(default)(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -53,7 +53,8 @@ def _typed(value, kind, where:str):
         kinds = [args[0] if args else typing.Any] * len(value)
         return origin(_typed(v, k, f"{where}[{i}]") for i,(v,k) in enumerate(zip(value, kinds)))
     elif origin is dict and isinstance(value, dict):
-        return {k: _typed(v, args[1] if args else typing.Any, f"{where}.{k}") for k,v in value.items()}
+        names, values = args or (typing.Any, typing.Any)
+        return {_typed(k, names, f"{where}: the key {k!r}"): _typed(v, values, f"{where}.{k}") for k,v in value.items()}
     elif kind is float and type(value) in (int, float): return float(value)
     elif kind is Path and isinstance(value, str): return Path(value)
     elif type(value) is kind: return value
@@ -64,6 +65,8 @@ def _in_range(value, meta, where:str):
     "Refuse a value outside of the range that `opt` gave; `NaN` is outside of every range."
     if isinstance(value, (list, tuple)):
         for i,v in enumerate(value): _in_range(v, meta, f"{where}[{i}]")
+    elif isinstance(value, dict):
+        for k,v in value.items(): _in_range(v, meta, f"{where}.{k}")
     elif value is not None:
         tests = dict(ge=(">=", lambda a,b: a >= b), gt=(">", lambda a,b: a > b), le=("<=", lambda a,b: a <= b), lt=("<", lambda a,b: a < b))
         for name,(sign,holds) in tests.items():
@@ -136,15 +139,16 @@ class Layout:
     root:Path # the folder of params.yaml
     def __post_init__(self): object.__setattr__(self, "root", Path(self.root))
 
-    corpus          = property(lambda self: self.root/"data/corpus", doc="imported recordings and their manifest")
-    corpus_manifest = property(lambda self: self.corpus/"manifest.jsonl")
-    prepared        = property(lambda self: self.root/"data/prepared", doc="manifests, rejects and the tokenizer")
-    tokenizer       = property(lambda self: self.prepared/"tokenizer")
-    shards          = property(lambda self: self.root/"data/shards")
-    index           = property(lambda self: self.root/"data/index")
-    runs            = property(lambda self: self.root/".runs", doc="training runs, finished and not; outside of DVC")
-    reports         = property(lambda self: self.root/"papermill_runs", doc="executed stage notebooks")
+    corpora   = property(lambda self: self.root/"data/corpus", doc="imported corpora, a folder each")
+    prepared  = property(lambda self: self.root/"data/prepared", doc="manifests, rejects and the tokenizer")
+    tokenizer = property(lambda self: self.prepared/"tokenizer")
+    shards    = property(lambda self: self.root/"data/shards")
+    index     = property(lambda self: self.root/"data/index")
+    runs      = property(lambda self: self.root/".runs", doc="training runs, finished and not; outside of DVC")
+    reports   = property(lambda self: self.root/"papermill_runs", doc="executed stage notebooks")
 
+    def corpus(self, name:str)->Path: return self.corpora/name
+    def corpus_manifest(self, name:str)->Path: return self.corpus(name)/"manifest.jsonl"
     def manifest(self, split:str)->Path: return self.prepared/f"{split}.jsonl"
     def split_shards(self, split:str)->Path: return self.shards/split
     def split_index(self, split:str)->Path: return self.index/f"{split}.json"

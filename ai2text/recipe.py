@@ -48,6 +48,7 @@ class TrainConfig:
     evaluate_every_steps:int = opt(250, "steps between two evaluations on dev", ge=0)
     evaluate_every_minutes:float = opt(0., "minutes between two evaluations on dev", ge=0)
     checkpoint_minutes:float = opt(1., "minutes between two checkpoints", gt=0)
+    weights:dict[str,float] = opt({}, "how often an epoch has each utterance of a corpus, by name; 1 for those not named", ge=0)
     shuffle_buffer:int = opt(10_000, "utterances in a window of the shuffle", ge=1)
     num_workers:int = opt(1, "threads that read ahead", ge=0)
     threads:int = opt(0, "processor threads; the same number gives the same bits; 0 = as torch likes", ge=0)
@@ -112,8 +113,13 @@ def split_loader(
     batch_seconds:float,  # padded seconds of a batch
     num_workers:int=1,    # threads that read ahead
 ):
-    "A split in a fixed order, each utterance once an epoch."
-    return create_webdataset_loader(layout.split_shards(split), 10_000, num_workers, index=layout.split_index(split), batch_seconds=batch_seconds, shuffle=False, max_skip_share=0.)
+    "A split in a fixed order, each utterance once an epoch; refuses one whose shards lack a recording, since its error rate would be of something else."
+    loader = create_webdataset_loader(layout.split_shards(split), 10_000, num_workers, index=layout.split_index(split), batch_seconds=batch_seconds, shuffle=False, max_skip_share=0.)
+    if lost := loader.index.rejected:
+        listed = "; ".join(f"{r['id']} ({r['reason']})" for r in lost[:5]) + ("; ..." if len(lost) > 5 else "")
+        raise ConfigError(f"{layout.split_index(split)}: {len(lost)} of {len(lost) + len(loader.index)} recordings of {split} could not go into the shards: {listed}. "
+                          "Mend them or take them out of the corpus, and run `dvc repro`")
+    return loader
 
 def measure(
     model, 
@@ -122,9 +128,11 @@ def measure(
     device=None,
     show:str="",
 ):                   # `Score`, rows for utterances.jsonl
-    "Score a model on a split."
+    "Score a model on a split; speakers of different corpora are different people, whatever their names."
     hypotheses = {i: h.text for i,h in transcribe_split(model, loader, device, show).items()}
-    rows = utterance_rows(manifest, hypotheses, keep=("dialect",))
+    if len({row.get("corpus") for row in manifest}) > 1:
+        manifest = [{**row, "speaker": f"{row['corpus']} {row['speaker']}" if row.get("speaker") else ""} for row in manifest]
+    rows = utterance_rows(manifest, hypotheses, keep=("corpus", "dialect"))
     return score_rows(rows), rows
 
 # %% ../nbs/88_recipe.ipynb #78c1b30c
@@ -156,7 +164,7 @@ def set_up(
     "Loader, model with fitted features, optimizer and trainer."
     tokenizer = load_tokenizer(layout.tokenizer)
     train_loader = lambda: create_webdataset_loader(layout.split_shards("train"), config.batch_size, config.num_workers, config.shuffle_buffer,
-                                                    index=layout.split_index("train"), batch_seconds=config.batch_seconds, seed=config.seed)
+                                                    index=layout.split_index("train"), batch_seconds=config.batch_seconds, seed=config.seed, weights=config.weights)
     if config.threads: torch.set_num_threads(config.threads)
     model = build_model(params, tokenizer, config.seed)
     if hasattr(model, "fit_features"): model.fit_features(batch for batch, _ in zip(train_loader(), range(FEATURE_BATCHES)))

@@ -4,22 +4,26 @@
 
 # %% auto #0
 __all__ = ['NORMALISER_VERSION', 'VOWELS', 'CONSONANTS', 'FOREIGN', 'TONES', 'SHAPES', 'TONED', 'ALPHABET', 'D_BARS', 'SPOKEN',
-           'QUOTES', 'FILLERS', 'CHARACTER_MAP', 'ONSETS', 'NUCLEI', 'FINALS', 'SYLLABLE', 'APOSTROPHE', 'BLANK',
-           'WORD_START', 'KINDS', 'CharacterMap', 'compose_marks', 'tone_position', 'place_tone', 'normalise_word',
-           'normalise', 'unknown_characters', 'Tokenizer', 'CharTokenizer', 'BPETokenizer', 'train_bpe',
-           'train_tokenizer', 'load_tokenizer', 'min_frames']
+           'READ', 'QUOTES', 'FILLERS', 'NUMBER_SIGNS', 'CHARACTER_MAP', 'ONSETS', 'NUCLEI', 'FINALS', 'SYLLABLE',
+           'KNOWN', 'APOSTROPHE', 'FOREIGN_POLICIES', 'LETTER_NAMES', 'FOREIGN_CAPITALS', 'FOREIGN_SOUND', 'D_BAR',
+           'BLANK', 'WORD_START', 'KINDS', 'is_invisible', 'CharacterMap', 'compose_marks', 'tone_position',
+           'place_tone', 'unknown_characters', 'unknown_report', 'script_of', 'wrong_script', 'normalise_word',
+           'Abbreviations', 'spell', 'spell_foreign', 'foreign_words', 'normalise', 'read_abbreviations', 'Tokenizer',
+           'CharTokenizer', 'BPETokenizer', 'train_bpe', 'train_tokenizer', 'load_tokenizer', 'min_frames']
 
-# %% ../nbs/10_text.ipynb #56b08c30
+# %% ../nbs/10_text.ipynb #48ba46d1
 import hashlib, re, unicodedata
-from functools import lru_cache
+from collections import Counter
+from functools import cached_property, lru_cache
 from io import BytesIO
 from pathlib import Path
 import sentencepiece
 from fastcore.basics import patch
 from .config import ConfigError, atomic_write, read_json, write_json
+from .numerals import read_numbers
 
-# %% ../nbs/10_text.ipynb #2e7d6e5a
-NORMALISER_VERSION = "vi-1" # part of each tokenizer's fingerprint: change it with any change of `normalise`
+# %% ../nbs/10_text.ipynb #00d83997
+NORMALISER_VERSION = "vi-2" # part of each tokenizer's fingerprint: change it with any change of `normalise`
 
 VOWELS = "aăâeêioôơuưy"
 CONSONANTS = "bcdđghklmnpqrstvx"
@@ -33,25 +37,34 @@ ALPHABET = "".join(sorted([*VOWELS, *TONED, *CONSONANTS, *FOREIGN]))
 
 # %% ../nbs/10_text.ipynb #22360128
 D_BARS = "ÐðĐɖƉ"          # eth and African d: they look like Đ and đ
-SPOKEN = "%‰&@#§"         # Unicode calls them punctuation; a reader says them
+SPOKEN = "&@#§"           # Unicode calls them punctuation; a reader says them
+READ = {"%": "phần trăm", "‰": "phần nghìn", "½": "một phần hai", "¼": "một phần tư", "¾": "ba phần tư", "⅓": "một phần ba", "⅔": "hai phần ba"}
 QUOTES = "`´ʹʼ|"          # Unicode calls them symbols or letters; writers use them as quotes and bars
 FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0" # invisible, but not of a category that says so
+NUMBER_SIGNS = "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd" # category Cf like the zero-width joiner, but drawn
+
+def is_invisible(
+    char:str, # one character
+)->bool:      # a reader sees nothing of it, and loses nothing with it
+    "Format characters, variation selectors and fillers."
+    if unicodedata.category(char) == "Cf": return char not in NUMBER_SIGNS
+    return char in FILLERS or "VARIATION SELECTOR" in unicodedata.name(char, "")
 
 class CharacterMap(dict):
     "A table for `str.translate` that asks Unicode once for each code point it meets."
     def __missing__(self, code):
         char = chr(code)
-        category = unicodedata.category(char)
         if char in D_BARS: new = "đ"
-        elif char in QUOTES or char.isspace() or (category[0] == "P" and char not in SPOKEN): new = " "
-        elif category in ("Cc", "Cf") or char in FILLERS or "VARIATION SELECTOR" in unicodedata.name(char, ""): new = ""
+        elif char in READ: new = f" {READ[char]} "
+        elif char in QUOTES or char.isspace() or (unicodedata.category(char)[0] == "P" and char not in SPOKEN): new = " "
+        elif is_invisible(char): new = ""
         else: new = char
         self[code] = new
         return new
 
 CHARACTER_MAP = CharacterMap()
 
-# %% ../nbs/10_text.ipynb #7795616f
+# %% ../nbs/10_text.ipynb #67ccc709
 def compose_marks(
     word:str, # one word in lower case
 )->str:       # the same in NFC
@@ -65,7 +78,7 @@ def compose_marks(
     letters = [letter[0] + "".join(sorted(letter[1:], key=lambda mark: mark not in SHAPES)) for letter in letters]
     return unicodedata.normalize("NFC", "".join(letters))
 
-# %% ../nbs/10_text.ipynb #73c3e89f
+# %% ../nbs/10_text.ipynb #528cd61d
 ONSETS = "ngh ng gh gi kh nh ph qu th tr ch b c d đ g h k l m n p r s t v x".split()
 NUCLEI = """iêu yêu oai oao oay oeo uây uôi uya uyê uyu ươi ươu ai ao au ay âu ây eo êu ia iê iu oa oă oe oi oo ôi ôô ơi ua uâ ui
     uê uô uơ uy ưa ưi ươ ưu yê a ă â e ê i o ô ơ u ư y""".split()
@@ -96,30 +109,157 @@ def place_tone(
     if place is None: return word
     return plain[:place] + unicodedata.normalize("NFC", plain[place] + tone) + plain[place+1:]
 
-# %% ../nbs/10_text.ipynb #73ee0557
+# %% ../nbs/10_text.ipynb #09b645db
+KNOWN = frozenset(ALPHABET + " ")
+
+def unknown_characters(
+    text:str, # normalised text
+)->set:       # characters that no tokenizer knows
+    "The characters that are neither in the alphabet nor a space."
+    return set(text) - KNOWN
+
+def unknown_report(
+    texts,    # normalised texts
+)->Counter:   # unknown character -> how often
+    "How often each unknown character occurs."
+    return Counter(char for text in texts if not KNOWN.issuperset(text) for char in text if char not in KNOWN)
+
+@lru_cache(maxsize=1 << 12)
+def script_of(
+    char:str, # one character
+)->str:       # as Latin, Cyrillic, Cjk; empty if this is no letter
+    "The script of a letter, from its name in Unicode."
+    if not unicodedata.category(char).startswith("L"): return ""
+    name = unicodedata.name(char, "Unnamed")
+    return "Latin" if "LATIN" in name or char in "ªº" else name.split()[0].split("-")[0].capitalize()
+
+def wrong_script(
+    text:str,   # any text
+)->list:        # sorted names
+    "The scripts other than Latin that the letters of a text are in."
+    return [] if KNOWN.issuperset(text) else sorted({script_of(char) for char in text} - {"", "Latin"})
+
+# %% ../nbs/10_text.ipynb #92feca11
 APOSTROPHE = re.compile(r"(?<=[^\W\d_])['’ʼ](?=[^\W\d_])")
 
 @lru_cache(maxsize=1 << 16)
 def normalise_word(word:str)->str:
     "Compose marks, then place the tone."
-    return place_tone(compose_marks(word))
+    return "và" if word == "&" else place_tone(compose_marks(word))
+
+# %% ../nbs/10_text.ipynb #09e1881a
+class Abbreviations(dict):
+    "Abbreviation -> its words; it finds them in a text."
+
+    @cached_property
+    def words(self)->dict:
+        "The abbreviations in small letters."
+        return {normalise_word(key): value for key, value in self.items() if key.islower() and key.isalpha()}
+
+    @cached_property
+    def pattern(self)->re.Pattern|None:
+        "What finds the others; it begins with letters, so that the search is fast, and `expand` looks at what is before them."
+        keys = sorted((key for key in self if not (key.islower() and key.isalpha())), key=len, reverse=True)
+        keys += [key.capitalize() for key in keys if key.islower()]
+        parts = [r"\.\s?".join(re.escape(part).replace(r"\ ", r"\s+") for part in key.rstrip(".").split(".")) + (r"\." if key[-1] == "." else "") for key in keys]
+        return re.compile(f"(?:{'|'.join(parts)})(?![^\\W\\d_])") if parts else None
+
+    @cached_property
+    def written(self)->dict:
+        "Abbreviation without spaces -> its words."
+        return {re.sub(r"\s", "", way): value for key, value in self.items() for way in ([key, key.capitalize()] if key.islower() else [key])}
+
+    def expand(self,
+        text:str, # NFC, as it was typed
+    )->str:
+        "The text with the abbreviations that have capitals or dots in words."
+        def words(match):
+            if text[max(match.start() - 1, 0):match.start()].isalnum(): return match[0]
+            return " " + self.written["".join(match[0].split())] + " "
+        return self.pattern.sub(words, text) if self.pattern else text
+
+# %% ../nbs/10_text.ipynb #a70dde56
+FOREIGN_POLICIES = ("keep", "spell", "reject")
+LETTER_NAMES = dict(zip("abcdđeghiklmnopqrstuvxyfjwz", """a,bê,xê,dê,đê,e,giê,hát,i,ca,e lờ,em mờ,en nờ,o,pê,quy,e rờ,ét sì,tê,u,vê,ích xì,i dài,ép,gi,vê kép,dét""".split(",")))
+FOREIGN_CAPITALS = re.compile(r"(?<![^\W_])(?=[A-ZĐ]*[FJWZ])[A-ZĐ]+(?![^\W_])")
+FOREIGN_SOUND = re.compile(r"f+|j+(?=[iíìỉĩị])|j+|w+|z+")
+
+def spell(
+    word:str, # small letters
+)->str:       # names of its letters
+    "A word letter by letter."
+    return " ".join(LETTER_NAMES.get(char, char) for char in word)
+
+def spell_foreign(
+    word:str, # one word in small letters
+)->str:       # without f, j, w, z
+    "A word with foreign letters as a Vietnamese would write it; letter by letter where it has no vowel. Other words stay."
+    if set(FOREIGN).isdisjoint(word): return word
+    if not any(char in VOWELS or char in TONED for char in word): return spell(word)
+    return FOREIGN_SOUND.sub(lambda m: {"f": "ph", "j": "g" if word[m.end():][:1] in tuple("iíìỉĩị") else "gi", "w": "u", "z": "d"}[m[0][0]], word)
+
+def foreign_words(
+    text:str,    # normalised
+)->list:
+    "The words of a text that have a foreign letter."
+    return [word for word in text.split() if not set(FOREIGN).isdisjoint(word)]
+
+# %% ../nbs/10_text.ipynb #066b69af
+D_BAR = re.compile(f"[{D_BARS}]")
 
 def normalise(
-    text:str, # a transcript as it was typed
-)->str:       # lower case, NFC, single spaces, one tone placement
+    text:str,            # a transcript as it was typed
+    *,
+    foreign:str="keep",  # what becomes of words with f, j, w, z: one of `FOREIGN_POLICIES`; reject is keep here, and the caller asks `foreign_words`
+    abbreviations:Abbreviations|dict|None=None, # how abbreviations are read, from `read_abbreviations`; a plain dict is prepared at each call
+)->str:                  # small letters, NFC, single spaces, one tone placement, numbers in words
     "Bring a Vietnamese transcript to the one form that this project trains and scores on."
-    text = unicodedata.normalize("NFC", text).lower()
+    if foreign not in FOREIGN_POLICIES: raise ValueError(f"unknown policy {foreign!r} for foreign letters; choose one of {', '.join(FOREIGN_POLICIES)}")
+    text = unicodedata.normalize("NFC", text)
+    if not text.isascii(): text = D_BAR.sub(lambda m: "đ" if m[0].islower() else "Đ", text)
+    if abbreviations:
+        if not isinstance(abbreviations, Abbreviations): abbreviations = Abbreviations(abbreviations)
+        text = abbreviations.expand(text)
+    text = read_numbers(text)
+    if foreign == "spell" and (len(text.split()) < 4 or not text.isupper()): text = FOREIGN_CAPITALS.sub(lambda m: f" {spell(m[0].lower())} ", text)
+    text = text.lower()
     if "'" in text or "’" in text or "ʼ" in text: text = APOSTROPHE.sub("", text)
-    return " ".join(map(normalise_word, text.translate(CHARACTER_MAP).split()))
+    text = text.translate(CHARACTER_MAP)
+    if foreign == "spell" and foreign_words(text): text = " ".join(map(spell_foreign, text.split()))
+    words = map(normalise_word, text.split())
+    if abbreviations and abbreviations.words: words = (abbreviations.words.get(word, word) for word in words)
+    return " ".join(words)
 
-# %% ../nbs/10_text.ipynb #24327f93
-def unknown_characters(
-    text:str, # normalised text
-)->set:       # characters that no tokenizer knows
-    "The characters that are neither in the alphabet nor a space."
-    return set(text) - set(ALPHABET) - {" "}
+# %% ../nbs/10_text.ipynb #2a63ad72
+def _checked(key:str, words:str, found:dict)->str:
+    "What is wrong with a line of the file, and how to mend it; empty if nothing is."
+    if not re.fullmatch(r"[^\W_][\w.&/ -]*", key): return f"{key!r} is no abbreviation; it begins with a letter and has letters, digits, dots, '&', '/', '-' and spaces"
+    if key in found: return f"{key!r} is there twice; keep one of the lines"
+    if key.islower() and not key.isalpha() and "." not in key: return f"{key!r} is in small letters and not one word; write it with capitals or dots, as it is typed"
+    if not words: return f"{key!r} has no words; write them behind a tab"
+    if unknown := unknown_characters(words): return f"the words for {key!r} hold {' '.join(sorted(unknown))}; write them as they are spoken"
+    return ""
 
-# %% ../nbs/10_text.ipynb #362c46e8
+def read_abbreviations(
+    path:str|Path,  # UTF-8; each line an abbreviation, a tab, its words; # begins a comment
+)->Abbreviations:   # for `normalise`
+    "Read a file of abbreviations; raises `ConfigError` with the file, the line and the mend."
+    try: lines = Path(path).read_text("utf-8-sig").splitlines()
+    except FileNotFoundError: raise ConfigError(f"{path}: no such file; name a file of abbreviations, or an empty string for none") from None
+    except UnicodeDecodeError as error: raise ConfigError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
+    found, places = Abbreviations(), {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"): continue
+        key, tab, words = (unicodedata.normalize("NFC", part).strip() for part in line.partition("\t"))
+        wrong = _checked(key, words := normalise(words), found) if "\t" in line else "no tab; write the abbreviation, a tab, its words"
+        if wrong: raise ConfigError(f"{path}, line {number}: {wrong}")
+        found[key], places[key] = words, number
+    for key, words in found.items():
+        if inner := set(words.split()) & set(found.words):
+            raise ConfigError(f"{path}, line {places[key]}: the words for {key!r} hold the abbreviation {min(inner)!r}; write it in full")
+    return found
+
+# %% ../nbs/10_text.ipynb #0b71774a
 BLANK, WORD_START = "<blk>", "▁"
 
 class Tokenizer:
@@ -156,7 +296,7 @@ class Tokenizer:
         symbols = "".join(self.symbols[i] for i in ids if i != self.blank_id)
         return " ".join(symbols.replace(WORD_START, " ").split())
 
-# %% ../nbs/10_text.ipynb #9117b5f9
+# %% ../nbs/10_text.ipynb #72f9df51
 class CharTokenizer(Tokenizer):
     "One token for each letter, and one between words."
     kind = "char"
@@ -172,7 +312,7 @@ class CharTokenizer(Tokenizer):
         self.check(text)
         return [self.id_of[char] for char in text.replace(" ", WORD_START)]
 
-# %% ../nbs/10_text.ipynb #e4466530
+# %% ../nbs/10_text.ipynb #a6d7deac
 class BPETokenizer(Tokenizer):
     "Pieces of words, by sentencepiece."
     kind = "bpe"
@@ -192,7 +332,7 @@ class BPETokenizer(Tokenizer):
         self.check(text)
         return self.processor.encode(text)
 
-# %% ../nbs/10_text.ipynb #3f6a01f4
+# %% ../nbs/10_text.ipynb #a727f390
 def train_bpe(
     texts:list[str], # normalised training texts
     vocab_size:int,  # symbols, the blank included
@@ -209,7 +349,7 @@ def train_bpe(
         raise ValueError(f"sentencepiece cannot learn {vocab_size} pieces from {len(texts)} texts; lower vocab_size or give more text ({error})") from error
     return BPETokenizer(model.getvalue())
 
-# %% ../nbs/10_text.ipynb #801be3ec
+# %% ../nbs/10_text.ipynb #235a7ec0
 KINDS = ("bpe", "char")
 
 def train_tokenizer(
@@ -229,7 +369,7 @@ def train_tokenizer(
         if tokenizer.blank_id in ids or tokenizer.decode(ids) != text: raise ValueError(f"the tokenizer does not give back {text!r}; is it normalised?")
     return tokenizer
 
-# %% ../nbs/10_text.ipynb #8baa750c
+# %% ../nbs/10_text.ipynb #6ed38132
 @patch
 def save(self:Tokenizer,
     folder:str|Path, # made if it is missing
@@ -259,7 +399,7 @@ def load_tokenizer(
         raise ConfigError(f"{folder}: tokens.txt, tokenizer.json and the model do not belong together; run the prepare stage again")
     return tokenizer
 
-# %% ../nbs/10_text.ipynb #a43d75ca
+# %% ../nbs/10_text.ipynb #e02a296a
 def min_frames(
     ids:list[int], # token ids of a text
 )->int:            # frames

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['STEPS', 'tiny_workspace']
 
-# %% ../nbs/52_tiny.ipynb #ebd432a6
+# %% ../nbs/52_tiny.ipynb #d3a7b8f7
 import atexit, shutil, tempfile
+from importlib.resources import files
 from pathlib import Path
 
 from .config import Layout, read_jsonl
@@ -25,8 +26,10 @@ def tiny_workspace(
     root = Path(tempfile.mkdtemp(prefix="ai2text-tiny-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     layout, wanted = Layout(root), STEPS[:STEPS.index(upto) + 1]
-    if "corpus" in wanted: make_corpus(CorpusConfig(sentences=sentences, dev_sentences=6, test_sentences=6, processes=1), layout.corpus)
-    if "prepare" in wanted: prepare(PrepareConfig(tokenizer="char", processes=1), layout.corpus, layout.prepared)
+    if "corpus" in wanted:
+        spoken = CorpusConfig(source="demo", path=str(files("ai2text")/"demo"), sentences=sentences, dev_sentences=6, test_sentences=6, processes=1)
+        make_corpus(spoken, "demo", layout.corpus("demo"))
+    if "prepare" in wanted: prepare(PrepareConfig(tokenizer="char", processes=1), layout.corpora, layout.prepared)
     if "shards" in wanted:
         for split in SPLITS:
             write_shards(read_jsonl(layout.manifest(split)), layout.split_shards(split), layout.split_index(split), ShardsConfig(shard_size=16, processes=1), audio_root=layout.prepared)

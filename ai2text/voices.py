@@ -174,8 +174,8 @@ def plot_words(
     **text,      # how to write the words
 ):
     "A spectrogram with the words over it."
-    power, _, _, _ = ax.specgram(wave_T + 1e-9, NFFT=rate//40, Fs=rate, noverlap=rate//66, cmap="magma")
-    low, high = np.percentile(10*np.log10(power), [20, 99.8])
+    with np.errstate(divide="ignore"): power, _, _, _ = ax.specgram(wave_T + 1e-9, NFFT=max(rate//40, 32), Fs=rate, noverlap=max(rate//66, 16), cmap="magma")
+    low, high = np.percentile(10*np.log10(np.maximum(power, 1e-20)), [20, 99.8])
     ax.images[0].set_clim(low, high)
     for word,start,end in words:
         for x in (start, end): ax.axvline(x, color="white", lw=0.7, ls=":")

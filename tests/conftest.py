@@ -37,7 +37,7 @@ class Notebook:
 
     @cached_property
     def module(self):
-        "The module it exports, or None for a stage or the front page."
+        "The module it exports, or None for a stage, a benchmark or the front page."
         names = [o for _, source, _ in self.code for o in re.findall(r"^#\|\s*default_exp\s+(\S+)", source, flags=re.M)]
         return names[0] if names else None
 
@@ -47,7 +47,8 @@ class Notebook:
 
 NOTEBOOKS = [Notebook(o) for o in sorted((ROOT/"nbs").rglob("*.ipynb")) if not any(p.startswith((".", "_")) for p in o.relative_to(ROOT).parts)]
 LIBRARY = [o for o in NOTEBOOKS if o.module]
-STAGES = [o for o in NOTEBOOKS if o.in_folder]
+STAGES = [o for o in NOTEBOOKS if o.name.startswith("stages/")]
+RUNNABLE = [o for o in NOTEBOOKS if o.in_folder] # stages, and benchmarks, which no stage depends on
 
 
 def pytest_addoption(parser):

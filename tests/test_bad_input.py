@@ -4,8 +4,10 @@ import json
 import os
 import resource
 import shutil
+import struct
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +18,9 @@ import soundfile
 
 from ai2text.cli import main
 from ai2text.config import ConfigError, Layout, read_json, read_jsonl, sha256
+from ai2text import corpus as corpus_module
 from ai2text.corpus import CorpusConfig, make_corpus
+from ai2text.loader import create_webdataset_loader
 from ai2text.prepare import SPLITS, PrepareConfig, prepare
 from ai2text.shards import ShardsConfig, load_index, verify, write_shards
 from test_pipeline import ROOT, M, Workspace, environment
@@ -45,12 +49,12 @@ def add(folder:Path, *lines:bytes):
 
 
 def corpus(source:Path, root:Path)->Layout:
-    make_corpus(CorpusConfig(source="common_voice", path=str(source), processes=1), Layout(root).corpus, root)
+    make_corpus(CorpusConfig(source="common_voice", path=str(source), processes=1), "cv", Layout(root).corpus("cv"), root)
     return Layout(root)
 
 
 def prepared(layout:Layout, **changes)->dict:
-    return prepare(PrepareConfig(**dict(dict(tokenizer="char", processes=1), **changes)), layout.corpus, layout.prepared)
+    return prepare(PrepareConfig(**dict(dict(tokenizer="char", processes=1), **changes)), layout.corpora, layout.prepared)
 
 
 def sharded(layout:Layout, split:str, config=SMALL):
@@ -75,21 +79,23 @@ def test_bad_rows_are_counted_with_their_reasons(tmp_path):
     (source/"clips/empty.wav").touch()
     soundfile.write(source/"clips/cut.flac", soundfile.read(source/"clips/1.wav")[0], 16_000)
     os.truncate(source/"clips/cut.flac", (source/"clips/cut.flac").stat().st_size//2)
-    for name in ("dots", "digits"): shutil.copy(source/"clips/1.wav", source/f"clips/{name}.wav")
+    for name, hertz in (("dots", 301), ("digits", 403)): soundfile.write(source/f"clips/{name}.wav", 0.1*np.sin(np.arange(16_000)*hertz/1000), 16_000)
     add(source, b"a\tonly two columns", b"a\t1.wav\t\xff\xfe", b"a\tgone.wav\tmai", b"a\tjunk.wav\tmai", b"a\tempty.wav\tmai", b"a\t1.wav\tmai",
-        b"a\t../../etc/passwd\tmai", b"a\tdots.wav\t ", b"\tdots.wav\tmai", b"a\tdots.wav\t?!...", b"a\tdigits.wav\t2021", b"a\tcut.flac\tmai mai")
+        b"a\t../../etc/passwd\tmai", b"a\tdots.wav\t ", b"\tdots.wav\t?!...", b"\tdigits.wav\t21", b"a\tcut.flac\tmai mai")
     layout = corpus(source, tmp_path)
-    reasons = Counter(r["reason"] for r in read_jsonl(layout.corpus/"rejects.jsonl"))
-    assert reasons == {"wrong number of columns": 1, "not UTF-8": 1, "clip not found": 1, "unreadable audio": 2, "clip listed twice": 1,
-                       "path outside of clips": 1, "empty sentence": 1, "no client_id": 1}
-    assert all(r["file"] == "train.tsv" and r["line"] > 13 for r in read_jsonl(layout.corpus/"rejects.jsonl"))
+    reasons = Counter(r["reason"] for r in read_jsonl(layout.corpus("cv")/"rejects.jsonl"))
+    assert reasons == {"wrong number of columns": 1, "not UTF-8": 1, "audio not found": 1, "unreadable audio": 2, "duplicate id": 1,
+                       "outside of the folder": 1, "empty transcript": 1}
+    assert all(r["file"] == "train.tsv" and r["line"] > 13 for r in read_jsonl(layout.corpus("cv")/"rejects.jsonl"))
     stats = prepared(layout, max_reject_share=0.5)
-    assert {k: n for k, n in stats["rejects"].items() if n} == {"empty transcript": 1, "unknown characters": 1, "unreadable audio": 1}
-    assert stats["utterances"] == 23 and sum(s["utterances"] for s in stats["splits"].values()) == 20
+    assert {k: n for k, n in stats["rejects"].items() if n} == {"empty transcript": 1, "truncated": 1}
+    assert stats["utterances"] == 23 and sum(s["utterances"] for s in stats["splits"].values()) == 21
+    read_out = next(r for split in SPLITS for r in read_jsonl(layout.manifest(split)) if r["id"] == "cv-digits")
+    assert (read_out["text"], read_out["speaker"]) == ("hai mươi mốt", "")
     (source/"clips/3.wav").write_bytes(JUNK) # after it was prepared
     index = sharded(layout, "train", ShardsConfig(shard_size=5, processes=1, max_reject_share=0.2))
-    assert len(index) == 11 and [r["id"] for r in load_index(layout.split_index("train")).rejected] == ["3"]
-    with pytest.raises(ConfigError, match=r"1 of 12 recordings rejected, more than max_reject_share = 0.01 allows: .*not readable as audio.* \(as '3'\)"): sharded(layout, "train")
+    assert len(index) == 12 and [r["id"] for r in load_index(layout.split_index("train")).rejected] == ["cv-3"]
+    with pytest.raises(ConfigError, match=r"1 of 13 recordings rejected, more than max_reject_share = 0.01 allows: .*not readable as audio.* \(as 'cv-3'\)"): sharded(layout, "train")
     assert not layout.split_index("train").exists()
 
 
@@ -119,13 +125,185 @@ def test_split_that_is_lost_is_not_drawn_from_another(tmp_path):
     for n in range(13, 17): soundfile.write(source/f"clips/{n}.wav", np.zeros(16_000), 16_000)
     layout = corpus(source, tmp_path)
     with pytest.raises(ConfigError, match=r"split dev is empty: 4 of its utterances were rejected, .*\(rejected: 4 silent\)"): prepared(layout, max_reject_share=0.5)
-    before = contents(layout.corpus)
+    before = contents(layout.corpora)
     for n in range(13, 17): (source/f"clips/{n}.wav").unlink()
-    with pytest.raises(ConfigError, match=r"cv/dev.tsv: no usable line; 4 rejected; dev.tsv, line 2: clip not found, 13.wav; .*Mend them, or remove the table"):
+    with pytest.raises(ConfigError, match=r"corpora.cv: .*cv: split dev has no usable utterance; 4 rejected; dev.tsv, line 2: audio not found, clips/13.wav; .*Mend them, or remove the split"):
         corpus(source, tmp_path)
-    assert contents(layout.corpus) == before
+    assert contents(layout.corpora) == before
     (source/"dev.tsv").unlink()
     assert prepared(corpus(source, tmp_path))["splits"]["dev"]["utterances"] == 4
+
+
+# Forty bad inputs as three corpora, from import to the loader
+
+NUMBERS = itertools.count(100)
+WRITTEN, MISSING = object(), object() # a good transcript of the test's own; no transcript at all
+
+
+def said(number:int)->str: return " ".join(DIGITS[int(d)] for d in f"{number:03}")
+
+
+def tone(seconds=1., rate=16_000, channels=1, change=lambda wave: wave, **form):
+    "A recording unlike all others; `change` spoils it."
+    def make(path, number):
+        time_T1 = np.arange(int(seconds*rate))[:, None]/rate
+        with open(path, "wb") as f: soundfile.write(f, change(0.3*np.sin(2*np.pi*(200 + 7*number)*time_T1).repeat(channels, 1)), rate, **(dict(format="WAV") | form))
+    return make
+
+
+def cut(**form):
+    def make(path, number):
+        tone(4., **form)(path, number)
+        os.truncate(path, os.path.getsize(path)*6//10)
+    return make
+
+
+def hours(path, number):
+    "Three hours that take no room on the disk."
+    count = 3*3600*8000
+    path.write_bytes(b"RIFF" + (36 + count).to_bytes(4, "little") + b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 8000, 8000, 1, 8) + b"data" + count.to_bytes(4, "little"))
+    os.truncate(path, 44 + count)
+
+
+def raw(content:bytes): return lambda path, number: path.write_bytes(content)
+def link(target:str): return lambda path, number: path.symlink_to(target)
+def put(value): return lambda wave: np.concatenate([wave[:100], np.full_like(wave[:1], value), wave[101:]])
+def locked(path, number): tone()(path, number), path.chmod(0)
+def nothing(path, number): pass
+
+
+# What it is, name of the file, how it is made, transcript, what becomes of it (by source where they differ), sources
+GOOD = tone()
+BAD = [
+    ("zero bytes", "zero.wav", raw(b""), WRITTEN, "unreadable audio"),
+    ("truncated FLAC", "cut.flac", cut(format="FLAC"), WRITTEN, "truncated"),
+    ("truncated MP3", "cut.mp3", cut(format="MP3"), WRITTEN, "truncated"),
+    ("truncated WAV", "cut.wav", cut(), WRITTEN, "truncated"),
+    ("text named .wav", "text.wav", raw(b"xin ch\xc3\xa0o\n"*99), WRITTEN, "unreadable audio"),
+    ("no samples", "none.wav", tone(0.), WRITTEN, "unreadable audio"),
+    ("8 bits", "8bit.wav", tone(subtype="PCM_U8"), WRITTEN, "works"),
+    ("24 bits", "24bit.wav", tone(subtype="PCM_24"), WRITTEN, "works"),
+    ("float", "float.wav", tone(subtype="FLOAT"), WRITTEN, "works"),
+    ("mu-law", "law.wav", tone(subtype="ULAW"), WRITTEN, "works"),
+    ("MP3", "whole.mp3", tone(4., format="MP3"), WRITTEN, "works"),
+    ("96 kHz", "96.wav", tone(rate=96_000), WRITTEN, "works"),
+    ("8 kHz", "8.wav", tone(rate=8_000), WRITTEN, "works"),
+    ("6 channels", "six.wav", tone(channels=6), WRITTEN, "works"),
+    ("NaN", "nan.wav", tone(subtype="FLOAT", change=put(np.nan)), WRITTEN, "not finite"),
+    ("infinity", "inf.wav", tone(subtype="FLOAT", change=put(-np.inf)), WRITTEN, "not finite"),
+    ("3 hours", "hours.wav", hours, WRITTEN, "too long"),
+    ("silence", "silence.wav", tone(change=np.zeros_like), WRITTEN, "silent"),
+    ("clipped", "clipped.wav", tone(change=lambda wave: (9*wave).clip(-1, 1)), WRITTEN, "clipped"),
+    ("DC", "dc.wav", tone(change=lambda wave: np.full_like(wave, 0.4)), WRITTEN, "silent"),
+    ("one sample", "one.wav", tone(1/16_000), WRITTEN, "too short"),
+    ("0.1 s", "short.wav", tone(0.1), WRITTEN, "too short"),
+    ("spaces in the name", "một hai  ba.wav", GOOD, WRITTEN, "works"),
+    ("quotes", """it's "so" `$(id)` & \\n.wav""", GOOD, WRITTEN, "works"),
+    ("newline", "first\nsecond\r\n.wav", GOOD, WRITTEN, "works"),
+    ("NFD", unicodedata.normalize("NFD", "tiếng việt.wav"), GOOD, WRITTEN, "works"),
+    ("emoji", "😀🇻🇳.wav", GOOD, WRITTEN, "works"),
+    ("leading dash", "-rf.wav", GOOD, WRITTEN, "works"),
+    ("255 bytes", "x"*251 + ".wav", GOOD, WRITTEN, "works"),
+    ("longer than any name", "y"*300 + ".wav", nothing, WRITTEN, "audio not found", "json nemo"),
+    ("name in Latin-1", os.fsdecode(b"caf\xe9.wav"), GOOD, WRITTEN, "not UTF-8"),
+    ("NUL in the name", "nul\0.wav", nothing, WRITTEN, "audio not found", "json nemo"),
+    ("..", "../outside.wav", nothing, WRITTEN, "outside of the folder", "json nemo"),
+    ("absolute path", "{outside}/outside.wav", nothing, WRITTEN, "outside of the folder", "json nemo"),
+    ("absolute path of the system", "/etc/passwd", nothing, WRITTEN, {"json": "audio not found", "nemo": "outside of the folder"}, "json nemo"),
+    ("link out of the folder", "link.wav", link("../outside.wav"), WRITTEN, "outside of the folder"),
+    ("link in a circle", "circle.wav", link("circle.wav"), WRITTEN, "audio not found"),
+    ("a folder named .wav", "folder.wav", lambda path, number: path.mkdir(), WRITTEN, "audio not found", "json nemo"),
+    ("a named pipe", "pipe.wav", lambda path, number: os.mkfifo(path), WRITTEN, "audio not found"),
+    ("no permission", "locked.wav", locked, WRITTEN, "works" if os.geteuid() == 0 else "unreadable audio"),
+    ("an id twice", "twice.wav", GOOD, (WRITTEN, WRITTEN), ["duplicate id", "works"], "json"),
+    ("a recording twice", "again.wav", GOOD, (WRITTEN, WRITTEN), ["duplicate id", "works"], "nemo"),
+    ("the same audio and text, first", "same1.wav", lambda path, number: tone()(path, 1), "không", "works", "folder"),
+    ("the same audio and text, second", "same2.wav", lambda path, number: tone()(path, 1), "Không!", "duplicate audio", "folder"),
+    ("the same audio, another text", "other1.wav", lambda path, number: tone()(path, 2), "một", "audio with two texts", "folder"),
+    ("the same audio, and its other text", "other2.flac", lambda path, number: tone(format="FLAC")(path, 2), "hai", "audio with two texts", "folder"),
+    ("BOM", "bom.wav", GOOD, "\ufeffmai có bom", "works"),
+    ("CRLF", "crlf.wav", GOOD, "mai xuống\r\ndòng\r\n", "works"),
+    ("empty lines", "lines.wav", GOOD, "\n\n mai cách\n\n\ndòng \n\n", "works"),
+    ("UTF-16", "utf16.wav", GOOD, "xin chào".encode("utf-16"), "not UTF-8", "folder"),
+    ("Latin-1", "latin.wav", GOOD, "voilà".encode("latin-1"), "not UTF-8", "folder"),
+    ("half of a surrogate pair", "half.wav", GOOD, "mai \ud800 mai", "not UTF-8"),
+    ("HTML", "html.wav", GOOD, "<b>mai</b> <script>alert(1)</script>", "markup"),
+    ("entities", "entities.wav", GOOD, "mai &amp; ba&nbsp;bốn", "markup"),
+    ("no transcript", "alone.wav", GOOD, MISSING, "no transcript", "folder nemo"),
+    ("empty transcript", "empty.wav", GOOD, "", "empty transcript"),
+    ("blanks", "blanks.wav", GOOD, " \t\u00a0\u3000\n", "empty transcript"),
+    ("punctuation", "dots.wav", GOOD, "?!... — “”", "empty transcript"),
+    ("Cyrillic", "cyrillic.wav", GOOD, "Привет мир", "wrong script"),
+    ("Chinese", "chinese.wav", GOOD, "你好世界", "wrong script"),
+    ("emoji in the text", "smile.wav", GOOD, "mai vui 😀 quá", "unknown characters"),
+    ("10,000 letters", "long.wav", GOOD, "mai "*2500, "too fast"),
+    ("digits", "digits.wav", GOOD, "mai {number}", "works"),
+    ("NUL in the text", "zero-byte.wav", GOOD, "mai\0mai", "unknown characters"),
+    ("a number for a text", "number.wav", GOOD, 2021, "no transcript", "json nemo"),
+    ("null for a text", "null.wav", GOOD, None, "no transcript", "json nemo"),
+    ("a list for a text", "list.wav", GOOD, ["mai"], "no transcript", "json nemo"),
+    ("null for a name", None, nothing, WRITTEN, "audio not found", "nemo"),
+    ("a number for a name", 7, nothing, WRITTEN, "audio not found", "nemo")]
+assert len(BAD) > 40
+
+
+def stem(name:str)->str: return unicodedata.normalize("NFC", os.path.splitext(name)[0]).strip()
+
+
+def bad_corpus(kind:str, folder:Path)->tuple[dict, dict]:
+    "Four good recordings a split and all that is bad; what each is known by -> what it is, and what it is -> what shall become of it."
+    entries, known, wanted = [], {}, {}
+    def add(what, name, make, texts, expected, **more):
+        number = next(NUMBERS)
+        if isinstance(name, str):
+            (folder/name).parent.mkdir(parents=True, exist_ok=True)
+            make(folder/name, number)
+            known[stem(name.encode("utf-8", "backslashreplace").decode())] = what
+        for text in texts:
+            text = said(number) if text is WRITTEN else text.replace("{number}", str(number)) if isinstance(text, str) else text
+            entries.append((name, text, more))
+            known[len(entries)] = what
+        wanted[kind, what] = expected if isinstance(expected, list) else [expected]
+    for split, n in itertools.product(SPLITS, range(4)): add(f"good {split} {n}", f"{split}/{split}er/{n}.wav", GOOD, [WRITTEN], "works", split=split, speaker=f"{split}er")
+    for what, name, make, text, expected, *sources in BAD:
+        if kind not in " ".join(sources or ["folder json nemo"]): continue
+        name = name.format(outside=folder.parent) if isinstance(name, str) else name
+        add(what, name, make, text if isinstance(text, tuple) else [text], expected[kind] if isinstance(expected, dict) else expected)
+    if kind == "nemo":
+        lines = [json.dumps(dict(audio_filepath=name, **more) | ({} if text is MISSING else dict(text=text))) for name, text, more in entries]
+        (folder/"list.jsonl").write_bytes("\ufeff".encode() + "\r\n".join(lines).encode() + b"\r\n\r\n")
+    elif kind == "json":
+        lines = [f"{json.dumps(name)}: {json.dumps(dict(text=text, **more) if more else text)}" for name, text, more in entries]
+        (folder/"list.json").write_text("\ufeff{" + ",\r\n".join(lines) + "}", "utf-8")
+    else:
+        for name, text, _ in entries:
+            if text is not MISSING: (folder/name).with_suffix(".txt").write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    return known, wanted
+
+
+def test_bad_inputs_have_a_counted_reason_or_work(tmp_path):
+    layout, wanted, found = Layout(tmp_path/"work"), {}, {}
+    tone()(tmp_path/"outside.wav", 0)
+    (tmp_path/"outside.txt").write_text("mai", "utf-8")
+    known = {}
+    for kind, more in dict(folder={}, json=dict(transcripts="list.json"), nemo=dict(transcripts="list.jsonl")).items():
+        known[kind], expected = bad_corpus(kind, tmp_path/kind)
+        wanted |= expected
+        kept, lost = make_corpus(CorpusConfig(source=kind, path=str(tmp_path/kind), processes=1, **more), kind, layout.corpus(kind), tmp_path)
+        rejects = read_jsonl(layout.corpus(kind)/"rejects.jsonl")
+        assert len(rejects) == lost and kept + lost == sum(map(len, expected.values())) and {r["reason"] for r in rejects} <= set(corpus_module.REASONS)
+        for r in rejects: found.setdefault((kind, known[kind][r["line"] if "line" in r else r["id"] or stem(r.get("audio_filepath", r["file"]))]), []).append(r["reason"])
+        for r in read_jsonl(layout.corpus(kind)/"manifest.jsonl"): assert Path(os.path.realpath(layout.corpus(kind)/r["audio_filepath"])).is_relative_to(tmp_path/kind) and r["sha256"] != sha256(tmp_path/"outside.wav")
+    stats = prepared(layout, max_reject_share=0.9)
+    rejects, rows = read_jsonl(layout.prepared/"rejects.jsonl"), [r for split in SPLITS for r in read_jsonl(layout.manifest(split))]
+    assert len(rows) + len(rejects) == stats["utterances"] and Counter(r["reason"] for r in rejects) == {k: n for k, n in stats["rejects"].items() if n}
+    for r in (*rejects, *rows): found.setdefault((r["corpus"], known[r["corpus"]][r["id"].removeprefix(r["corpus"] + "-")]), []).append(r.get("reason", "works"))
+    assert {k: sorted(v) for k, v in found.items()} == wanted
+    for split in SPLITS:
+        index = sharded(layout, split, ShardsConfig(shard_size=9, processes=1, max_reject_share=0.))
+        assert verify(layout.split_shards(split), index) == []
+    loader = create_webdataset_loader(layout.split_shards("train"), 4, 0, index=layout.split_index("train"))
+    assert sorted(i for batch in loader for i in batch.ids) == sorted(r["id"] for r in read_jsonl(layout.manifest("train"))) and loader.report()["skipped"] == []
 
 
 # Where the corpus should be
@@ -134,31 +312,31 @@ def blocked(*_, **__): raise PermissionError(13, "Permission denied")
 
 
 @pytest.mark.parametrize("source, path, says", [
-    ("demo", "nowhere", "nowhere/sentences.vi.txt: cannot be read (No such file or directory); corpus.path must name the folder that holds sentences.vi.txt"),
-    ("demo", "file", "file/sentences.vi.txt: cannot be read (Not a directory)"),
+    ("demo", "nowhere", "nowhere: no such folder; path must name the folder that holds sentences.vi.txt"),
+    ("demo", "file", "file: no such folder"),
     ("demo", "folder", "folder/sentences.vi.txt: cannot be read (Is a directory)"),
-    ("common_voice", "nowhere", "nowhere: no such folder; corpus.path must name a language's folder of a Common Voice release, with clips/ and train.tsv in it"),
+    ("common_voice", "nowhere", "nowhere: no such folder; path must name a language's folder of a Common Voice release, with clips/ and train.tsv in it"),
     ("common_voice", "file", "file: no such folder"),
     ("common_voice", "folder", "folder: holds no test.tsv, dev.tsv, train.tsv"),
     ("common_voice", "locked", "locked: cannot be read (Permission denied); change its permissions")])
 def test_wrong_corpus_path(tmp_path, monkeypatch, source, path, says):
     (tmp_path/"file").touch()
     for name in ("folder/sentences.vi.txt", "locked"): (tmp_path/name).mkdir(parents=True)
-    before = contents(corpus(release(tmp_path/"cv", train=["a"]), tmp_path).corpus)
+    before = contents(corpus(release(tmp_path/"cv", train=["a"]), tmp_path).corpora)
     if path == "locked": monkeypatch.setattr(os, "listdir", blocked) # root may read what nobody may
-    with pytest.raises(ConfigError) as error: make_corpus(CorpusConfig(source=source, path=path, processes=1), tmp_path/"data/corpus", tmp_path)
-    assert says in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ConfigError) as error: make_corpus(CorpusConfig(source=source, path=path, processes=1), "cv", tmp_path/"data/corpus/cv", tmp_path)
+    assert str(error.value).startswith("corpora.cv: ") and says in str(error.value) and "\n" not in str(error.value)
     monkeypatch.undo()
-    assert contents(tmp_path/"data/corpus") == before and os.listdir(tmp_path/"data") == ["corpus"]
+    assert contents(tmp_path/"data/corpus") == before and os.listdir(tmp_path/"data/corpus") == ["cv"]
 
 
 # Killed in the middle
 
 def test_killed_corpus_is_made_again(tmp_path):
     killed("import ai2text.corpus as c\nspeak = c.record\ndef record(*a, **k): die(); return speak(*a, **k)\nc.record = record\n"
-           "c.make_corpus(c.CorpusConfig(sentences=6, dev_sentences=1, test_sentences=1, processes=1), 'corpus')", tmp_path)
+           "c.make_corpus(c.CorpusConfig(sentences=6, dev_sentences=1, test_sentences=1, processes=1), 'demo', 'corpus')", tmp_path)
     assert os.listdir(tmp_path) == [".corpus.part"] and len(list(tmp_path.glob(".corpus.part/wav/*.wav"))) == 2
-    make_corpus(CorpusConfig(sentences=6, dev_sentences=1, test_sentences=1, processes=1), tmp_path/"corpus")
+    make_corpus(CorpusConfig(sentences=6, dev_sentences=1, test_sentences=1, processes=1), "demo", tmp_path/"corpus")
     assert os.listdir(tmp_path) == ["corpus"]
     assert {Path(r["audio_filepath"]) for r in read_jsonl(tmp_path/"corpus/manifest.jsonl")} == {p.relative_to(tmp_path/"corpus") for p in tmp_path.glob("corpus/wav/*")}
 
@@ -225,9 +403,8 @@ def workspace(tmp_path_factory):
     "A copy of the project, prepared on a tiny corpus of recordings."
     w = Workspace(tmp_path_factory.mktemp("project"))
     release(w.root/"cv", train=["a", "b"], dev=["d"], test=["e"])
-    w.change(dict(corpus=dict(source="common_voice", path="cv"), shards=dict(processes=1, codec="wav")))
-    make_corpus(CorpusConfig(source="common_voice", path="cv", processes=1), w.root/"data/corpus", w.root)
-    prepared(Layout(w.root))
+    w.change(dict(corpora=dict(demo=None, cv=dict(source="common_voice", path="cv", processes=1)), shards=dict(processes=1, codec="wav")))
+    prepared(corpus(w.root/"cv", w.root))
     return w
 
 
@@ -249,21 +426,21 @@ def stage(w:Workspace, *words:str, code:int)->str:
 def test_typo_is_found_before_any_work(workspace):
     text = (workspace.root/"params.yaml").read_text()
     (workspace.root/"params.yaml").write_text(text.replace("warmup_steps:", "warmup_step:"))
-    try: says = stage(workspace, "corpus", code=2)
+    try: says = stage(workspace, "corpus", "--corpus", "cv", code=2)
     finally: (workspace.root/"params.yaml").write_text(text)
     assert says == "ai2text stage: params.yaml: train.warmup_step: no such parameter; did you mean warmup_steps?"
 
 
 def test_missing_corpus_in_the_terminal(workspace):
-    before = contents(workspace.root/"data/corpus")
-    workspace.change(dict(corpus=dict(path="nowhere")))
+    before = contents(Layout(workspace.root).corpora)
+    workspace.change(dict(corpora=dict(cv=dict(path="nowhere"))))
     try:
-        says = stage(workspace, "corpus", code=1)
-        assert says.startswith("ai2text stage: stage corpus: ConfigError: nowhere: no such folder; corpus.path must name") and says.endswith("; its report: papermill_runs/corpus.ipynb")
-        assert "no such folder" in nbformat.read(workspace.report("corpus"), 4).cells[0].source
-        assert contents(workspace.root/"data/corpus") == before
-        assert fails(workspace, "dvc", "repro", "-s", "corpus", code=255).splitlines()[-1].endswith("/nowhere'") # DVC looks before the stage does
-    finally: workspace.change(dict(corpus=dict(path="cv")))
+        says = stage(workspace, "corpus", "--corpus", "cv", code=1)
+        assert says.startswith("ai2text stage: stage corpus: ConfigError: corpora.cv: nowhere: no such folder; path must name") and says.endswith("; its report: papermill_runs/corpus-cv.ipynb")
+        assert "no such folder" in nbformat.read(workspace.report("corpus-cv"), 4).cells[0].source
+        assert contents(Layout(workspace.root).corpora) == before
+        assert fails(workspace, "dvc", "repro", "-s", "corpus@cv", code=255).splitlines()[-1].endswith("/nowhere'") # DVC looks before the stage does
+    finally: workspace.change(dict(corpora=dict(cv=dict(path="cv"))))
 
 
 def test_full_disk_and_missing_files_in_the_terminal(workspace):

@@ -16,10 +16,11 @@ from nbdev.clean import clean_nb
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from conftest import LIBRARY, NOTEBOOKS, ROOT, STAGES
+from conftest import LIBRARY, NOTEBOOKS, ROOT, RUNNABLE, STAGES
 
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda o: o.name)
 each_stage = pytest.mark.parametrize("notebook", STAGES, ids=lambda o: o.name)
+each_runnable = pytest.mark.parametrize("notebook", RUNNABLE, ids=lambda o: o.name)
 
 
 def tree(source):
@@ -93,18 +94,18 @@ def test_stage_only_calls(notebook):
     defined = [node.name for _, source, _ in notebook.code for node in ast.walk(tree(source))
                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
     assert not defined, f"{notebook.name} defines {defined}: move them into the module that owns the stage"
-    assert not notebook.module and not any("nbdev_export(" in source for _, source, _ in notebook.code), "a stage exports nothing"
     assert not ours(notebook) & {o.path.stem for o in STAGES} - {o.module for o in LIBRARY}, "nothing imports a stage"
 
 
-@each_stage
-def test_stage_has_one_parameters_cell(notebook):
+@each_runnable
+def test_stage_or_benchmark_has_one_parameters_cell(notebook):
     cells = [source for _, source, tags in notebook.code if "parameters" in tags]
     assert len(cells) == 1, f"{notebook.name}: {len(cells)} cells are tagged parameters"
     for node in tree(cells[0]).body:
         assert isinstance(node, ast.AnnAssign) and node.value is not None, f"line {node.lineno} is no `name: type = value  # what it is`"
         assert "#" in cells[0].splitlines()[node.end_lineno-1], f"{node.target.id} says nothing of itself: add a comment"
     assert notebook.code[0][1] == cells[0], "the parameters come before all other code"
+    assert not notebook.module and not any("nbdev_export(" in source for _, source, _ in notebook.code), "it exports nothing"
 
 
 # Notebooks and export
@@ -117,8 +118,8 @@ def test_notebook_is_clean(notebook):
     assert notebook.path.read_text(encoding="utf-8") == nb2str(nb), f"run: nbdev_clean --fname {notebook.path.relative_to(ROOT)}"
 
 
-@each_stage
-def test_stage_is_committed_without_outputs(notebook):
+@each_runnable
+def test_stage_or_benchmark_is_committed_without_outputs(notebook):
     full = [i for i, c in enumerate(notebook.raw["cells"]) if c.get("outputs")]
     assert not full, f"{notebook.name}: cells {full} have outputs; they belong in papermill_runs/"
 
@@ -158,8 +159,8 @@ def not_required(sources, *keys):
 def test_every_import_is_required():
     python = {folder: [(o.name, o.read_text(encoding="utf-8")) for o in (ROOT/folder).glob("*.py")] for folder in ("ai2text", "tests")}
     cells = [(o.name, source) for o in NOTEBOOKS for _, source, _ in o.code]
-    assert not (missing := not_required(python["ai2text"], "requirements")), f"settings.ini's requirements lack {sorted(missing)}"
-    assert not (missing := not_required(python["tests"] + cells, "requirements", "dev_requirements")), f"settings.ini lacks {sorted(missing)}"
+    assert not (missing := not_required(python["ai2text"], "requirements", "cluster_requirements")), f"settings.ini's requirements lack {sorted(missing)}"
+    assert not (missing := not_required(python["tests"] + cells, "requirements", "cluster_requirements", "dev_requirements")), f"settings.ini lacks {sorted(missing)}"
 
 
 def pins():
@@ -173,7 +174,7 @@ def pins():
     return found
 
 
-@pytest.mark.parametrize("requirement", requirements("requirements", "dev_requirements"), ids=lambda o: o.name)
+@pytest.mark.parametrize("requirement", requirements("requirements", "cluster_requirements", "dev_requirements"), ids=lambda o: o.name)
 def test_requirement_is_pinned_and_installed_so(requirement):
     found = pins().get(canonicalize_name(requirement.name), [])
     assert found, f"constraints.txt does not pin {requirement.name}"
@@ -230,7 +231,7 @@ def test_no_keys():
 
 def test_reports_are_small():
     "What git keeps of a run stays readable: a report is under 1 MB."
-    big = [f"{o.name}: {o.stat().st_size} bytes" for o in (ROOT/"papermill_runs").glob("*.ipynb") if o.stat().st_size >= 1_000_000]
+    big = [f"{o.name}: {o.stat().st_size} bytes" for o in (ROOT/"papermill_runs").rglob("*.ipynb") if o.stat().st_size >= 1_000_000]
     assert not big, f"reports of 1 MB and more: {big}"
 
 

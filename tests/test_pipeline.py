@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).resolve().parent.parent
 M = "conformer_ctc"
 SMOKE = dict(
-    corpus=dict(sentences=60, dev_sentences=8, test_sentences=8), prepare=dict(tokenizer="char"), shards=dict(shard_size=20),
+    corpora=dict(demo=dict(sentences=60, dev_sentences=8, test_sentences=8)), prepare=dict(tokenizer="char"), shards=dict(shard_size=20),
     train=dict(max_steps=240, batch_seconds=8., warmup_steps=5, evaluate_every_steps=60, checkpoint_minutes=0.01, threads=1, seed=3))
 
 
@@ -38,22 +38,25 @@ class Workspace:
         self.run("git", "init", "-q")
 
     def change(self, values:dict):
-        "Write values into params.yaml."
+        "Write values into params.yaml; None takes a key out."
         yaml, path = YAML(), self.root/"params.yaml"
         params = yaml.load(path)
         def merge(old, new):
-            for k, v in new.items(): merge(old[k], v) if isinstance(v, dict) else old.__setitem__(k, v)
+            for k, v in new.items():
+                if isinstance(v, dict): merge(old.setdefault(k, {}), v)
+                elif v is None: del old[k]
+                else: old[k] = v
         merge(params, values)
         with open(path, "w", encoding="utf-8") as f: yaml.dump(params, f)
 
-    def run(self, *command, ok=True, **changes)->str:
+    def run(self, *command, ok=True, stderr=False, **changes)->str:
         done = subprocess.run(command, cwd=self.root, capture_output=True, text=True, env=environment(**changes), stdin=subprocess.DEVNULL)
         assert done.returncode == 0 or not ok, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        return done.stdout
+        return done.stdout + done.stderr*stderr
 
-    def repro(self)->set:
-        "Run the pipeline; the names of the stages that ran."
-        return {line.split("'")[1] for line in self.run("dvc", "repro").splitlines() if line.startswith("Running stage")}
+    def repro(self, *targets:str)->set:
+        "Run the pipeline, or a part of it; the names of the stages that ran."
+        return {line.split("'")[1] for line in self.run("dvc", "repro", *targets).splitlines() if line.startswith("Running stage")}
 
     def start(self, **changes)->subprocess.Popen:
         return subprocess.Popen(["dvc", "repro"], cwd=self.root, env=environment(**changes), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -80,7 +83,7 @@ class Workspace:
 def workspace(tmp_path_factory):
     "A workspace in which the pipeline ran once."
     w = Workspace(tmp_path_factory.mktemp("pipeline"))
-    assert w.repro() == {"corpus", "prepare", "shards", f"train@{M}", f"evaluate@{M}"}
+    assert w.repro() == {"corpus@demo", "prepare", "shards", f"train@{M}", f"evaluate@{M}"}
     return w
 
 
@@ -138,3 +141,20 @@ def test_killed_training_goes_on(workspace, what):
     assert log["totals"]["down_hours"] > 0 and log["totals"]["elapsed_hours"] > 0
     assert [h["step"] for h in log["history"] if not h.get("repeated")] == [60, 120, 180, 240]
     assert b'"skipped": 0' in workspace.metrics()
+
+
+def test_a_corpus_more_and_a_corpus_less(workspace):
+    "A second corpus runs its own stage and what comes after; the first is not imported again. Without it, all is as before."
+    index = workspace.root/"data/index/train.json"
+    before = index.read_bytes()
+    words = "một hai ba bốn năm sáu bảy tám chín mười trăm nghìn".split()
+    (workspace.root/"more").mkdir()
+    (workspace.root/"more/sentences.vi.txt").write_text("".join(f"{a} {b} {a} con {b} {a}\n" for a in words[:6] for b in words[6:]), encoding="utf-8")
+    workspace.change(dict(corpora=dict(more=dict(source="demo", path="more", dev_sentences=4, test_sentences=4))))
+    assert workspace.repro("shards") == {"corpus@more", "prepare", "shards"}
+    assert json.loads(index.read_text())["corpora"] == ["demo", "more"]
+    workspace.change(dict(corpora=dict(more=None)))
+    assert "data/corpus/more" in workspace.run("ai2text", "stage", "prepare", ok=False, stderr=True)
+    shutil.rmtree(workspace.root/"data/corpus/more")
+    workspace.repro("shards")
+    assert index.read_bytes() == before

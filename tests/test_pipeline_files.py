@@ -8,12 +8,13 @@ import pytest
 from papermill import inspect_notebook
 
 from ai2text.config import import_closure, load_params
-from ai2text.stage import STAGES, stage_parameters
+from ai2text.stage import EACH, SINGULAR, STAGES, stage_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS = load_params(ROOT/"params.yaml")
-PIPELINE = {name: stage.get("do", stage) for name, stage in load_params(ROOT/"dvc.yaml")["stages"].items()}
-MODELS = {name: "foreach" in stage for name, stage in load_params(ROOT/"dvc.yaml")["stages"].items()}
+DVC = load_params(ROOT/"dvc.yaml")["stages"]
+PIPELINE = {name: stage.get("do", stage) for name, stage in DVC.items()}
+MODELS = {name: EACH.get(name) == "models" for name in PIPELINE}
 
 
 def notebook(name:str)->Path: return ROOT/f"nbs/stages/{name}.ipynb"
@@ -24,12 +25,19 @@ def options(stage:dict, kind:str)->dict:
     return dict(next(iter(o.items())) if isinstance(o, dict) else (o, {}) for o in stage.get(kind, []))
 
 
+def items(name:str)->list:
+    "The items a stage runs once for, as options of the runner."
+    return [{SINGULAR[EACH[name]]: key} for key in PARAMS[EACH[name]]] if name in EACH else [{}]
+
+
 def test_every_stage_is_in_the_pipeline(): assert set(PIPELINE) == set(STAGES)
 
 
 @pytest.mark.parametrize("name", PIPELINE)
 def test_command(name):
-    assert PIPELINE[name]["cmd"] == f"exec python -m ai2text.cli stage {name}" + " --model ${key}" * MODELS[name]
+    assert DVC[name].get("foreach") == ("${%s}" % EACH[name] if name in EACH else None)
+    option = f" --{SINGULAR[EACH[name]]} ${{key}}" if name in EACH else ""
+    assert PIPELINE[name]["cmd"] == f"exec python -m ai2text.cli stage {name}{option}"
 
 
 @pytest.mark.parametrize("name", PIPELINE)
@@ -45,10 +53,9 @@ def test_code_dependencies_are_the_imports(name):
 @pytest.mark.parametrize("name", PIPELINE)
 def test_parameters_fit(name):
     "params.yaml, dataclass and notebook have the same names, and every value is in range."
-    for model in PARAMS["models"] if MODELS[name] else [None]: stage_parameters(name, PARAMS, list(inspect_notebook(notebook(name))), model)
-    depends = PIPELINE[name]["params"]
-    assert depends[0] == name
-    assert depends[1:] == (["milestones.${train.milestones}", "models.${key}"] if name == "train" else [])
+    for item in items(name): stage_parameters(name, PARAMS, list(inspect_notebook(notebook(name))), **item)
+    depends = dict(corpus=["corpora.${key}"], prepare=["prepare", "corpora"], train=["train", "milestones.${train.milestones}", "models.${key}"])
+    assert PIPELINE[name]["params"] == depends.get(name, [name])
 
 
 def test_every_list_of_milestones_is_sound():
@@ -67,7 +74,7 @@ def test_every_parameter_has_a_comment():
 def test_outputs(name):
     "The report is kept in git; nothing survives from one run to the next inside of DVC."
     outs = options(PIPELINE[name], "outs")
-    report = f"papermill_runs/{name}{'-${key}' * MODELS[name]}.ipynb"
+    report = f"papermill_runs/{name}{'-${key}' * (name in EACH)}.ipynb"
     assert outs[report] == dict(cache=False)
     for kind in ("outs", "metrics", "plots"):
         for path, given in options(PIPELINE[name], kind).items():
@@ -76,6 +83,6 @@ def test_outputs(name):
 
 
 def test_dvc_reads_it():
-    "No overlapping outputs, no cycles, and the stages of each model."
+    "No overlapping outputs, no cycles, and the stages of each corpus and model."
     listed = subprocess.run([sys.executable, "-m", "dvc", "stage", "list", "--name-only"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert set(listed) == {n for name in PIPELINE for n in ([f"{name}@{m}" for m in PARAMS["models"]] if MODELS[name] else [name])}
+    assert set(listed) == {n for name in PIPELINE for n in ([f"{name}@{key}" for key in PARAMS[EACH[name]]] if name in EACH else [name])}

@@ -1,0 +1,128 @@
+"Shards written by the program: killed at random moments, by a cluster, by a cluster that loses a worker. The bytes are always the same."
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+from ai2text.config import ConfigError, sha256
+from ai2text.shards import create_shards, verify
+from conftest import ROOT
+
+OPTIONS = dict(shard_size=10, codec="flac")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    "A folder of 200 recordings, some to be resampled and some unreadable, and their transcripts."
+    folder, draw = tmp_path_factory.mktemp("recordings"), np.random.default_rng(0)
+    for i in range(200):
+        rate = 44_100 if i%20 == 0 else 16_000
+        sf.write(folder/f"{i}.wav", np.int16(draw.standard_normal(rate//2 + i).cumsum().clip(-99, 99)*300), rate)
+    for i in (7, 77): (folder/f"{i}.wav").write_bytes(b"no audio")
+    transcripts = folder.parent/f"{folder.name}.json"
+    transcripts.write_text(json.dumps({str(i): f"câu số {i}" for i in range(200)}))
+    return folder, transcripts
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    "What every run must end with."
+    out = tmp_path_factory.mktemp("whole")
+    assert len(create_shards(*corpus, out, processes=1, **OPTIONS)) == 198
+    assert verify(out) == []
+    return digests(out)
+
+
+def digests(folder): return {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*") if p.is_file()}
+
+
+# Killed at any moment
+
+def kill_and_resume(command, out_dir, kills, seed=0):
+    "Kill a writer of shards and all its processes at random moments of its writing. Only whole shards may be left, and the next run must end as one that was left alone."
+    draw, told = random.Random(seed), []
+
+    def run(seconds=None):
+        "Seconds that it wrote, or None if it was killed after so many."
+        with subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and not out_dir.exists(): time.sleep(0.002)
+            began = time.monotonic()
+            try: assert process.wait(seconds) == 0
+            except subprocess.TimeoutExpired: return os.killpg(process.pid, signal.SIGKILL)
+            return time.monotonic() - began
+
+    writing, whole = run(), digests(out_dir)
+    for i in range(kills):
+        shutil.rmtree(out_dir)
+        moment = (i + draw.random())/kills
+        ended = run(moment*writing) is not None
+        left = {name: digest for name, digest in digests(out_dir).items() if name.startswith("shard-")}
+        assert left.items() <= whole.items(), f"a run killed after {moment:.0%} of its writing left a shard that is not whole"
+        run()
+        assert digests(out_dir) == whole, f"resumed after a kill at {moment:.0%} of its writing, the run ended with other bytes"
+        told.append(dict(moment=moment, shards=len(left), ended=ended))
+    return told
+
+
+def command(corpus, out):
+    options = dict(audio_dir=corpus[0], transcript_file=corpus[1], output_dir=out, processes=2, **OPTIONS)
+    return [sys.executable, "-m", "ai2text.cli", "shards", *(str(o) for k, v in options.items() for o in ("--" + k.replace("_", "-"), v))]
+
+
+def test_killed_at_any_moment(corpus, whole, tmp_path):
+    told = kill_and_resume(command(corpus, tmp_path/"out"), tmp_path/"out", kills=5)
+    assert not all(o["ended"] for o in told), f"no run was killed in time: {told}"
+    assert digests(tmp_path/"out") == whole
+
+
+# A cluster
+
+@pytest.fixture
+def scheduler(tmp_path):
+    "A Dask scheduler with two worker processes on this machine: its address, and the workers."
+    pytest.importorskip("distributed")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{s.getsockname()[1]}"
+    quiet = dict(env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    started = [subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", address.split(":")[-1], "--no-dashboard"], **quiet)]
+    started += [subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_worker", address, "--host", "127.0.0.1", "--nthreads", "1", "--no-dashboard", "--no-nanny",
+                                  "--local-directory", tmp_path/f"worker {i}"], **quiet) for i in range(2)]
+    try:
+        from distributed import Client
+        with Client(address, timeout=20, set_as_default=False) as client: client.wait_for_workers(2, timeout=20)
+        yield address, started[1:]
+    finally:
+        for process in started[::-1]:
+            if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_cluster_gives_the_same_bytes(corpus, whole, scheduler, tmp_path):
+    address, workers = scheduler
+    create_shards(*corpus, tmp_path/"out", scheduler=address, **OPTIONS)
+    assert digests(tmp_path/"out") == whole
+    # once more, and as soon as the first shards are there one worker dies
+    done = []
+    run = threading.Thread(target=lambda: done.append(create_shards(*corpus, tmp_path/"again", scheduler=address, **OPTIONS)))
+    run.start()
+    while run.is_alive() and len(list((tmp_path/"again").glob("shard-*.tar"))) < 2: time.sleep(0.005)
+    os.killpg(workers[0].pid, signal.SIGKILL)
+    assert len(list((tmp_path/"again").glob("shard-*.tar"))) < 20, "the run was over before the worker died"
+    run.join(60)
+    assert done and digests(tmp_path/"again") == whole
+
+
+def test_cluster_that_does_not_answer(corpus, tmp_path):
+    pytest.importorskip("distributed")
+    with pytest.raises(ConfigError, match="scheduler nowhere: does not answer"): create_shards(*corpus, tmp_path/"out", scheduler="nowhere", **OPTIONS)
