@@ -264,7 +264,7 @@ def import_nemo(cfg:CorpusConfig, source:Path):
         split = next((SPLITS[word] for word in re.split("[^a-z]+", path.stem.lower()) if word in SPLITS), "")
         for where,row in _json_lines(path if cfg.transcripts else list_of(source, path.name)):
             entry = where | fields(row)
-            if isinstance(entry["audio"], str): entry["audio"] = os.path.join(os.path.abspath(path.parent), entry["audio"])
+            if entry["audio"] and isinstance(entry["audio"], str): entry["audio"] = os.path.join(os.path.abspath(path.parent), entry["audio"])
             if row.get("offset"): entry |= dict(reason="piece of a recording", detail=f"from {row['offset']} s")
             yield entry | dict(split=entry["split"] or split, seconds=row.get("duration"))
 
@@ -410,7 +410,8 @@ def _row(name:str, entry:dict, facts:dict, out_dir:Path|None)->dict:
 
 def _reject(entry:dict)->dict:
     "What rejects.jsonl says of an entry; what cannot be written is escaped."
-    says = {k: entry.get(k) or "" for k in ("id", "reason", "detail", "file", "line", "split", "speaker", "text_raw")} | dict(audio_filepath=entry.get("audio") or "")
+    says = {k: entry.get(k) or "" for k in ("id", "reason", "detail", "file", "line", "speaker", "text_raw")}
+    says |= dict(split=SPLITS.get(str(entry.get("split")).strip().lower(), ""), audio_filepath=entry.get("audio") or "")
     return {k: v if k == "line" else str(v).encode("utf-8", "backslashreplace").decode() for k,v in says.items() if v != "" or k in ("id", "detail")}
 
 def _lost(rows:list[dict], rejects:list[dict])->str:
