@@ -487,6 +487,7 @@ def write_shards(
         if executor or workers: out_dir, index_path, audio_root = (Path(p).absolute() for p in (out_dir, index_path, audio_root)) # workers have folders of their own
         index_path.unlink(missing_ok=True)
         _clear(out_dir, ".*.part")
+        _clear(index_path.parent, f".{index_path.name}.*.part") # of a run that was killed as it wrote its index
         tasks = _tasks(rows, out_dir, index_path, config, audio_root, parallel)
         notes, lost, limit = [], list(rejected), config.max_reject_share*(len(rows) + len(rejected))
         for note in parallel(write_shard, tasks, label=out_dir.name, weigh=lambda task: len(task.rows), group=1):
