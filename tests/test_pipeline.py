@@ -96,6 +96,9 @@ def test_results_answer(workspace):
     assert "val_wer" in workspace.run("dvc", "metrics", "show") and "wer" in workspace.run("dvc", "metrics", "show")
     assert "WER on test" in workspace.run("ai2text", "summary")
     assert workspace.run("dvc", "plots", "show", f"results/{M}/learning_curve.csv")
+    workspace.run("dvc", "plots", "show", f"results/{M}/live")
+    assert "val_wer.tsv" in (workspace.root/"dvc_plots/index.html").read_text("utf-8")
+    assert {"wer_60", "wer_40", "wer_30"} == json.loads((workspace.root/f"results/{M}/ttq.json").read_text()).keys()
     workspace.run("git", "add", "-A"), workspace.run("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "one")
 
 

@@ -1,10 +1,12 @@
 "dvc.yaml, params.yaml, the notebooks of the stages and the modules beneath must tell the same story."
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from dvc.utils.hydra import apply_overrides
 from papermill import inspect_notebook
 
 from ai2text.config import import_closure, load_params
@@ -66,8 +68,18 @@ def test_every_list_of_milestones_is_sound():
 
 
 def test_every_parameter_has_a_comment():
-    for number, line in enumerate((ROOT/"params.yaml").read_text("utf-8").splitlines(), 1):
-        if re.match(r" +\w+: +\S", line): assert " # " in line, f"params.yaml, line {number}: say what it is"
+    lines = (ROOT/"params.yaml").read_text("utf-8").splitlines()
+    for number, (above, line) in enumerate(zip(lines, lines[1:]), 2):
+        if re.match(r" +\w+: +\S", line): assert " # " in line or above.strip().startswith("#"), f"params.yaml, line {number}: say what it is"
+
+
+def test_dvc_fills_a_list_and_empties_it(tmp_path):
+    "A comment behind an empty list makes DVC write a broken file the second time; above it, it does not."
+    shutil.copy(ROOT/"params.yaml", tmp_path)
+    for value in ("[missed, confirmed]", "[]", "[hopeless]", "[]"):
+        apply_overrides(str(tmp_path/"params.yaml"), [f"train.stop_when={value}"])
+        assert str(load_params(tmp_path/"params.yaml")["train"]["stop_when"]).replace("'", "") == value
+    assert load_params(tmp_path/"params.yaml") == PARAMS
 
 
 @pytest.mark.parametrize("name", PIPELINE)

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from ai2text.batch import Loss, collate
-from ai2text.checkpoint import latest
+from ai2text.checkpoint import latest, load_checkpoint
+from ai2text.recipe import StopWhen
 from ai2text.trainer import Budget, Every, Interrupted, TrainerOptimized, WarmupConstantDecay
+from ai2text.ttq import TTQObserver, TTQTracker, load_log
 
 STEPS, KILLS = 60, 25
 
@@ -42,8 +44,8 @@ def measure(model):
     draw = torch.Generator().manual_seed(7)
     return dict(val_wer=float(model(collate([torch.rand(16, generator=draw).numpy() for _ in range(8)], ["a"]*8, ["a"]*8)).sum))
 
-def train(folder, dtype="fp32", pause=0.):
-    "The run under test: everything on that a checkpoint must hold."
+def train(folder, dtype="fp32", pause=0., observers=(), wer=None, every=7, go_on=False):
+    "The run under test: everything on that a checkpoint must hold. `wer(step)` in place of a measurement."
     torch.manual_seed(0)
     model = Model()
     trainer = TrainerOptimized(model, torch.optim.AdamW(model.parameters(), lr=0.01), None, 4, 5, amp_dtype=dtype, schedule=WarmupConstantDecay(5),
@@ -52,7 +54,8 @@ def train(folder, dtype="fp32", pause=0.):
     class Slow(Loader):
         def __iter__(self):
             for batch in super().__iter__(): time.sleep(pause); yield batch
-    return trainer.fit(Slow(), Budget(STEPS), [], folder, evaluate=measure, evaluate_every=Every(steps=7), checkpoint_every=Every(steps=3))
+    evaluate = (lambda model: dict(val_wer=wer(trainer.state.step))) if wer else measure
+    return trainer.fit(Slow(), Budget(STEPS), observers, folder, evaluate=evaluate, evaluate_every=Every(steps=every), checkpoint_every=Every(steps=3), go_on=go_on)
 
 def fork(folder, dtype)->int:
     "A child that trains and leaves."
@@ -119,6 +122,53 @@ def test_best_weights_are_kept(tmp_path):
     result = train(tmp_path)
     assert math.isclose(result["best"]["value"], min(float(r["val_wer"]) for r in csv.DictReader(open(tmp_path/"learning_curve.csv"))))
     assert (tmp_path/"checkpoints/best/model.safetensors").exists()
+
+class StopAt:
+    "Has seen enough at a step, then and whenever it looks again."
+    def __init__(self, step): self.step = step
+    def on_start(self, trainer): self.on_step(trainer)
+    def on_step(self, trainer):
+        if trainer.state.step >= self.step: trainer.enough("enough")
+
+def test_stopped_goes_on_as_if_it_had_not(tmp_path):
+    result = train(tmp_path/"stopped", observers=[StopAt(35)])
+    assert (result["stopped"], result["step"]) == ("enough", 35)
+    assert train(tmp_path/"stopped") == result, "a stopped run is finished"
+    (tmp_path/"stopped/result.json").unlink() # killed just before the end
+    assert train(tmp_path/"stopped", observers=[StopAt(35)])["step"] == 35
+    train(tmp_path/"whole")
+    assert train(tmp_path/"stopped", go_on=True)["stopped"] == ""
+    same_end(tmp_path/"whole", tmp_path/"stopped")
+
+def test_stopped_before_what_a_killed_process_had_found(tmp_path):
+    "The best weights may be of a step that the run does not come to again; the result says which."
+    class Die:
+        def on_evaluate(self, trainer, row):
+            if row["step"] == 14: raise ZeroDivisionError
+    falls = lambda step: 1/step if step%7 == 0 else 1.
+    with pytest.raises(ZeroDivisionError): train(tmp_path, observers=[Die()], wer=falls)
+    result = train(tmp_path, observers=[StopAt(1)], wer=falls)
+    assert result["step"] == 12 and result["best"] == dict(step=14, value=1/14)
+    assert load_checkpoint(tmp_path/"checkpoints/best")[0]["model"]
+
+@pytest.mark.parametrize("reason, wer, milestone", [
+    ("confirmed", lambda step: .9*step**-.6, dict(wer=.15, budget_hours=1)),
+    ("missed", lambda step: .9, dict(wer=.15, budget_hours=1e-6)),
+    ("hopeless", lambda step: .8*step**-.1, dict(wer=.2, budget_hours=1))])
+def test_policies(tmp_path, reason, wer, milestone):
+    def watched(when, **more):
+        tracker = TTQTracker([milestone], tmp_path/"ttq_log.json", announce=print)
+        return train(tmp_path, observers=[TTQObserver(tracker), StopWhen(tracker, when, .05)], wer=wer, every=2, **more)
+    result, log = watched([reason]), load_log(tmp_path/"ttq_log.jsonl")
+    assert result["stopped"] == log["reason"] == reason and log["finished"]
+    assert 1 <= result["step"] < STEPS
+    for name in ("best", latest(tmp_path/"checkpoints").name): assert load_checkpoint(tmp_path/"checkpoints"/name)[0]["model"]
+    assert int(latest(tmp_path/"checkpoints").name[5:]) == result["step"]
+    assert watched([reason]) == result
+    (tmp_path/"result.json").unlink()
+    assert watched([reason])["step"] <= result["step"] + 1, "killed before the end was written, it stops at once"
+    more = watched([], go_on=True)
+    assert (more["step"], more["stopped"]) == (STEPS, "") and load_log(tmp_path/"ttq_log.jsonl")["reason"] == "finished"
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

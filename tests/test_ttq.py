@@ -1,9 +1,11 @@
-"""A tracker under kill -9 and changed clocks, and lines 44 to 53 of the review of the plan's sample, each as a test."""
-import json, math, os, random, signal, subprocess, sys, time, warnings
+"""Lines 44 to 53 of the review of the plan's sample, each as a test; the forecasts in a log; the tracker in a trainer."""
+import json, math, os, warnings
+from types import SimpleNamespace
 
 import pytest
 
-from ai2text.ttq import ACHIEVED, LATE, MISSED, TTQObserver, TTQTracker, load_log, read_entries, read_milestones
+from ai2text.trainer import Budget
+from ai2text.ttq import ACHIEVED, LATE, MISSED, TTQObserver, TTQTracker, forecast_run, load_log, read_entries, read_milestones, verdicts
 
 PLAN = [dict(wer=.30, budget_hours=4), dict(wer=.20, budget_hours=12), dict(wer=.15, budget_hours=48), dict(wer=.10, budget_hours=120)]
 
@@ -154,50 +156,101 @@ def test_full_disk_leaves_whole_entries(tracker, clock, monkeypatch):
     tell(run, clock, [.3])
     assert read_entries(run.truth)[1] == 0 and [h["val_wer"] for h in view(run)["history"]] == [.5, .3]
 
-LIFE = """
-import json, sys, time
-from ai2text.ttq import TTQTracker
-class Clock: # the wall clock jumps about by days, another offset in each life
-    monotonic, offset = staticmethod(time.monotonic), float(sys.argv[2])
-    def time(self): return time.time() + self.offset
-run = TTQTracker([dict(wer=.6, budget_hours=1), dict(wer=.3, budget_hours=1)], sys.argv[1], beat_seconds=.01, clock=Clock(), announce=lambda s: None)
-step = int(sys.argv[3])
-run.resumed(step)
-while True:
-    step += 1
-    run.log_epoch(1, 1., max(5, 100 - 5*step)/100, step=step)
-    print(step, run.seconds, flush=True) # the write has returned
-    for _ in range(10): run.beat(step=step); time.sleep(.001)
-"""
+# Forecasts in the log
 
-def live(log, step, rng):
-    "One life of a simulated run, killed at a random moment: the last step it reported, and the seconds it had lived by then."
-    life = subprocess.Popen([sys.executable, "-c", LIFE, log, str(rng.uniform(-1e6, 1e6)), str(step)], stdout=subprocess.PIPE, text=True)
-    lines = [life.stdout.readline() for _ in range(rng.randint(1, 10))]
-    time.sleep(rng.uniform(0, .03))
-    life.send_signal(signal.SIGKILL)
-    lines += [line for line in life.communicate()[0].splitlines(keepends=True) if line.endswith("\n")]
-    return int(lines[-1].split()[0]), float(lines[-1].split()[1])
+def half_a_run(run, clock, n=10, first=1, of=20):
+    "Evaluations of a run whose error rate falls with the square root of the time."
+    run.resumed(10*(first - 1), schedule=dict(max_steps=10*of, max_hours=0., max_audio_hours=0., decay=0.))
+    for epoch in range(first, n + 1):
+        clock.go(.5)
+        run.log_epoch(epoch, 1., .15*(epoch/of)**-.5, step=10*epoch)
 
-def test_kill_9_loses_no_entry_and_doubles_no_milestone(tmp_path):
-    rng, log, step, lived, seen = random.Random(0), tmp_path/"run/ttq_log.json", 0, 0., set()
-    for kill in range(12):
-        reported, seconds = live(str(log), step, rng)
-        seen |= set(range(step + 1, reported + 1))
-        lived += seconds
-        if kill % 3 == 0:
-            with open(log.with_suffix(".jsonl"), "ab") as f: f.write(b'{"kind": "eval') # and a write is torn
-        step = max(0, reported - 2)                                                   # resumed from an older checkpoint
-    books = load_log(log.with_suffix(".jsonl"))
-    assert seen <= {h["step"] for h in books["history"]}
-    assert [(a["target_wer"], a["step"]) for a in books["achieved"]] == [(.6, 8), (.3, 14)]
-    assert len(books["lives"]) == 12 and any(h.get("repeated") for h in books["history"])
-    assert -.05 <= books["total_elapsed_hours"]*3600 - lived <= 12*.5                # what was reported, and up to the last beat
+def test_50_time_and_cost_are_forecast(tracker, clock):
+    run = tracker(devices=2, price_per_hour=1.5)
+    half_a_run(run, clock)
+    told = run.forecast
+    twenty, fifteen, ten = told["milestones"]
+    assert (told["step"], told["at_hours"], told["progress"], told["refused"], told["horizon_hours"]) == (100, 5, .5, None, 10)
+    assert 5 < twenty["early_hours"] <= twenty["middle_hours"] <= 7 and twenty["cost"] == pytest.approx(3*twenty["middle_hours"]) and twenty["probability"] > .8
+    assert ten["early_hours"] is None and ten["cost"] is None and ten["probability"] < .05
+    assert fifteen["probability"] <= twenty["probability"] and told["end"]["low"] < told["end"]["middle"] < told["end"]["high"]
+    assert "curve" not in told and forecast_run(view(run)) == told | dict(curve=forecast_run(view(run))["curve"])
+
+def test_a_forecast_follows_each_evaluation_and_nothing_else(tracker, clock):
+    run = tracker(beat_seconds=1)
+    half_a_run(run, clock)
+    for _ in range(5):
+        clock.go(.1)
+        run.beat(step=105)
+    run.saved(105)
+    with pytest.warns(UserWarning): run.log_epoch(11, 1., math.nan, step=110)
+    kinds = [e["kind"] for e in read_entries(run.truth)[0]]
+    assert [kinds[i+1] for i,k in enumerate(kinds[:-1]) if k == "evaluation"] == ["forecast"]*10 and kinds.count("forecast") == 10
+    assert [f["refused"] is None for f in view(run)["forecasts"]] == [False]*4 + [True]*6
+    assert view(run)["calibration"]["forecasts"] == 10 and view(run)["calibration"]["refused"] == 4
+
+@pytest.mark.parametrize("torn", [1, 20, 0])
+def test_killed_between_evaluation_and_forecast(tracker, clock, torn):
+    run = tracker()
+    half_a_run(run, clock)
+    lines = run.truth.read_bytes().splitlines(keepends=True)
+    run.truth.write_bytes(b"".join(lines[:-1]) + lines[-1][:torn])
+    assert len(load_log(run.truth)["history"]) == 10
+    again = tracker()
+    half_a_run(again, clock, 12, 11)
+    log = view(again)
+    assert [len(log[k]) for k in ("history", "forecasts", "achieved")] == [12, 11, 2] and not any(h.get("repeated") for h in log["history"])
+
+def test_a_log_without_forecasts_is_read(tracker, clock):
+    run = tracker()
+    half_a_run(run, clock)
+    before, old = view(run), [line for line in run.truth.read_text().splitlines(keepends=True) if '"kind": "forecast"' not in line]
+    run.truth.write_text("".join(old))
+    log = load_log(run.truth)
+    assert log["forecasts"] == [] and log["calibration"]["forecasts"] == 0 and forecast_run(log) == forecast_run(before)
+    assert {k: v for k,v in log.items() if k not in ("forecasts", "calibration")} == {k: v for k,v in before.items() if k not in ("forecasts", "calibration")}
+    run.log_file.write_text(json.dumps({k: v for k,v in before.items() if k not in ("forecasts", "calibration")}))
+    assert load_log(run.log_file)["forecasts"] == []
+
+def test_forecasts_are_scored_when_the_truth_is_known(tracker, clock):
+    run = tracker([dict(wer=.2, budget_hours=8), dict(wer=.1, budget_hours=9)])
+    half_a_run(run, clock)
+    assert view(run)["calibration"]["scored"] == 0
+    half_a_run(run, clock, 20, 11)                    # 20% after 6 hours; the budget of 10% is spent after 9
+    scores = view(run)["calibration"]
+    twenty = [f for f in view(run)["forecasts"] if any(m["wer"] == .2 for m in f["milestones"])]
+    assert scores["n_covered"] == len(twenty) == 7 and scores["scored"] == 7 + 13 and scores["promises"] == scores["kept"]
+    assert scores["covered"] >= .8 and scores["hours_error"] < .1 and scores["brier"] < .1
+
+def test_another_schedule_leaves_forecasts_open(tracker, clock, tmp_path):
+    run = tracker()
+    half_a_run(run, clock)
+    run.saved(80)
+    longer = TTQTracker(PLAN, tmp_path/"longer/ttq_log.json", clock=clock, announce=len)
+    longer.adopt(run.truth, 80)
+    assert read_entries(longer.truth)[0][-1]["step"] == 80
+    half_a_run(longer, clock, 40, 9, of=40)
+    log = view(longer)
+    assert [bool(f.get("void")) for f in log["forecasts"]] == [True]*10 + [False]*32
+    assert all(v["at_hours"] > 5 for v in verdicts(log)) and log["calibration"]["scored"]
+
+def test_a_run_that_was_stopped_says_why(tracker, clock):
+    phases = dict.fromkeys(("startup", "data", "training", "evaluation", "checkpoint", "lost"), 0.)
+    trainer = SimpleNamespace(folder=None, audio_hours=1., state=SimpleNamespace(step=0, units=8., best={}), clocks=SimpleNamespace(read=lambda: dict(phases)), budget=Budget(max_steps=200), schedule=None, stopped="hopeless")
+    run = tracker()
+    observer = TTQObserver(run)
+    observer.on_start(trainer)
+    half_a_run(run, clock, 12)
+    observer.on_end(trainer, "finished")
+    log = view(run)
+    assert (log["finished"], log["reason"]) == (True, "hopeless") and log["about"]["schedule"]["max_steps"] == 200
+    assert {v["wer"] for v in verdicts(log) if v["kept"] is not None} == {.2}  # the others would perhaps have come, and nobody knows
+    assert [m["state"] for m in log["milestones"]] == [ACHIEVED, ACHIEVED, MISSED, MISSED]
 
 def test_with_the_trainer(tmp_path):
     import torch
     from ai2text.batch import Loss, collate
-    from ai2text.trainer import Budget, Every, TrainerOptimized
+    from ai2text.trainer import Every, TrainerOptimized
     class Model(torch.nn.Module):
         def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.ones(1))
         def forward(self, batch): return Loss((self.w*batch.audio).pow(2).sum(), torch.tensor(float(len(batch))), {})
@@ -217,5 +270,6 @@ def test_with_the_trainer(tmp_path):
     assert achieved["confirmed_by"] == "interval" and len(achieved["checkpoint"]) == 64 and achieved["interval"] == [.3, .45]
     assert {"startup", "data", "training", "evaluation", "checkpoint"} <= log["totals"]["clocks"].keys()
     assert log["totals"]["utterances"] == 16 and log["about"]["budget"]["max_steps"] == 8
+    assert log["about"]["schedule"] == dict(max_steps=8, max_hours=0, max_audio_hours=0, decay=0) and len(log["forecasts"]) == 2
     assert sum(log["totals"]["clocks"].values()) == pytest.approx(log["total_elapsed_hours"], abs=.5/3600)
     assert fit(8, "a") == log                                     # a finished run is not reopened

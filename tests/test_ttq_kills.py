@@ -1,0 +1,150 @@
+"""A simulated run that is killed with kill -9, a hundred times, at random moments: nothing that was written is lost, no
+milestone is lost or doubled, and its hours are true, however its clocks jump.
+
+A life is a process that keeps a tracker's books at high speed. It says on a pipe what has been written, after the call
+has returned; the moment of the kill is drawn between its birth and the longest life. The next life goes on from the last
+checkpoint that was told, so that work is lost and repeated. Time is simulated, so that a life lasts minutes and not
+moments: it passes while the process works, and stands in a page of memory that outlives the process. That is the truth."""
+import json, random, signal, struct, subprocess, sys, tempfile, time
+from collections import Counter
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+
+from ai2text.ttq import load_log, read_entries
+
+ROOT = Path(__file__).resolve().parent.parent
+PLAN = [dict(wer=wer, budget_hours=hours) for wer,hours in ((.8, .1), (.6, 2), (.45, 3), (.35, 500), (.3, 500), (.1, 500))] # the last is never reached
+JUMP = 9. # hours that a jumping clock is off at most
+
+LIFE = """
+import json, math, mmap, random, struct, sys, time
+from ai2text.ttq import TTQTracker
+
+log, page, life, step, wall, jump, seed = sys.argv[1], sys.argv[2], *map(float, sys.argv[3:])
+rng, step = random.Random(seed), int(step)
+with open(page, "r+b") as f: truth = mmap.mmap(f.fileno(), 8)
+
+class Clock:
+    "Durations are true and begin anywhere; the wall clock is off by hours, by others each time it is looked at."
+    origin, lived = rng.uniform(0, 1e6), 0.
+    def monotonic(self): return self.origin + self.lived
+    def time(self): return wall + self.lived + rng.uniform(-jump, jump)*3600
+    def work(self, seconds): # 50,000 times as fast as life
+        time.sleep(seconds/50_000)
+        self.lived += seconds
+        struct.pack_into("d", truth, 0, self.lived)
+
+def tell(*words): print(json.dumps(words), flush=True)
+
+clock = Clock()
+tell("born", step)
+run = TTQTracker(json.loads(sys.stdin.readline()), log, clock=clock, about=dict(life=int(life)), announce=lambda words: tell("announced", words))
+run.resumed(step, schedule=dict(max_steps=5_000, decay=.2))
+tell("resume", step)
+while True:
+    step += 1
+    clock.work(rng.uniform(.5, 1.5))
+    if run.due:
+        run.beat(step=step)
+        tell("beat", step)
+    if step % 50 == 0:
+        clock.work(rng.uniform(5, 20))
+        wer = .25 + .75*math.exp(-step/700)
+        run.log_epoch(1, 1., round(wer*math.exp(rng.gauss(0, .03)), 4), step=step)
+        tell("evaluation", step)
+    if step % 70 == 0:
+        clock.work(rng.uniform(0, 2))
+        run.saved(step)
+        tell("checkpoint", step, clock.lived)
+"""
+
+
+@dataclass(frozen=True)
+class Life:
+    "What is known of a life from outside."
+    told: list      # (kind, step) of each entry whose write returned
+    announced: list # what it said of milestones
+    saved: tuple    # step of its last checkpoint, and how long it had lived by then; None
+    seconds: float  # how long it lived
+    down: float     # seconds from its end to the next birth
+
+
+def live(log, life:int, step:int, wall:float, jump:float, rng, longest:float)->Life:
+    "One life, killed at a random moment."
+    with tempfile.NamedTemporaryFile() as page:
+        page.write(struct.pack("d", 0.))
+        page.flush()
+        process = subprocess.Popen([sys.executable, "-c", LIFE, *map(str, (log, page.name, life, step, wall, jump, rng.random()))], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process.stdin.write(json.dumps(PLAN) + "\n")
+        process.stdin.flush()
+        process.stdout.readline() # it is born
+        time.sleep(rng.uniform(0, longest))
+        process.send_signal(signal.SIGKILL)
+        words = [json.loads(line) for line in process.communicate()[0].splitlines(keepends=True) if line.endswith("\n")]
+        seconds, = struct.unpack("d", Path(page.name).read_bytes())
+    assert process.returncode == -signal.SIGKILL
+    saved = [w[1:] for w in words if w[0] == "checkpoint"]
+    return Life([tuple(w[:2]) for w in words if w[0] != "announced"], [w[1] for w in words if w[0] == "announced"], saved[-1] if saved else None, seconds, rng.expovariate(1/600))
+
+
+def killed_run(log, kills:int, jump:float, seed=0, longest=.3)->list[Life]:
+    "A run that is killed again and again."
+    rng, lives, step, wall = random.Random(seed), [], 0, 1.7e9
+    for number in range(kills):
+        lives.append(live(log, number, step, wall, jump, rng, longest))
+        if lives[-1].saved: step = lives[-1].saved[0]
+        wall += lives[-1].seconds + lives[-1].down
+        if log.exists(): json.loads(log.read_text()) # the view is whole at every moment
+    return lives
+
+
+def judge_entries(entries, lives)->dict:
+    "What was told is in the log, each life's in its order; what else is there was written and not yet told."
+    kept = {number: [] for number in range(len(lives))}
+    for e in entries:
+        if e["kind"] == "start": number = e["about"]["life"]
+        elif e["kind"] in ("resume", "beat", "evaluation", "checkpoint"): kept[number].append((e["kind"], e["step"]))
+    return dict(told=sum(len(life.told) for life in lives), lost=sum(mine != there for number,life in enumerate(lives) for mine,there in zip_longest(life.told, kept[number][:len(life.told)])),
+                untold=sum(len(kept[number]) - len(life.told) for number,life in enumerate(lives)))
+
+
+def judge_milestones(entries, books, lives)->dict:
+    "The first crossing of each, once, in the log and in what was said."
+    evaluations = [e for e in entries if e["kind"] == "evaluation"]
+    first = {m["wer"]: (e["val_wer"], e["step"]) for m in PLAN for e in reversed(evaluations) if e["val_wer"] <= m["wer"]}
+    achieved = Counter(a["target_wer"] for a in books["achieved"])
+    said = Counter(words.split()[3] for life in lives for words in life.announced if "achieved" in words)
+    return dict(evaluations=len(evaluations), repeated=sum(bool(h.get("repeated")) for h in books["history"]), crossed=len(first), missing=len(first.keys() - achieved.keys()),
+                doubled=sum(n > 1 for n in (*achieved.values(), *said.values())), wrong=sum((a["achieved_wer"], a["step"]) != first[a["target_wer"]] for a in books["achieved"]))
+
+
+def judge_time(entries, books, lives, true_clock:bool)->dict:
+    "Hours against the truth, as shares of all hours: of the lives, between them, and those whose work was lost with a kill."
+    starts = [i for i,e in enumerate(entries) if e["kind"] == "start"]
+    resumed = max(entries[i]["about"]["life"] for i in starts if entries[i+1:i+2] and entries[i+1]["kind"] == "resume") # lost time is told with it
+    lost = sum(life.seconds - (life.saved[1] if life.saved else 0) for life in lives[:resumed])
+    hours, down, log = sum(life.seconds for life in lives)/3600, sum(life.down for life in lives[:-1])/3600, books["totals"]
+    return dict(hours=hours, hours_error=log["elapsed_hours"]/hours - 1, lost_hours=lost/3600, lost_error=(log["lost_hours"] - lost/3600)/hours,
+                down_error=log["down_hours"]/down - 1 if true_clock else None)
+
+
+def judge_kills(log, lives, true_clock:bool)->dict:
+    "A killed run's log against what was seen from outside."
+    entries, books = read_entries(log.with_suffix(".jsonl"))[0], load_log(log.with_suffix(".jsonl"))
+    return dict(kills=len(lives)) | judge_entries(entries, lives) | judge_milestones(entries, books, lives) | judge_time(entries, books, lives, true_clock)
+
+
+@pytest.mark.parametrize("jump", [0., JUMP], ids=["true clock", "jumping clock"])
+def test_a_run_killed_fifty_times(tmp_path, jump):
+    log = tmp_path/"run/ttq_log.json"
+    lives = killed_run(log, 50, jump, seed=int(jump))
+    found = judge_kills(log, lives, true_clock=not jump)
+    print(found)
+    assert found["lost"] == 0 and found["untold"] <= len(lives), "an entry whose write returned is in the log, and at most one more a life"
+    assert found["crossed"] >= 3 and found["missing"] == found["doubled"] == found["wrong"] == 0, "milestones"
+    assert abs(found["hours_error"]) < .01 and abs(found["lost_error"]) < .01, "hours"
+    assert jump or abs(found["down_error"]) < .01, "the time between lives, where the wall clock is true"
+    assert found["repeated"], "work was lost and done again"
