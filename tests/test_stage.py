@@ -62,8 +62,13 @@ def environment()->dict:
     return env | dict(PYTHONPATH=str(PACKAGE.parent), PATH=f"{Path(sys.executable).parent}:{env['PATH']}")
 
 
+def as_in_a_terminal():
+    "Signals end a program, also where these tests run under `nohup` or behind `&`, which have them ignored."
+    for signum in (signal.SIGINT, signal.SIGHUP): signal.signal(signum, signal.SIG_DFL)
+
+
 def start(root:Path, *command:str)->subprocess.Popen:
-    return subprocess.Popen(command or [sys.executable, "runner.py"], cwd=root, env=environment(), start_new_session=True,
+    return subprocess.Popen(command or [sys.executable, "runner.py"], cwd=root, env=environment(), start_new_session=True, preexec_fn=as_in_a_terminal,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
