@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -70,3 +71,19 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def root(): return ROOT
+
+
+class Store(NamedTuple):
+    "A running S3 server: the folder with its buckets, its URL, and what a client must know."
+    folder: Path
+    url: str
+    server: object
+
+
+@pytest.fixture
+def store(tmp_path):
+    "A real S3 server with an empty bucket named `bucket`. What comes into the folder after the first request may stay unseen: send it."
+    from ai2text.faults import KEY, SECRET, serve_s3
+    from ai2text.s3 import Server
+    (tmp_path/"store/bucket").mkdir(parents=True)
+    with serve_s3(tmp_path/"store") as url: yield Store(tmp_path/"store", url, Server(url, key=KEY, secret=SECRET, timeout=5))

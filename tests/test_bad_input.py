@@ -22,7 +22,8 @@ from ai2text import corpus as corpus_module
 from ai2text.corpus import CorpusConfig, make_corpus
 from ai2text.loader import create_webdataset_loader
 from ai2text.prepare import SPLITS, PrepareConfig, prepare
-from ai2text.shards import ShardsConfig, load_index, verify, write_shards
+from ai2text.shard_index import load_index
+from ai2text.shards import ShardsConfig, verify, write_shards
 from test_pipeline import ROOT, M, Workspace, environment
 
 DIGITS = "không một hai ba bốn năm sáu bảy tám chín".split()
