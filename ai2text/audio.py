@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['N_MELS', 'HOP', 'WINDOW', 'N_FFT', 'LEFT_EDGE', 'RIGHT_EDGE', 'PREEMPHASIS', 'LOW_HZ', 'HIGH_HZ', 'PCM_SCALE',
-           'LOG_FLOOR', 'read_audio', 'resample', 'num_frames', 'mel_filters', 'frame_basis', 'Fbank', 'mirror_edges',
-           'spec_augment']
+           'LOG_FLOOR', 'read_audio', 'resample', 'num_frames', 'mel_filters', 'povey_window', 'Fbank', 'mirror_edges',
+           'spec_augment', 'spread', 'other_room', 'other_speaker']
 
 # %% ../nbs/20_audio.ipynb #c4bb27bb
 import io, math
@@ -65,24 +65,18 @@ def mel_filters(n_mels:int=N_MELS)->Tensor:  # (N_FFT//2 + 1, n_mels)
     weights[-1] = 0   # Kaldi leaves the Nyquist bin out
     return torch.from_numpy(weights).float()
 
-# %% ../nbs/20_audio.ipynb #99229570
-def frame_basis()->Tensor:  # (WINDOW, 2 * (N_FFT//2 + 1))
-    "The linear part of Kaldi's frame processing: mean removal, pre-emphasis, Povey window, real and imaginary DFT."
+# %% ../nbs/20_audio.ipynb #932c3992
+def povey_window()->Tensor:  # (WINDOW,)
+    "Kaldi's window, for samples as 16-bit values; its first sample is zero."
     n = np.arange(WINDOW)
-    centre = np.eye(WINDOW) - 1/WINDOW
-    emphasis = np.eye(WINDOW) - PREEMPHASIS*np.eye(WINDOW, k=1)
-    emphasis[0,0] = 1 - PREEMPHASIS          # Kaldi takes the sample before the frame to be its first
-    povey = (0.5 - 0.5*np.cos(2*np.pi*n/(WINDOW - 1)))**0.85
-    phase = 2*np.pi*np.outer(n, np.arange(N_FFT//2 + 1))/N_FFT
-    basis = centre @ emphasis * povey @ np.concatenate([np.cos(phase), -np.sin(phase)], 1)
-    return torch.from_numpy(basis*PCM_SCALE).float()
+    return torch.from_numpy((0.5 - 0.5*np.cos(2*np.pi*n/(WINDOW - 1)))**0.85*PCM_SCALE).float()
 
 # %% ../nbs/20_audio.ipynb #a43bb6dc
 class Fbank(nn.Module):
     "Kaldi log-mel features of a padded batch; equal to `torchaudio.compliance.kaldi.fbank` of each utterance alone."
     def __init__(self, n_mels:int=N_MELS):
         super().__init__()
-        self.register_buffer('basis', frame_basis(), persistent=False)
+        self.register_buffer('window', povey_window(), persistent=False)
         self.register_buffer('mel', mel_filters(n_mels), persistent=False)
 
     @torch.no_grad()
@@ -92,11 +86,15 @@ class Fbank(nn.Module):
     ):                   # features (B, F, n_mels) float32 at 100 frames a second, frames (B,)
         "Features are natural logs of at least `LOG_FLOOR`; frames past an utterance's end hold the floor."
         with torch.autocast(audio.device.type, enabled=False):
-            frames = num_frames(lengths)
-            windows = mirror_edges(audio.float(), lengths).unfold(-1, WINDOW, HOP)[:,:int(frames.max())]
-            real, imaginary = (windows @ self.basis).chunk(2, -1)
-            power = real.square_().add_(imaginary.square_())
-            features = (power @ self.mel).clamp_(min=math.exp(LOG_FLOOR)).log_()
+            frames, most = num_frames(lengths), num_frames(audio.shape[1]) # the latter is known without asking the device
+            wave = mirror_edges(audio.float(), lengths)
+            mean = wave.unfold(-1, WINDOW, HOP)[:,:most].mean(-1, keepdim=True)
+            wave = torch.cat([wave[:,:1], torch.add(wave[:,1:], wave[:,:-1], alpha=-PREEMPHASIS)], 1)
+            padded = wave.new_empty(*mean.shape[:2], N_FFT)
+            padded[...,WINDOW:] = 0
+            torch.sub(wave.unfold(-1, WINDOW, HOP)[:,:most], mean*(1 - PREEMPHASIS), out=padded[...,:WINDOW]).mul_(self.window)
+            real, imaginary = torch.view_as_real(torch.fft.rfft(padded)).square_().unbind(-1)
+            features = ((real + imaginary) @ self.mel).clamp_(min=math.exp(LOG_FLOOR)).log_()
             past_end = torch.arange(features.shape[1], device=audio.device) >= frames[:,None]
             return features.masked_fill_(past_end[...,None], LOG_FLOOR), frames
 
@@ -126,10 +124,70 @@ def spec_augment(
     "Park et al. 2019, adaptive in time (2020): batched, in no loop over utterances."
     B, F, M = features.shape
     def masked(n, size, limit, widest):   # (B, size) true where hidden
-        width = torch.rand(B, n).to(features.device)*widest
-        start = torch.rand(B, n).to(features.device)*(limit - width).clamp(min=0)
+        width = torch.rand(B, n).to(features.device, non_blocking=True)*widest
+        start = torch.rand(B, n).to(features.device, non_blocking=True)*(limit - width).clamp(min=0)
         at = torch.arange(size, device=features.device)
         return ((at >= start[...,None].floor()) & (at < (start + width)[...,None].floor())).any(1)
     frames = frames[:,None].float()
     hidden = masked(freq_masks, M, torch.tensor(float(M)), float(freq_width))[:,None,:] | masked(time_masks, F, frames, frames*time_share)[:,:,None]
     return features.masked_fill(hidden, 0.)
+
+# %% ../nbs/20_audio.ipynb #eaea7343
+def spread(
+    limit:float, # largest
+    *shape,
+)->Tensor:
+    "Even in [-limit, limit]."
+    return (2*torch.rand(*shape) - 1)*limit
+
+def other_room(
+    features:Tensor,  # (B, F, M) natural logs of power
+    gain:float=8.,    # dB, up or down
+    colour:float=8.,  # dB, deviation of a smooth random equaliser
+    noise:float=0.5,  # share of utterances whose background is changed: half louder, half softer
+)->Tensor:            # (B, F, M)
+    "Another distance, microphone and background for each utterance: drawn once, in no loop over utterances."
+    B, F, M = features.shape
+    nat, device = math.log(10)/10, features.device
+    waves = torch.cos(math.pi*torch.arange(1, 7)[:,None]*(torch.arange(M) + 0.5)/M)  # slow to fast over the channels
+    curve = spread(gain*nat, B, 1) + (torch.randn(B, 6) @ waves)*colour*nat/3**0.5
+    x = features + curve[:,None].to(device)
+    chance = torch.rand(B)
+    loud, soft = chance < noise/2, (chance >= noise/2) & (chance < noise)
+    if loud.any():
+        level = x[loud].flatten(1).amax(1) - nat*(15 + 30*torch.rand(int(loud.sum()))).to(device)
+        shape = torch.randn(len(level), 6) @ (0.6*waves)
+        hiss = 0.7*torch.randn(len(level), F, M) + shape[:,None]
+        x[loud] = torch.logaddexp(x[loud], hiss.to(device) + level[:,None,None])
+    if soft.any():
+        y = x[soft]
+        knee = y.amax(1, keepdim=True) - nat*(15 + 25*torch.rand(len(y), 1, 1)).to(device)
+        x[soft] = y - (1 + 1.5*torch.rand(len(y), 1, 1).to(device))*(knee - y).clamp(min=0) # expanded below the knee
+    return x.clamp_(min=LOG_FLOOR)
+
+# %% ../nbs/20_audio.ipynb #c23b428c
+def other_speaker(
+    features:Tensor,   # (B, F, M), normalised: zero is the mean
+    frames:Tensor,     # (B,)
+    warp:float=0.15,   # frequencies are scaled by up to exp(+-warp), and bent a little besides
+    tempo:float=0.2,   # speed is scaled by up to exp(+-tempo)
+):                     # features (B, F', M), frames (B,)
+    "Another throat and another pace for each utterance: pitch and formants move together, as when a recording is resampled, and the tempo apart from them."
+    B, F, M = features.shape
+    device, x = features.device, features
+    if tempo:
+        speed = spread(tempo, B).exp().to(device)
+        frames = (frames/speed).round().long().clamp(min=1)
+        at = ((torch.arange(int(frames.max()), device=device) + 0.5)*speed[:,None] - 0.5).clamp(0, F - 1)
+        low = at.long()
+        take = lambda i: x.gather(1, i[...,None].expand(-1, -1, M))
+        x = torch.lerp(take(low), take((low + 1).clamp(max=F - 1)), (at - low)[...,None])
+    if warp:
+        mel = lambda hz: 1127*torch.log1p(hz/700)
+        edges = torch.linspace(*mel(torch.tensor([LOW_HZ, HIGH_HZ])).tolist(), M + 2)
+        source = (mel(700*torch.expm1(edges[1:-1]/1127)*spread(warp, B, 1).exp()) - edges[1])/(edges[1] - edges[0])
+        bends = torch.sin(math.pi*torch.arange(1, 4)[:,None]*torch.arange(M)/M)/torch.arange(1, 4)[:,None]
+        source = (source + 10*warp*torch.randn(B, 3) @ bends).clamp(0, M - 1)                       # (B, M): the channel that each is read from
+        tents = (1 - (source[:,None] - torch.arange(M)[:,None]).abs()).clamp(min=0).to(device)      # (B, from, to)
+        x = torch.bmm(x, tents)
+    return x, frames

@@ -22,16 +22,14 @@ def ctc_loss(
     targets:list,    # B lists of token ids
 )->Loss:             # summed over utterances; counts: `utterances`, `infeasible`
     "Connectionist temporal classification (Graves et al. 2006) in float32."
-    device = logits.device
-    with torch.autocast(device.type, enabled=False):
+    to_device = lambda numbers: torch.tensor(numbers, dtype=torch.long).to(logits.device, non_blocking=True) # lets the device work on
+    frames, lengths = frames.to(logits.device), torch.tensor([len(t) for t in targets])
+    with torch.autocast(logits.device.type, enabled=False):
         log_probs = nnf.log_softmax(logits.float(), -1).transpose(0, 1)
-        target_lengths = torch.tensor([len(t) for t in targets], device=device)
-        flat = torch.tensor([i for t in targets for i in t], dtype=torch.long, device=device)
-        losses = nnf.ctc_loss(log_probs, flat, frames.to(device), target_lengths, blank=BLANK, reduction='none', zero_infinity=True)
-        needed = torch.tensor([min_frames(t) for t in targets], device=device)
-        infeasible = (frames.to(device) < needed).sum()
-        utterances = torch.tensor(float(len(targets)), device=device)
-        return Loss(losses.sum(), utterances - infeasible, dict(utterances=utterances, infeasible=infeasible.float()))
+        losses = nnf.ctc_loss(log_probs, to_device([i for t in targets for i in t]), frames, lengths, blank=BLANK, reduction='none', zero_infinity=True)
+    infeasible = (frames < to_device([min_frames(t) for t in targets])).sum().float()
+    utterances = torch.full_like(infeasible, len(targets))
+    return Loss(losses.sum(), utterances - infeasible, dict(utterances=utterances, infeasible=infeasible))
 
 # %% ../nbs/55_ctc.ipynb #58f644fd
 @torch.no_grad()
