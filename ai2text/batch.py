@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'Batch', 'collate', 'Loss', 'Hypothesis']
 
-# %% ../nbs/15_batch.ipynb #d515ab96
-from dataclasses import dataclass, field
+# %% ../nbs/15_batch.ipynb #b52a2fbc
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +28,16 @@ class Batch:
     skipped: list = field(default_factory=list)  # (shard, key, reason) of each utterance that could not be read
 
     def __len__(self): return len(self.ids)
+
+    def __getitem__(self, which:slice)->'Batch':
+        "Some of the utterances, padded to their own longest."
+        lengths = self.lengths[which]
+        return replace(self, audio=self.audio[which, :int(lengths.max())], lengths=lengths, transcripts=self.transcripts[which], ids=self.ids[which], skipped=[])
+
+    @property
+    def size(self)->int:
+        "Padded samples: what memory grows with."
+        return self.audio.numel()
 
     @property
     def seconds(self)->float:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['POLICIES', 'BUDGET_ONLY', 'FAMILIES', 'FEATURE_BATCHES', 'TrainConfig', 'model_class', 'build_model', 'load_model',
            'transcribe_split', 'split_loader', 'measure', 'run_recipe', 'environment', 'set_up', 'why_stop', 'StopWhen',
-           'LiveCurve', 'fit', 'publish', 'read_again', 'EvaluateConfig', 'evaluate', 'train', 'summary', 'plot_curve',
-           'plot_errors']
+           'LiveCurve', 'train_rank', 'fit', 'publish', 'read_again', 'EvaluateConfig', 'evaluate', 'train', 'summary',
+           'plot_curve', 'plot_errors']
 
 # %% ../nbs/88_recipe.ipynb #ae2fed4b
 import dataclasses, importlib, math, os, platform, resource, shutil, subprocess, sys, time
@@ -17,13 +17,15 @@ import torch
 from tqdm import tqdm
 
 from . import __version__
+from .budget import Budget, Every, WarmupConstantDecay
 from .checkpoint import about as says, load_checkpoint, load_config, load_weights, run_folder, runs, save_model
 from .config import ConfigError, Layout, find_root, import_closure, load_params, make, opt, read_json, read_jsonl, write_json, write_jsonl
 from .loader import create_webdataset_loader
 from .metrics import rates_by, score_rows, utterance_rows
 from .optimizer import OPTIMIZERS, make_optimizer
+from .ranks import Ranks, launch
 from .text import NORMALISER_VERSION, load_tokenizer
-from .trainer import Budget, Every, Progress, TrainerOptimized, WarmupConstantDecay, dtypes
+from .trainer import Progress, TrainerOptimized, dtypes
 from .ttq import Books, TTQObserver, TTQTracker, load_log, read_entries, read_milestones, spell_hours, summary as milestone_rows, to_target
 
 # %% ../nbs/88_recipe.ipynb #43b202e0
@@ -38,7 +40,7 @@ class TrainConfig:
     max_audio_hours:float = opt(0., "budget in hours of speech trained on; 0 = no limit", ge=0)
     batch_seconds:float = opt(60., "padded seconds of a micro-batch", gt=0)
     batch_size:int = opt(64, "utterances of a micro-batch at most", ge=1)
-    accumulation_steps:int = opt(1, "micro-batches of an optimizer step", ge=1)
+    accumulation_steps:int = opt(1, "micro-batches of an optimizer step, in each process", ge=1)
     optimizer:str = opt("muon", "muon (matrices) with adamw (the rest), or adamw alone", choices=OPTIMIZERS)
     lr:float = opt(2e-3, "peak learning rate", gt=0)
     weight_decay:float = opt(0.01, "decoupled weight decay of matrices", ge=0)
@@ -48,13 +50,18 @@ class TrainConfig:
     use_amp:bool = opt(True, "mixed precision where the hardware has it")
     amp_dtype:str = opt("auto", "auto: bf16 where the hardware has it, else fp16 on CUDA, else fp32", choices=("auto", *dtypes))
     ema_decay:float = opt(0., "of the averaged weights that are evaluated and published; 0 = the weights as they are", ge=0, lt=1)
+    average_last:int = opt(0, "evaluations at the end whose weights are averaged, and published when better on dev; 0 = none", ge=0)
     evaluate_every_steps:int = opt(250, "steps between two evaluations on dev", ge=0)
     evaluate_every_minutes:float = opt(0., "minutes between two evaluations on dev", ge=0)
     checkpoint_minutes:float = opt(1., "minutes between two checkpoints", gt=0)
     weights:dict[str,float] = opt({}, "how often an epoch has each utterance of a corpus, by name; 1 for those not named", ge=0)
     shuffle_buffer:int = opt(10_000, "utterances in a window of the shuffle", ge=1)
     num_workers:int = opt(1, "threads that read ahead", ge=0)
-    threads:int = opt(0, "processor threads; the same number gives the same bits; 0 = as torch likes", ge=0)
+    threads:int = opt(0, "processor threads of each process; the same number gives the same bits; 0 = as torch likes", ge=0)
+    nproc:int = opt(1, "processes that train together, one for each GPU", ge=1)
+    memory_gb:float = opt(0., "memory of a GPU that may be used; micro-batches are split to fit into it; 0 = all", ge=0)
+    checkpointing:bool = opt(False, "compute activations again in the backward pass instead of keeping them: less memory, more time")
+    compile:bool = opt(False, "compile the model for a GPU")
     stop_when:list[str] = opt([], "when to stop before the budget is used up: confirmed (all milestones), missed (the next one's budget is spent), hopeless (the next one)", choices=POLICIES)
     min_probability:float = opt(0.05, "hopeless is a milestone that two forecasts in a row call less probable", ge=0, le=1)
     price_per_hour:float = opt(0., "of the machine, for the cost in the log", ge=0)
@@ -106,11 +113,12 @@ def transcribe_split(
     device=None,      # where the model is
     show:str="",      # name of the progress bar; "" = none
     beat=None,        # called after each batch
+    **how,            # what `model.transcribe` takes besides the batch, such as the size of a stream's chunks
 )->dict:              # utterance id -> Hypothesis
     "Transcribe every utterance of a split."
     found = {}
     for batch in tqdm(loader, desc=show, disable=not show, unit="batch", total=len(loader)):
-        found |= zip(batch.ids, model.transcribe(batch.to(device or "cpu")))
+        if len(batch): found |= zip(batch.ids, model.transcribe(batch.to(device or "cpu"), **how)) # of the last batches, a rank may have nothing
         if beat: beat()
     return found
 
@@ -119,9 +127,11 @@ def split_loader(
     split:str,            # "dev" or "test"
     batch_seconds:float,  # padded seconds of a batch
     num_workers:int=1,    # threads that read ahead
+    ranks:Ranks=Ranks(),  # each has its part
 ):
     "A split in a fixed order, each utterance once an epoch; refuses one whose shards lack a recording, since its error rate would be of something else."
-    loader = create_webdataset_loader(layout.split_shards(split), 10_000, num_workers, index=layout.split_index(split), batch_seconds=batch_seconds, shuffle=False, max_skip_share=0.)
+    loader = create_webdataset_loader(layout.split_shards(split), 10_000, num_workers, index=layout.split_index(split), batch_seconds=batch_seconds, shuffle=False, max_skip_share=0.,
+                                      rank=ranks.rank, world=ranks.world)
     if lost := loader.index.rejected:
         listed = "; ".join(f"{r['id']} ({r['reason']})" for r in lost[:5]) + ("; ..." if len(lost) > 5 else "")
         raise ConfigError(f"{layout.split_index(split)}: {len(lost)} of {len(lost) + len(loader.index)} recordings of {split} could not go into the shards: {listed}. "
@@ -135,9 +145,12 @@ def measure(
     device=None,     # these three as for `transcribe_split`
     show:str="",
     beat=None,
+    ranks:Ranks=Ranks(), # that share the loader's split
+    **how,           # as for `transcribe_split`
 ):                   # `Score`, rows for utterances.jsonl
     "Score a model on a split; speakers of different corpora are different people, whatever their names."
-    hypotheses = {i: h.text for i,h in transcribe_split(model, loader, device, show, beat).items()}
+    hypotheses = {}
+    for part in ranks.gather({i: h.text for i,h in transcribe_split(model, loader, device, show, beat, **how).items()}): hypotheses |= part
     if len({row.get("corpus") for row in manifest}) > 1:
         manifest = [{**row, "speaker": f"{row['corpus']} {row['speaker']}" if row.get("speaker") else ""} for row in manifest]
     rows = utterance_rows(manifest, hypotheses, keep=("corpus", "dialect"))
@@ -168,18 +181,20 @@ def set_up(
     config:TrainConfig,
     params:dict,     # models.M
     layout:Layout,
+    ranks:Ranks,
 ):                   # trainer, loader
-    "Loader, model with fitted features, optimizer and trainer."
+    "Loader, model with fitted features, optimizer and trainer; model and features are the same on every rank."
     tokenizer = load_tokenizer(layout.tokenizer)
-    train_loader = lambda: create_webdataset_loader(layout.split_shards("train"), config.batch_size, config.num_workers, config.shuffle_buffer,
-                                                    index=layout.split_index("train"), batch_seconds=config.batch_seconds, seed=config.seed, weights=config.weights)
+    train_loader = lambda **part: create_webdataset_loader(layout.split_shards("train"), config.batch_size, config.num_workers, config.shuffle_buffer,
+                                                           index=layout.split_index("train"), batch_seconds=config.batch_seconds, seed=config.seed, weights=config.weights, **part)
     if config.threads: torch.set_num_threads(config.threads)
     model = build_model(params, tokenizer, config.seed)
     if hasattr(model, "fit_features"): model.fit_features(batch for batch, _ in zip(train_loader(), range(FEATURE_BATCHES)))
     trainer = TrainerOptimized(model, make_optimizer(model, config.optimizer, config.lr, config.weight_decay), batch_size=None, accumulation_steps=config.accumulation_steps,
         use_amp=config.use_amp, gradient_clip_val=config.gradient_clip_val, amp_dtype=config.amp_dtype, schedule=WarmupConstantDecay(config.warmup_steps, config.decay),
-        ema_decay=config.ema_decay, seed=config.seed, threads=config.threads)
-    return trainer, train_loader()
+        ema_decay=config.ema_decay, average_last=config.average_last, memory_gb=config.memory_gb, checkpointing=config.checkpointing, compile=config.compile,
+        seed=config.seed, threads=config.threads, ranks=ranks)
+    return trainer, train_loader(rank=ranks.rank, world=ranks.world)
 
 FEATURE_BATCHES = 30  # micro-batches that the features' mean and deviation are measured on
 
@@ -249,35 +264,53 @@ class LiveCurve:
             if name != "step" and isinstance(value, (int, float)): self.live.log_metric(name, value)
         self.live.make_summary()
 
-# %% ../nbs/88_recipe.ipynb #5de02e2f
+# %% ../nbs/88_recipe.ipynb #d4bbbade
+def train_rank(
+    ranks:Ranks,
+    name:str,          # of the model, M
+    train:dict,        # the section `train`
+    params:dict,       # models.M
+    milestones:list,   # dicts with wer and budget_hours
+    root:str,          # of the project
+    folder:str,        # of the run
+    go_on:bool=False,  # with a run that a policy had stopped, too
+    born:float=None,   # when the work began, as `time.monotonic` has it on this machine
+    observers=(),      # further observers of the trainer, on rank 0
+):
+    "One process of a run."
+    born = time.monotonic() if born is None else born
+    config, layout, folder, watching = make(TrainConfig, train, "train"), Layout(root), Path(folder), []
+    trainer, loader = set_up(config, params, layout, ranks)
+    dev, manifest = split_loader(layout, "dev", config.batch_seconds, config.num_workers, ranks), read_jsonl(layout.manifest("dev"))
+    def evaluate(model):
+        with trainer.autocast(): score, _ = measure(model, dev, manifest, trainer.device, beat=trainer.beat, ranks=ranks)
+        return dict(val_wer=score.wer, val_wer_low=score.wer_low, val_wer_high=score.wer_high, val_cer=score.cer)
+    if ranks.main:
+        about = dict(environment(), processes=ranks.world, model=name, parameters=sum(p.numel() for p in trainer.model.parameters()), precision=str(trainer.dtype)[6:],
+                     evaluation_set=dev.fingerprint[:16], normaliser=NORMALISER_VERSION)
+        tracker = TTQTracker(read_milestones(milestones), folder/"ttq_log.json", price_per_hour=config.price_per_hour or None, about=about, startup_seconds=time.monotonic() - born,
+                             announce=lambda text: tqdm.write(text, file=sys.stderr))
+        policies = [StopWhen(tracker, config.stop_when, config.min_probability)] if config.stop_when else []
+        watching = [TTQObserver(tracker), *policies, LiveCurve(folder/"live"), Progress(), *observers]
+    trainer.fit(loader, config.budget, watching, folder, evaluate=evaluate, go_on=go_on,
+                evaluate_every=Every(config.evaluate_every_steps, config.evaluate_every_minutes), checkpoint_every=Every(minutes=config.checkpoint_minutes))
+
 def fit(
     name:str,            # of the model, M
     config:TrainConfig,
     params:dict,         # models.M
     milestones:list,     # dicts with wer and budget_hours
     layout:Layout,
-    observers=(),        # further observers of the trainer
 )->Path:                 # the run's folder
     "Train, or go on training, or find that it is done."
     born = time.monotonic()
-    milestones = read_milestones(milestones)
     folder = run_folder(layout.runs, name, *run_recipe(config, params, layout), config.budget.name)
     done = read_json(end) if (end := folder/"result.json").exists() else {}
     go_on = bool(done.get("stopped")) and not why_stop(read_again(folder/"ttq_log.jsonl", milestones), config.stop_when, config.min_probability)
     if done and not go_on: return folder
-    trainer, loader = set_up(config, params, layout)
-    dev, manifest = split_loader(layout, "dev", config.batch_seconds, config.num_workers), read_jsonl(layout.manifest("dev"))
-    def evaluate(model):
-        with trainer.autocast(): score, _ = measure(model, dev, manifest, trainer.device, beat=trainer.beat)
-        return dict(val_wer=score.wer, val_wer_low=score.wer_low, val_wer_high=score.wer_high, val_cer=score.cer)
-    about = dict(environment(), model=name, parameters=sum(p.numel() for p in trainer.model.parameters()), precision=str(trainer.dtype)[6:],
-                 evaluation_set=dev.fingerprint[:16], normaliser=NORMALISER_VERSION)
-    tracker = TTQTracker(milestones, folder/"ttq_log.json", price_per_hour=config.price_per_hour or None, about=about, startup_seconds=time.monotonic() - born,
-                         announce=lambda text: tqdm.write(text, file=sys.stderr))
-    policies = [StopWhen(tracker, config.stop_when, config.min_probability)] if config.stop_when else []
-    watching = [TTQObserver(tracker), *policies, LiveCurve(folder/"live"), Progress(), *observers]
-    trainer.fit(loader, config.budget, watching, folder, evaluate=evaluate, go_on=go_on,
-                evaluate_every=Every(config.evaluate_every_steps, config.evaluate_every_minutes), checkpoint_every=Every(minutes=config.checkpoint_minutes))
+    run = dict(name=name, train=dataclasses.asdict(config), params=params, milestones=milestones, root=str(layout.root), folder=str(folder), go_on=go_on, born=born)
+    if config.nproc > 1 and "WORLD_SIZE" not in os.environ: launch("ai2text.recipe:train_rank", run, config.nproc, config.threads); return folder
+    with Ranks.here() as ranks: train_rank(ranks, **run)
     return folder
 
 # %% ../nbs/88_recipe.ipynb #821aad8f
@@ -323,6 +356,8 @@ class EvaluateConfig:
     batch_seconds:float = opt(60., "padded seconds of a batch", gt=0)
     num_workers:int = opt(1, "threads that read ahead", ge=0)
     threads:int = opt(0, "processor threads; 0 = as torch likes", ge=0)
+    chunks:list[int] = opt([], "score it as a stream, too: in chunks of so many frames of the encoder", ge=1)
+    left_chunks:int = opt(8, "chunks of the past that a stream keeps; -1 = all", ge=-1)
 
 def evaluate(
     name:str,                # of the model, M
@@ -340,6 +375,9 @@ def evaluate(
     write_jsonl(results/"utterances.jsonl", rows)
     write_json(results/"timing.json", dict(seconds=seconds, audio_seconds=audio, real_time_factor=seconds/audio, utterances_per_second=len(rows)/seconds, environment=environment()))
     quality = dict(split="test", **dataclasses.asdict(score), evaluation_set=loader.fingerprint[:16])
+    for chunk in config.chunks:
+        score, _ = measure(model, loader, manifest, device, f"test, chunks of {chunk}", chunk=chunk, left_chunks=config.left_chunks)
+        quality[f"chunk_{chunk}"] = {k: getattr(score, k) for k in ("wer", "wer_low", "wer_high", "cer")}
     write_json(results/"eval.json", quality)
     return quality
 
@@ -351,18 +389,20 @@ def train(
     amp_dtype:str=None,        # bf16, fp16 or fp32; left out = as params.yaml says
     root:Path=None,            # folder with params.yaml; found from here when left out
 ):
-    "Train a few steps on the prepared data, and say what they cost."
+    "Train a few steps on the prepared data, and say what they cost; under torchrun, in all its processes."
     layout = Layout(root or find_root())
     values = load_params(layout.root/"params.yaml")
     if model not in values["models"]: raise ConfigError(f"params.yaml: models: no {model}; there are {', '.join(values['models'])}")
     asked = dict(max_steps=max_steps, max_hours=0., max_audio_hours=0., warmup_steps=0) | {k: v for k,v in dict(use_amp=use_amp, amp_dtype=amp_dtype).items() if v is not None}
     config = make(TrainConfig, values["train"] | asked, "train")
-    trainer, loader = set_up(config, values["models"][model], layout)
-    losses, begin = [], time.perf_counter()
+    losses = []
     class Note:
         def on_step(self, trainer): losses.append(trainer.last["loss"])
-        def __getattr__(self, name): return lambda *_: None
-    trainer.fit(loader, config.budget, [Note(), Progress()])
+    with Ranks.here() as ranks:
+        trainer, loader = set_up(config, values["models"][model], layout, ranks)
+        begin = time.perf_counter()
+        trainer.fit(loader, config.budget, [Note(), Progress()])
+        if not ranks.main: return
     seconds, s = time.perf_counter() - begin, trainer.state
     memory = torch.cuda.max_memory_allocated() if trainer.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
     return (f"{s.step} steps in {str(trainer.dtype)[6:]} on {trainer.device}: loss {losses[0]:.1f} -> {losses[-1]:.1f}, {s.units/seconds:.1f} utterances/s, "

@@ -44,6 +44,23 @@ Path("saved").write_text(str(len(interrupts)))
 raise KeyboardInterrupt
 """
 
+# A stage whose work is done by two processes.
+BOIL = """
+import os, time
+from pathlib import Path
+def boil(ranks):
+    pids = ranks.gather(os.getpid())
+    if ranks.main:
+        print("boiling")
+        Path("started.part").write_text(" ".join(map(str, pids)))
+        os.rename("started.part", "started")
+    try:
+        while True: time.sleep(0.05)
+    except KeyboardInterrupt:
+        Path(f"saved-{ranks.rank}").touch()
+        raise
+"""
+
 
 def project(root:Path, *cells:str, cups=2)->Path:
     (root/"nbs/stages").mkdir(parents=True)
@@ -167,6 +184,22 @@ def test_kernel_ends_with_a_killed_runner(tmp_path):
     process.kill()
     wait_for(lambda: not any(map(alive, pids)), seconds=3)
     assert not (root/"saved").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_processes_of_a_stage_end_with_it(tmp_path, signum):
+    "Asked to stop, a stage asks its ranks; killed, it leaves none."
+    root = project(tmp_path, "from ai2text.ranks import launch\nlaunch('boiling:boil', {}, 2, threads=1)")
+    (root/"boiling.py").write_text(BOIL)
+    process = start(root)
+    wait_for((root/"started").exists, seconds=60)
+    pids = started(root)
+    process.send_signal(signum)
+    assert process.wait(30) == (143 if signum == signal.SIGTERM else -signal.SIGKILL)
+    wait_for(lambda: not any(map(alive, pids)))
+    if signum == signal.SIGKILL: return
+    assert all((root/f"saved-{rank}").exists() for rank in (0, 1))
+    assert process.stderr.read().startswith("boiling\n") and "interrupted by SIGTERM" in failure(root)
 
 
 def test_dvc_killed_without_a_shell_variable(tmp_path):

@@ -1,0 +1,288 @@
+"""One window is one batch, two ranks are one, and whatever goes wrong on one goes wrong on both.
+
+The ranks are real processes. Importing torch takes longer than their runs, so one process imports it and forks all of them."""
+import json, math, os, random, signal, socket, subprocess, sys, time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ai2text.batch import Batch, Loss, collate
+from ai2text.budget import Budget, Every, WarmupConstantDecay
+from ai2text.checkpoint import latest, load_batches, load_checkpoint
+from ai2text.conformer import Conformer
+from ai2text.ranks import Ranks
+from ai2text.text import CharTokenizer
+from ai2text.trainer import Interrupted, TrainerOptimized
+
+STEPS, KILLS = 30, 6
+
+# One process
+
+def conformer():
+    torch.manual_seed(0)
+    return Conformer.from_config(dict(size="tiny", dropout=0., freq_masks=0, time_masks=0), CharTokenizer())
+
+def utterances(n, seed=0):
+    "Noise of 0.4 to 1.2 s, each said to be a few letters."
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(6400, 19200, (n,), generator=draw).tolist()
+    return [(0.1*torch.randn(length, generator=draw).numpy(), "ma ba"[:1 + i%5].strip(), f"u{i}") for i,length in enumerate(lengths)]
+
+def batches(of, each): return [collate(*zip(*of[i:i+each]), 0, i//each) for i in range(0, len(of), each)]
+
+def gradient(window, **more):
+    model = conformer()
+    trainer = TrainerOptimized(model, torch.optim.AdamW(model.parameters()), gradient_clip_val=0., amp_dtype="fp32", device="cpu", **more)
+    _, totals = trainer.gradient(window)
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), totals, trainer
+
+@pytest.mark.parametrize("n, each", [(32, 4), (14, 4), (3, 4)]) # a whole window; two tails
+def test_a_window_is_one_batch(n, each):
+    of = utterances(n)
+    many, sums, _ = gradient(batches(of, each))
+    one, sum_, _ = gradient(batches(of, n), batch_size=32, accumulation_steps=1)
+    assert (many - one).abs().max() < 1e-5*one.abs().max()
+    torch.testing.assert_close(sums[[0, 1, -1]], sum_[[0, 1, -1]], rtol=1e-5, atol=0)
+    assert sums[1] == n
+
+def test_a_batch_that_does_not_fit_has_the_same_gradient():
+    of = utterances(32)
+    def small(model, batch):
+        if len(batch) > 5: raise torch.OutOfMemoryError("full")
+        return model(batch)
+    whole, *_ = gradient(batches(of, 32))
+    for more in (dict(), dict(memory_gb=1.)):
+        split, _, trainer = gradient(batches(of, 32), criterion=small, **more)
+        assert (split - whole).abs().max() < 1e-5*whole.abs().max()
+        assert 0 < trainer.state.largest < batches(of, 32)[0].size/5
+
+def test_activations_computed_again_give_the_same_gradient():
+    of = batches(utterances(8), 4)
+    kept, again = gradient(of)[0], gradient(of, checkpointing=True)[0]
+    assert (kept - again).abs().max() < 1e-6*kept.abs().max()
+
+def test_float16_overflows_and_recovers():
+    model = conformer()
+    trainer = TrainerOptimized(model, torch.optim.AdamW(model.parameters(), lr=0.01), None, 4, 2, amp_dtype="fp16", device="cpu")
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.**26)
+    window = batches(utterances(8), 4)
+    rows = [trainer.train_step(window) for _ in range(40)]
+    n = trainer.state.overflows
+    assert 3 < n < 30 and trainer.scaler.get_scale() == 2.**(26 - n) and trainer.state.skipped == 0
+    assert not any(r["ok"] for r in rows[:3]) and all(r["ok"] for r in rows[-10:]) and rows[-1]["loss"] < 0.7*rows[0]["loss"]
+
+def test_the_host_waits_once_a_step():
+    waits = Counter()
+    class Count(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            name = getattr(function, "__name__", "")
+            if name in {"item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__"}: waits[name] += 1
+            return function(*args, **kwargs or {})
+    model = Model()
+    trainer = TrainerOptimized(model, torch.optim.AdamW(model.parameters(), fused=True), None, 4, 5, amp_dtype="fp16", ema_decay=.9, device="cpu")
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1.)
+    window = list(Loader())[:3]
+    trainer.train_step(window)
+    with Count(): assert trainer.train_step(window)["ok"]
+    assert waits == dict(tolist=1, __float__=3) # the latter are of the lengths, which never leave the host
+
+# Ranks
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 1))
+
+    def forward(self, batch):
+        guess = self.net(batch.audio)[:,0].float()
+        return Loss((guess - batch.audio.square().sum(1)).square().sum(), torch.tensor(float(len(batch))), dict(long=torch.tensor(float(len(batch) > 2))))
+
+class Loader:
+    "Thirteen uneven micro-batches an epoch, the last one of a single utterance, shared out as the real loader does."
+    def __init__(self, rank=0, world=1): self.rank, self.world, self.epoch, self.next = rank, world, 0, 0
+
+    def __iter__(self):
+        while self.next < 13:
+            start, self.next = self.next, min(13, self.next + self.world)
+            yield self.batch(start + self.rank, slice(None)) if start + self.world <= 13 else self.batch(start, slice(self.rank, self.rank + 1))
+        self.epoch, self.next = self.epoch + 1, 0
+
+    def batch(self, i, part):
+        draw = torch.Generator().manual_seed(1000*self.epoch + i)
+        waves = [torch.rand(16, generator=draw).numpy() for _ in range(2 + i%3 if i < 12 else 1)][part]
+        return collate(waves, ["a"]*len(waves), [f"{self.epoch}-{i}-{j}" for j in range(len(waves))], self.epoch, i)
+
+    def state_dict(self): return dict(epoch=self.epoch, next=self.next)
+    def load_state_dict(self, state): self.epoch, self.next = state["epoch"], state["next"]
+
+def measure(model):
+    draw = torch.Generator().manual_seed(7)
+    return dict(val_wer=float(model(collate([torch.rand(16, generator=draw).numpy() for _ in range(8)], ["a"]*8, ["a"]*8)).sum))
+
+class StopAt:
+    def __init__(self, step): self.step = step
+    def on_step(self, trainer):
+        if trainer.state.step == self.step: trainer.enough("enough")
+
+def train(ranks, folder, criterion=None, observers=(), **more):
+    "The run under test; four micro-batches a step, whatever the ranks."
+    model = Model()
+    trainer = TrainerOptimized(model, torch.optim.AdamW(model.parameters(), lr=0.01), criterion, 4, 4//ranks.world, amp_dtype="fp32", schedule=WarmupConstantDecay(5),
+                               ema_decay=0.9, average_last=2, device="cpu", threads=1, max_bad_steps=3, ranks=ranks)
+    result = trainer.fit(Loader(ranks.rank, ranks.world), more.pop("budget", Budget(STEPS)), observers, folder, evaluate=measure, evaluate_every=Every(steps=7),
+                         checkpoint_every=Every(steps=3), **more)
+    (folder/f"rank-{ranks.rank}.json").write_text(json.dumps(result, sort_keys=True))
+
+def full(ranks, limit):
+    "Rank 1 has little memory."
+    def criterion(model, batch):
+        if ranks.rank == 1 and len(batch) > limit: raise torch.OutOfMemoryError("full")
+        return model(batch)
+    return criterion
+
+def wrong(epoch, every):
+    "Some micro-batches of odd number, which rank 1 has, have no loss."
+    def criterion(model, batch):
+        loss = model(batch)
+        return loss._replace(sum=loss.sum*math.nan) if batch.epoch >= epoch and batch.number % every == 1 else loss
+    return criterion
+
+class Slow:
+    def on_step(self, trainer): time.sleep(0.02)
+
+RUNS = dict(
+    one=lambda ranks, folder: train(ranks, folder),
+    two=lambda ranks, folder: train(ranks, folder),
+    killed=lambda ranks, folder: train(ranks, folder, observers=[Slow()]),
+    asked=lambda ranks, folder: train(ranks, folder, observers=[Slow()]),
+    memory=lambda ranks, folder: train(ranks, folder, full(ranks, 2)),
+    skipped=lambda ranks, folder: train(ranks, folder, wrong(1, 13)),
+    aborted=lambda ranks, folder: train(ranks, folder, wrong(2, 2)),
+    stopped=lambda ranks, folder: train(ranks, folder, observers=[StopAt(11)]),
+    hours=lambda ranks, folder: train(ranks, folder, budget=Budget(max_hours=0.5/3600)),
+)
+
+def fork(name, top, world):
+    "The processes of a run."
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    pids = []
+    for rank in range(world):
+        if pid := os.fork(): pids.append(pid); continue
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo0" if sys.platform == "darwin" else "lo")
+        try:
+            with Ranks.here() if world > 1 else Ranks() as ranks: RUNS[name](ranks, top/name)
+            os._exit(0)
+        except Interrupted as e: print(rank, e, file=sys.stderr); os._exit(3)
+        except FloatingPointError as e: print(rank, e, file=sys.stderr); os._exit(4)
+        except BaseException as e: print(rank, repr(e), file=sys.stderr); os._exit(1)
+    return pids
+
+def codes(pids): return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+def run_all(top):
+    "Every run, and how its ranks ended; the file `ends.json`."
+    warm = nn.Parameter(torch.zeros(1))
+    warm.grad = torch.zeros(1)
+    torch.optim.AdamW([warm]).step() # its first call imports for a second; no backward here, autograd's threads do not survive a fork
+    for name in RUNS: (top/name).mkdir()
+    ends, draw = {}, random.Random(0)
+    for name in RUNS.keys() - {"killed", "asked"}:
+        ends[name] = codes(fork(name, top, 1 if name == "one" else 2))
+    ends["kills"], end = 0, top/"killed/result.json"
+    while not end.exists():
+        before, pids = latest(top/"killed/checkpoints"), fork("killed", top, 2)
+        if ends["kills"] < KILLS:
+            began = time.monotonic()
+            while latest(top/"killed/checkpoints") == before and not end.exists() and time.monotonic() < began + 60: time.sleep(0.005)
+            time.sleep(draw.uniform(0, 0.15))
+            for pid in pids: os.kill(pid, signal.SIGKILL)
+            ends["kills"] += 1
+        codes(pids)
+    pids = fork("asked", top, 2)
+    while not latest(top/"asked/checkpoints"): time.sleep(0.01)
+    os.kill(pids[1], signal.SIGTERM)
+    ends["asked"] = codes(pids)
+    ends["asked at"] = latest(top/"asked/checkpoints").name
+    ends["asked again"] = codes(fork("asked", top, 2))
+    (top/"ends.json").write_text(json.dumps(ends))
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    top = tmp_path_factory.mktemp("ranks")
+    done = subprocess.run([sys.executable, __file__, str(top)], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+    assert done.returncode == 0, done.stderr
+    return top, json.loads((top/"ends.json").read_text()), done.stderr
+
+def weights(folder): return load_checkpoint(latest(folder/"checkpoints"))
+
+def close(a, b):
+    for kind in ("model", "ema"):
+        for name,w in weights(a)[0][kind].items(): torch.testing.assert_close(w, weights(b)[0][kind][name], rtol=1e-4, atol=1e-6)
+
+def same(a, b):
+    for file in ("model", "ema"): assert (latest(a/"checkpoints")/f"{file}.safetensors").read_bytes() == (latest(b/"checkpoints")/f"{file}.safetensors").read_bytes()
+    curve = lambda folder: [{k: v for k,v in row.items() if k != "hours"} for row in weights(folder)[1]["run"]["curve"]]
+    assert curve(a) == curve(b)
+
+def result(folder, rank=0): return json.loads((folder/f"rank-{rank}.json").read_text())
+
+def test_two_ranks_are_one(runs):
+    top, ends, _ = runs
+    assert ends["one"] == [0] and ends["two"] == [0, 0]
+    close(top/"one", top/"two")
+    one, two = result(top/"one"), result(top/"two")
+    assert result(top/"two", 1) == two
+    for key in ("step", "epoch", "units", "effective_batch_size", "skipped"): assert one[key] == two[key], key
+    assert math.isclose(one["audio_hours"], two["audio_hours"]) and one["counts"]["long"] == two["counts"]["long"]
+    assert math.isclose(one["best"]["value"], two["best"]["value"], rel_tol=1e-3)
+
+def test_little_memory_on_one_rank(runs):
+    top, ends, _ = runs
+    assert ends["memory"] == [0, 0]
+    close(top/"two", top/"memory")
+
+def test_killed_and_resumed(runs):
+    top, ends, _ = runs
+    assert ends["kills"] >= 3
+    same(top/"two", top/"killed")
+
+def test_a_signal_to_one_stops_both(runs):
+    top, ends, says = runs
+    assert ends["asked"] == [3, 3] and ends["asked again"] == [0, 0]
+    assert 3 <= int(ends["asked at"][5:]) < STEPS
+    assert f"0 a signal to another rank at step {int(ends['asked at'][5:])}; saved as " in says
+    same(top/"two", top/"asked")
+
+def test_a_bad_step_is_skipped_by_both(runs):
+    top, ends, _ = runs
+    assert ends["skipped"] == [0, 0]
+    assert result(top/"skipped")["skipped"] == result(top/"skipped", 1)["skipped"] > 1
+    row = json.loads((top/"skipped/bad_steps.jsonl").read_text().splitlines()[0])
+    assert {b["number"]: b["loss"] for b in row["window"]}[1] == "nan" and len(row["window"]) == 4
+
+def test_too_many_end_both_and_keep_the_window(runs):
+    top, ends, says = runs
+    assert ends["aborted"] == [4, 4] and "3 steps in a row" in says
+    rows = [json.loads(line) for line in (top/"aborted/bad_steps.jsonl").read_text().splitlines()]
+    kept = [Batch(**b) for b in load_batches(top/"aborted/bad_window.safetensors")]
+    assert sorted(b.number for b in kept) == sorted(b["number"] for b in rows[-1]["window"])
+    assert any(b.number % 2 for b in kept)
+
+def test_enough_for_one_is_enough_for_both(runs):
+    top, ends, _ = runs
+    assert ends["stopped"] == [0, 0]
+    assert result(top/"stopped") == result(top/"stopped", 1)
+    assert result(top/"stopped")["stopped"] == "enough" and result(top/"stopped")["step"] == 12 # it travels with the next step
+
+def test_a_budget_in_hours(runs):
+    top, ends, _ = runs
+    assert ends["hours"] == [0, 0] and result(top/"hours")["hours"] >= 0.5/3600
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run_all(Path(sys.argv[1]))
