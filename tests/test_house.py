@@ -153,14 +153,14 @@ def not_required(sources, *keys):
     homes = importlib.metadata.packages_distributions()
     own = {"ai2text", *(o.stem for o in (ROOT/"tests").glob("*.py"))}
     return {f"{where}: {name}" for where, code in sources for name in imports(code) if (top := name.split(".")[0]) not in own | sys.stdlib_module_names
-            and not {canonicalize_name(o) for o in homes.get(top, [])} & known}
+            and not {canonicalize_name(o) for o in homes.get(top, [top])} & known}
 
 
 def test_every_import_is_required():
     python = {folder: [(o.name, o.read_text(encoding="utf-8")) for o in (ROOT/folder).glob("*.py")] for folder in ("ai2text", "tests")}
     cells = [(o.name, source) for o in NOTEBOOKS for _, source, _ in o.code]
     assert not (missing := not_required(python["ai2text"], "requirements", "cluster_requirements")), f"settings.ini's requirements lack {sorted(missing)}"
-    assert not (missing := not_required(python["tests"] + cells, "requirements", "cluster_requirements", "dev_requirements")), f"settings.ini lacks {sorted(missing)}"
+    assert not (missing := not_required(python["tests"] + cells, "requirements", "cluster_requirements", "dev_requirements", "bench_requirements")), f"settings.ini lacks {sorted(missing)}"
 
 
 def pins():
