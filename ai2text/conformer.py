@@ -48,7 +48,7 @@ class ConformerConfig:
 
 SIZES = dict(
     tiny = dict(d_model=16, layers=2, heads=2, ff=32, kernel=5, channels=4, dropout=0.),
-    demo = dict(d_model=96, layers=4, ff=384, kernel=15, dropout=0., chunk_share=0.5, freq_width=12, time_share=0.05),
+    demo = dict(d_model=96, layers=4, ff=384, kernel=15, dropout=0., chunk_share=0.5, freq_width=12, time_share=0.05, warp=0.1, tempo=0.1),
     small = dict(d_model=144, layers=6, ff=576, kernel=15),
     plan = dict(),
     large = dict(d_model=320, layers=13, heads=5, ff=1280),
