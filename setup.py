@@ -31,7 +31,7 @@ setup(
     package_data={"ai2text": ["demo/*", "*.tsv"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),
-    extras_require={"cluster": lines("cluster_requirements"), "bench": lines("bench_requirements"), "dev": lines("cluster_requirements") + lines("dev_requirements")},
+    extras_require={"cluster": lines("cluster_requirements"), "bench": lines("bench_requirements"), "dev": lines("cluster_requirements") + lines("bench_requirements") + lines("dev_requirements")},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["ai2text=ai2text._modidx:d"]},
     zip_safe=False,
 )
