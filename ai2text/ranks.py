@@ -174,17 +174,17 @@ class RankError(RuntimeError):
     "A run of several processes that failed; says which rank, and how. `code` is the exit status for the shell."
     code = 1
 
-def _outcome(folder:Path, nproc:int):
-    "Raise what ended the ranks, if it was not their work's end; the first cause, where one rank's end has ended others."
+def _outcome(folder:Path, nproc:int, asked:bool):
+    "Raise what ended the ranks, if it was not their work's end; the first cause, where one rank's end has ended others. torchrun, too, asks the others to stop when one was killed."
     ends = [read_json(path) if (path := folder/f"end-{rank}.json").exists() else None for rank in range(nproc)]
     failed = [(rank, end) for rank,end in enumerate(ends) if end and not end["interrupted"]]
     for rank,end in failed:
         if end["kind"] != LostRank.__name__: raise RankError(f"rank {rank} of {nproc}: {end['kind']}: {end['text']}")
+    silent = [str(rank) for rank,end in enumerate(ends) if end is None]
     for end in ends:
-        if end and end["interrupted"]: raise KeyboardInterrupt(end["text"])
+        if end and end["interrupted"] and (asked or not silent): raise KeyboardInterrupt(end["text"])
     if not any((folder/f"pid-{rank}.json").exists() for rank in range(nproc)):
         raise RankError(f"torchrun started none of {nproc} ranks: " + (folder/"torchrun.log").read_text(errors="replace")[-500:].strip())
-    silent = [str(rank) for rank,end in enumerate(ends) if end is None]
     if silent: raise RankError(f"rank {', '.join(silent)} of {nproc}: was killed, perhaps for want of memory; run again to go on from the last checkpoint")
     if failed: raise RankError(f"rank {failed[0][0]} of {nproc}: {failed[0][1]['text']}")
 
@@ -229,7 +229,7 @@ def launch(
             while select.select([output], [], [], 0 if ended else 0.1)[0]:
                 sys.stderr.write(text.decode(os.read(output, 65536)))
                 sys.stderr.flush()
-            if ended: return _outcome(folder, nproc)
+            if ended: return _outcome(folder, nproc, bool(got))
             for path in folder.glob("pid-*.json") if got else ():
                 if path in told: continue
                 told.add(path)
