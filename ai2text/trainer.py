@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .budget import Budget, Clocks, Every, WarmupConstantDecay
 from .checkpoint import Lock, about, keep_last, latest, load_checkpoint, name_checkpoint, save_batches, save_checkpoint, step_of, steps
 from .config import atomic_write, read_json, write_json
+from .optimizer import fast_bf16
 from .ranks import Ranks
 
 # %% ../nbs/80_trainer.ipynb #989e56df
@@ -39,9 +40,8 @@ def pick_dtype(
     if name != "auto":
         if name not in dtypes: raise ValueError(f"amp_dtype={name!r}: use auto, {', '.join(dtypes)}")
         return dtypes[name]
-    if device.type == "cuda": return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()): return torch.bfloat16
-    return torch.float32
+    if fast_bf16(device): return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 # %% ../nbs/80_trainer.ipynb #7055a2a8
 @dataclass
