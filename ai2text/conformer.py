@@ -218,6 +218,7 @@ class Block(nn.Module):
 class Conformer(nn.Module):
     "Conformer-CTC: a batch in, a `Loss` or hypotheses out."
     edges = ("subsampling", "head")  # outer layers, see `ai2text.optimizer`
+    streams = True                   # `transcribe` takes chunks
     def __init__(self,
         config:ConformerConfig, # shape
         tokenizer,              # of `ai2text.text`
@@ -275,14 +276,22 @@ class Conformer(nn.Module):
         return ctc_loss(logits, frames, [self.tokenizer.encode(t) for t in batch.transcripts])
 
     @torch.no_grad()
-    def transcribe(self,
+    def log_probs(self,
         batch:Batch,
         chunk:int=0,          # as a stream in chunks of so many encoder frames would; 0 = whole utterances
         left_chunks:int=-1,   # chunks of history; -1 = all
+    ):                        # log probabilities (B, N, V) float32, encoder frames (B,)
+        "What a decoder reads."
+        logits, frames = self.encode(*self.features(batch.audio, batch.lengths), chunk, left_chunks)
+        return nnf.log_softmax(logits.float(), -1), frames
+
+    @torch.no_grad()
+    def transcribe(self,
+        batch:Batch,
+        **how,           # as for `log_probs`
     )->list:
         "A greedy `Hypothesis` for each utterance."
-        logits, frames = self.encode(*self.features(batch.audio, batch.lengths), chunk, left_chunks)
-        return greedy(logits, frames, self.tokenizer, FRAME_SECONDS)
+        return greedy(*self.log_probs(batch, **how), self.tokenizer, FRAME_SECONDS)
 
     @torch.no_grad()
     def fit_features(self, batches):

@@ -80,7 +80,7 @@ OPTIMIZERS = ('muon', 'adamw')
 EDGE_RATE  = 0.3  # AdamW's learning rate beside Muon's
 
 def make_optimizer(
-    model,                  # its `edges`, where it has them, are prefixes of parameters that Muon leaves alone
+    model,                  # its `edges`, where it has them, are prefixes of parameters that Muon leaves alone; its `rates()` are prefixes and factors of the rate
     name:str='muon',        # one of OPTIMIZERS
     lr:float=2e-3,          # peak learning rate
     weight_decay:float=0.01, # decoupled, of matrices
@@ -88,9 +88,14 @@ def make_optimizer(
     "An optimizer over the model's trainable parameters; only matrices decay."
     if name not in OPTIMIZERS: raise ValueError(f"optimizer={name!r}: use {' or '.join(OPTIMIZERS)}")
     params = [(n, p) for n,p in model.named_parameters() if p.requires_grad]
-    inner = [p for n,p in params if p.ndim == 2 and name == 'muon' and not n.startswith(tuple(getattr(model, 'edges', ())))]
-    taken = set(map(id, inner))
-    rest = [p for _,p in params if id(p) not in taken]
-    groups = [dict(params=[p for p in rest if p.ndim > 1], weight_decay=weight_decay), dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.)]
-    adamw = lambda lr: torch.optim.AdamW([g for g in groups if g['params']], lr=lr, betas=(0.9, 0.98), fused=True)
-    return Together(Muon(inner, lr, weight_decay), adamw(EDGE_RATE*lr)) if inner else Together(adamw(lr))
+    rates = sorted(getattr(model, 'rates', dict)().items(), key=lambda r: -len(r[0]))
+    inner, rest = {}, {}  # by the factor of the rate
+    for n,p in params:
+        factor = next((f for prefix,f in rates if n.startswith(prefix)), 1.)
+        alone = p.ndim != 2 or name != 'muon' or n.startswith(tuple(getattr(model, 'edges', ())))
+        (rest if alone else inner).setdefault(factor, []).append(p)
+    edge_lr = EDGE_RATE*lr if inner else lr
+    groups = [dict(params=some, lr=edge_lr*f, weight_decay=decay) for f,ps in rest.items()
+              for some,decay in (([p for p in ps if p.ndim > 1], weight_decay), ([p for p in ps if p.ndim < 2], 0.)) if some]
+    made = [Muon([dict(params=ps, lr=lr*f) for f,ps in inner.items()], lr, weight_decay)] if inner else []
+    return Together(*made, *([torch.optim.AdamW(groups, lr=edge_lr, betas=(0.9, 0.98), fused=True)] if groups else []))

@@ -17,6 +17,7 @@ STAGES = dict(
     corpus="ai2text.corpus:CorpusConfig",
     prepare="ai2text.prepare:PrepareConfig",
     shards="ai2text.shards:ShardsConfig",
+    init="ai2text.recipe:InitConfig",
     train="ai2text.recipe:TrainConfig",
     evaluate="ai2text.recipe:EvaluateConfig")
 
@@ -29,7 +30,7 @@ def stage_config(
     return getattr(importlib.import_module(module), cls)
 
 # %% ../nbs/98_stage.ipynb #45547e7a
-EACH = dict(corpus="corpora", train="models", evaluate="models") # stages that run once an item of a section, and that section
+EACH = dict(corpus="corpora", init="models", train="models", evaluate="models") # stages that run once an item of a section, and that section
 SINGULAR = dict(corpora="corpus", models="model")                # what one item is called: the option and the notebook's parameter
 
 def check_names(
@@ -78,6 +79,10 @@ def stage_parameters(
     cls, (each, key, item) = stage_config(name), pick_item(name, params, given)
     where = f"corpora.{key}" if each == "corpora" else name
     section = item if each == "corpora" else params.get(name)
+    own = item.get(name) if each == "models" and isinstance(item, dict) else None
+    if isinstance(section, dict) and isinstance(own, dict):
+        make(cls, section, f"params.yaml: {name}")
+        where, section = f"models.{key}.{name}", section | own
     if not isinstance(section, dict): raise ConfigError(f"params.yaml: {where}: {section!r} is no section; write its keys beneath `{where.split('.')[-1]}:`")
     config = make(cls, section, f"params.yaml: {where}")
     if each == "corpora": section = _with_defaults(config)
@@ -85,7 +90,7 @@ def stage_parameters(
         if parameter in wanted: continue
         near = difflib.get_close_matches(parameter, wanted, 1)
         raise ConfigError(f"params.yaml: {where}.{parameter}: the notebook of the stage has no such parameter" + (f"; did you mean {near[0]}?" if near else ""))
-    values = section | dict(workspace=".", corpora=list(params.get("corpora") or {}))
+    values = section | dict(workspace=".", corpora=list(params.get("corpora") or {}), models=list(params.get("models") or {}))
     if each: values[SINGULAR[each]] = key
     if each == "models": values |= dict(model_params=item, milestone_list=_milestones(params))
     missing = [parameter for parameter in wanted if parameter not in values]
@@ -276,10 +281,10 @@ def _notebook(name:str, root:Path)->Path:
     "The notebook of a stage or of a benchmark."
     if not name.startswith(BENCHMARKS):
         stage_config(name)
-        path = root/"nbs/stages"/f"{name}.ipynb"
+        path = Layout(root).notebooks/"stages"/f"{name}.ipynb"
         if not path.is_file(): raise ConfigError(f"{path}: no such notebook; a stage needs one")
         return path
-    known = {BENCHMARKS + p.stem: p for p in sorted((root/"nbs"/BENCHMARKS).glob("*.ipynb"))}
+    known = {BENCHMARKS + p.stem: p for p in sorted((Layout(root).notebooks/BENCHMARKS).glob("*.ipynb"))}
     if name not in known: raise ConfigError(f"{name}: no such benchmark; known are {', '.join(known) or 'none'}")
     return known[name]
 

@@ -12,7 +12,7 @@ from torch import nn
 from ai2text.checkpoint import latest, load_checkpoint
 from ai2text.config import Layout
 from ai2text.ranks import WORKER, RankError, launch
-from ai2text.recipe import TrainConfig, fit
+from ai2text.recipe import InitConfig, TrainConfig, fit, init
 from ai2text.tiny import tiny_workspace
 from ai2text.ttq import load_log
 
@@ -99,7 +99,8 @@ def layout():
 
 def run(layout, name, **changes):
     "Train a tiny model; its last weights, and the rows of its curve without clocks."
-    folder = fit(name, TrainConfig(**TRAIN | changes), dict(family="conformer", size="tiny", freq_masks=0, time_masks=0), [dict(wer=0.3, budget_hours=1)], layout)
+    init(name, InitConfig(), dict(family="conformer", size="tiny", freq_masks=0, time_masks=0), layout)
+    folder = fit(name, TrainConfig(**TRAIN | changes), [dict(wer=0.3, budget_hours=1)], layout)
     rows = list(csv.DictReader(open(folder/"learning_curve.csv")))
     return load_checkpoint(latest(folder/"checkpoints"))[0]["model"], [{k: float(v) for k,v in row.items() if k != "hours"} for row in rows], folder
 
