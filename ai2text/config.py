@@ -147,7 +147,7 @@ class Layout:
     @property
     def project(self)->Path:
         "Where notebooks and data are."
-        return self.root/".." if is_workspace(self.root/"..") and not (self.root/"nbs").is_dir() else self.root
+        return self.root/".." if is_workspace(self.root) and is_workspace(self.root/"..") and not (self.root/"nbs").is_dir() else self.root
 
     notebooks = property(lambda self: self.project/"nbs")
     corpora   = property(lambda self: self.project/"data/corpus", doc="imported corpora, a folder each")

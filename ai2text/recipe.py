@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['POLICIES', 'BUDGET_ONLY', 'FAMILIES', 'OWN_SECTIONS', 'FEATURE_BATCHES', 'TrainConfig', 'model_class', 'build_model',
            'load_model', 'InitConfig', 'init', 'transcribe_split', 'split_loader', 'measure', 'run_recipe',
-           'environment', 'set_up', 'why_stop', 'StopWhen', 'LiveCurve', 'train_rank', 'fit', 'publish', 'read_again',
-           'EvaluateConfig', 'evaluate', 'train', 'summary', 'plot_curve', 'plot_errors']
+           'environment', 'set_up', 'peak_memory', 'why_stop', 'StopWhen', 'LiveCurve', 'train_rank', 'fit', 'publish',
+           'read_again', 'EvaluateConfig', 'evaluate', 'train', 'summary', 'plot_curve', 'plot_errors']
 
 # %% ../nbs/88_recipe.ipynb #ae2fed4b
 import dataclasses, importlib, math, os, platform, resource, shutil, subprocess, sys, time
@@ -65,7 +65,7 @@ class TrainConfig:
     stop_when:list[str] = opt([], "when to stop before the budget is used up: confirmed (all milestones), missed (the next one's budget is spent), hopeless (the next one)", choices=POLICIES)
     min_probability:float = opt(0.05, "hopeless is a milestone that two forecasts in a row call less probable", ge=0, le=1)
     price_per_hour:float = opt(0., "of the machine, for the cost in the log", ge=0)
-    seed:int = opt(0, "of weights, order and noise", ge=0)
+    seed:int = opt(0, "of order and noise", ge=0)
 
     def __post_init__(self):
         if not (self.max_steps or self.max_hours or self.max_audio_hours): raise ConfigError("max_steps, max_hours, max_audio_hours: all are 0; give the run a budget")
@@ -214,6 +214,10 @@ def set_up(
         seed=config.seed, threads=config.threads, ranks=ranks)
     return trainer, train_loader(rank=ranks.rank, world=ranks.world)
 
+def peak_memory(device:torch.device)->int:
+    "Bytes: on a GPU the most that torch held there, else the most that the process was."
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+
 FEATURE_BATCHES = 30  # micro-batches that the features' mean and deviation are measured on
 
 # %% ../nbs/88_recipe.ipynb #f16f2953
@@ -311,6 +315,7 @@ def train_rank(
         watching = [TTQObserver(tracker), *policies, LiveCurve(folder/"live"), Progress(), *observers]
     trainer.fit(loader, config.budget, watching, folder, evaluate=evaluate, go_on=go_on,
                 evaluate_every=Every(config.evaluate_every_steps, config.evaluate_every_minutes), checkpoint_every=Every(minutes=config.checkpoint_minutes))
+    if ranks.main: write_json(folder/"memory.json", dict(memory_bytes=peak_memory(trainer.device)))
 
 def fit(
     name:str,            # of the model, M
@@ -339,17 +344,18 @@ def publish(
     "Copy a finished run's results into `models/M` and `results/M`."
     folder, results = Path(folder), layout.results(name)
     result = read_json(folder/"result.json")
-    model = load_model(layout.init(name))
+    model, family = load_model(layout.init(name)), load_config(layout.init(name))["family"]
     weights, _ = load_checkpoint(folder/"checkpoints/best")
-    save_model(layout.model(name), model, weights["model"], lambda part: model.tokenizer.save(part/"tokenizer"), load_config(layout.init(name))["family"])
+    save_model(layout.model(name), model, weights["model"], lambda part: model.tokenizer.save(part/"tokenizer"), family)
     results.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder/"learning_curve.csv", results/"learning_curve.csv")
     shutil.rmtree(results/"live", ignore_errors=True)
     shutil.copytree(folder/"live/plots/metrics", results/"live")
     log, best = read_again(folder/"ttq_log.jsonl", milestones), says(folder/"checkpoints/best")["row"]
     write_json(results/"ttq_log.json", log)
-    write_json(results/"ttq.json", {f"wer_{100*row['wer']:g}": {k: row[k] for k in ("hours", "audio_hours", "cost")} for row in to_target(log)})
-    metrics = dict(val_wer=best["val_wer"], val_wer_low=best["val_wer_low"], val_wer_high=best["val_wer_high"], val_cer=best["val_cer"], step=best["step"], steps=result["step"],
+    took = {f"wer_{100*row['wer']:g}": {k: row[k] for k in ("hours", "audio_hours", "cost")} for row in to_target(log)}
+    write_json(results/"ttq.json", took | read_json(folder/"memory.json"))
+    metrics = dict(family=family, val_wer=best["val_wer"], val_wer_low=best["val_wer_low"], val_wer_high=best["val_wer_high"], val_cer=best["val_cer"], step=best["step"], steps=result["step"],
                    audio_hours=round(result["audio_hours"], 6), train_loss=best["train_loss"], skipped=result["skipped"], infeasible=int(result["counts"].get("infeasible", 0)),
                    parameters=sum(p.numel() for p in model.parameters()), normaliser=NORMALISER_VERSION)
     write_json(results/"metrics.json", metrics)
@@ -420,9 +426,8 @@ def train(
         trainer.fit(loader, config.budget, [Note(), Progress()])
         if not ranks.main: return
     seconds, s = time.perf_counter() - begin, trainer.state
-    memory = torch.cuda.max_memory_allocated() if trainer.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
     return (f"{s.step} steps in {str(trainer.dtype)[6:]} on {trainer.device}: loss {losses[0]:.1f} -> {losses[-1]:.1f}, {s.units/seconds:.1f} utterances/s, "
-            f"{s.audio_seconds/seconds:.0f} audio-seconds/s, peak memory {memory/2**30:.2f} GiB")
+            f"{s.audio_seconds/seconds:.0f} audio-seconds/s, peak memory {peak_memory(trainer.device)/2**30:.2f} GiB")
 
 # %% ../nbs/88_recipe.ipynb #7030c4db
 def summary(

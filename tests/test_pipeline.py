@@ -98,7 +98,7 @@ def test_results_answer(workspace):
     assert workspace.run("dvc", "plots", "show", f"results/{M}/learning_curve.csv")
     workspace.run("dvc", "plots", "show", f"results/{M}/live")
     assert "val_wer.tsv" in (workspace.root/"dvc_plots/index.html").read_text("utf-8")
-    assert {"wer_60", "wer_40", "wer_30"} == json.loads((workspace.root/f"results/{M}/ttq.json").read_text()).keys()
+    assert {"wer_60", "wer_40", "wer_30", "memory_bytes"} == json.loads((workspace.root/f"results/{M}/ttq.json").read_text()).keys()
     workspace.run("git", "add", "-A"), workspace.run("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "one")
 
 
