@@ -19,7 +19,8 @@ STAGES = dict(
     shards="ai2text.shards:ShardsConfig",
     init="ai2text.recipe:InitConfig",
     train="ai2text.recipe:TrainConfig",
-    evaluate="ai2text.recipe:EvaluateConfig")
+    evaluate="ai2text.evaluate:EvaluateConfig",
+    compare="ai2text.compare:CompareConfig")
 
 def stage_config(
     name:str, # a stage

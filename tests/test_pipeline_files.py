@@ -56,7 +56,8 @@ def test_code_dependencies_are_the_imports(name):
 def test_parameters_fit(name):
     "params.yaml, dataclass and notebook have the same names, and every value is in range."
     for item in items(name): stage_parameters(name, PARAMS, list(inspect_notebook(notebook(name))), **item)
-    depends = dict(corpus=["corpora.${key}"], prepare=["prepare", "corpora"], init=["init", "models.${key}"], train=["train", "milestones.${train.milestones}", "models.${key}"])
+    depends = dict(corpus=["corpora.${key}"], prepare=["prepare", "corpora"], init=["init", "models.${key}"], train=["train", "milestones.${train.milestones}", "models.${key}"], evaluate=["evaluate", "models.${key}"],
+                   compare=["compare", "models"])
     assert PIPELINE[name]["params"] == depends.get(name, [name])
 
 
