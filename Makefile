@@ -2,6 +2,7 @@
 # constraints.txt; a second call finds the stamp and installs nothing.
 #   make demo   run the whole pipeline and print what came out
 #   make test   every check and every test
+#   make compare  train three families of models on equal terms, five minutes each, and say which to take
 #   make lab    JupyterLab with this project's kernel
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -26,7 +27,7 @@ export HOME := $(CURDIR)/$(VENV)/home
 export PIP_NO_CACHE_DIR := 1
 endif
 
-.PHONY: help demo test check notebooks pytest lab setup
+.PHONY: help demo compare test check notebooks pytest lab setup
 .NOTPARALLEL:
 
 help:
@@ -35,6 +36,11 @@ help:
 demo: $(STAMP)
 	@$(BIN)/dvc repro
 	@$(BIN)/ai2text summary
+
+# A pipeline of its own, on the same shards.
+compare: $(STAMP)
+	@$(BIN)/dvc repro compare/dvc.yaml
+	@cd compare && $(CURDIR)/$(BIN)/ai2text compare
 
 test: check notebooks pytest
 

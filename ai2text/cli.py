@@ -18,6 +18,7 @@ COMMANDS = dict(
     train=("ai2text.recipe:train", "train a model outside of the pipeline, for a few steps or for long"),
     summary=("ai2text.recipe:summary", "show what the pipeline has reached, and where the reports are"),
     ttq=("ai2text.outlook:ttq", "say how far runs are from their milestones, and whether they will make them; the exit status tells a script", "logs"),
+    compare=("ai2text.compare:compare", "put the models of params.yaml side by side, and say which to take"),
     manifest=("ai2text.cli:manifest", "write a manifest of ours as one that NeMo reads", "manifest", "to"),
     runs=("ai2text.cli:runs", "list training runs, or delete old ones"))
 

@@ -76,8 +76,8 @@ class TrainConfig:
 BUDGET_ONLY = ('milestones', 'max_steps', 'max_hours', 'max_audio_hours', 'checkpoint_minutes', 'num_workers', 'stop_when', 'min_probability', 'price_per_hour')  # change no weight before the decay
 
 # %% ../nbs/88_recipe.ipynb #02639d06
-FAMILIES = dict(conformer="Conformer", whisper="Whisper", ssl="Wav2Vec2")  # module and its class
-OWN_SECTIONS = ("train", "evaluate", "pretrain")                         # of models.M, beside what its family takes
+FAMILIES = dict(conformer="Conformer", whisper="Whisper", wav2vec="Wav2Vec2")  # module and its class
+OWN_SECTIONS = ("train", "evaluate")                                           # of models.M, beside what its family takes
 
 def model_class(
     family:str, # a key of FAMILIES
@@ -121,10 +121,18 @@ def init(
     layout:Layout,
 )->dict:                # what there is to know of them
     "Write the weights that M starts from into `models/init/M`."
-    model = build_model(params, load_tokenizer(layout.tokenizer), config.seed)
-    save_model(layout.init(name), model, beside=lambda part: model.tokenizer.save(part/"tokenizer"), family=params["family"])
+    model, curve = build_model(params, load_tokenizer(layout.tokenizer), config.seed), []
+    if asked := params.get("pretrain"):
+        before = importlib.import_module("ai2text.pretrain") # by name: what trains without it need not depend on it
+        wanted = make(before.PretrainConfig, asked, f"models.{name}.pretrain")
+        folder = run_folder(layout.runs, f"{name}-pretrain", dict(params, seed=config.seed), [layout.split_index("train")], f"{wanted.steps}-steps")
+        model, curve = before.pretrain(model, before.unlabelled_loader(layout, wanted), wanted, folder, [Progress()])
+    def beside(part):
+        model.tokenizer.save(part/"tokenizer")
+        write_json(part/"pretrain.json", curve)
+    save_model(layout.init(name), model, beside=beside, family=params["family"])
     count = lambda which: sum(p.numel() for p in model.parameters() if which(p))
-    return dict(family=params["family"], start=params.get("init", "scratch"), parameters=count(lambda p: True), trained=count(lambda p: p.requires_grad), vocabulary=model.tokenizer.vocab_size)
+    return dict(family=params["family"], start=params.get("init", "scratch"), pretrained_steps=curve[-1]["step"] if curve else 0, parameters=count(lambda p: True), trained=count(lambda p: p.requires_grad), vocabulary=model.tokenizer.vocab_size)
 
 # %% ../nbs/88_recipe.ipynb #a52b1fdd
 def transcribe_split(

@@ -1,0 +1,75 @@
+"Three families on equal terms, small: the pipeline of compare/, and what it says when something is not equal."
+import json
+
+import pytest
+from papermill import inspect_notebook
+from conftest import ROOT
+from ruamel.yaml import YAML
+from test_pipeline import Workspace
+
+from ai2text.config import load_params
+from ai2text.stage import EACH, STAGES, stage_parameters
+
+PARAMS, MAIN = load_params(ROOT/"compare/params.yaml"), load_params(ROOT/"params.yaml")
+STEPS = 6
+
+
+def test_keys_are_those_of_the_project():
+    for name in set(PARAMS) - {"models", "milestones"}: assert set(PARAMS[name]) == set(MAIN[name]), name
+    for name in ("init", "train", "evaluate", "compare"):
+        wanted = list(inspect_notebook(ROOT/f"nbs/stages/{name}.ipynb"))
+        for model in PARAMS["models"] if name in EACH else [None]: stage_parameters(name, PARAMS, wanted, **({"model": model} if model else {}))
+
+
+def test_stages_are_those_of_the_project():
+    "The same commands, outputs and parameters; code is a dependency as a whole here."
+    here, main = (load_params(ROOT/folder/"dvc.yaml")["stages"] for folder in ("compare", "."))
+    assert set(here) <= set(main) & set(STAGES)
+    for name, stage in here.items():
+        mine, theirs = stage.get("do", stage), main[name].get("do", main[name])
+        assert {k: v for k, v in mine.items() if k != "deps"} == {k: v for k, v in theirs.items() if k != "deps"}
+        files = lambda deps: {d.replace("../", "") for d in deps if not d.endswith(".py") and d != "../ai2text"}
+        assert files(mine["deps"]) == files(theirs["deps"]), name
+        assert "../ai2text" in mine["deps"]
+
+
+def test_the_three_families_have_equal_budgets():
+    assert {m["family"] for m in PARAMS["models"].values()} == {"conformer", "whisper", "wav2vec"}
+    assert PARAMS["train"]["max_hours"] and 0 < PARAMS["compare"]["equal_budgets"] <= 0.05
+    budgets = {"max_steps", "max_hours", "max_audio_hours"}
+    assert not any(budgets & set(m.get("train", {})) for m in PARAMS["models"].values())
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    "A copy of the project with small models, compared."
+    w = Workspace(tmp_path_factory.mktemp("project"))
+    yaml, path = YAML(), w.root/"compare/params.yaml"
+    params = yaml.load(path)
+    params["train"].update(max_steps=STEPS, max_hours=0., batch_seconds=8., evaluate_every_steps=3, evaluate_every_minutes=0., threads=1)
+    params["compare"]["equal_budgets"] = 0.
+    for model in params["models"].values(): model["size"] = "tiny"
+    with open(path, "w", encoding="utf-8") as f: yaml.dump(params, f)
+    w.ran = w.repro("compare/dvc.yaml")
+    return w
+
+
+def test_families_side_by_side(workspace):
+    models = list(PARAMS["models"])
+    assert {f"{stage}@{m}" for stage in ("init", "train", "evaluate") for m in models} | {"compare"} == {s.rpartition(":")[2] for s in workspace.ran if s.startswith("compare/")}
+    said = json.loads((workspace.root/"compare/comparison/compare.json").read_text())
+    assert [m["model"] for m in said["models"]] == models and said["recommendation"]["model"] == "conformer"
+    for m in models: assert json.loads((workspace.root/f"compare/results/{m}/metrics.json").read_text())["steps"] == STEPS
+    assert not list((workspace.root/"models").glob("*")) and not (workspace.root/"compare/data").exists()
+    assert (workspace.root/"compare/papermill_runs/compare.ipynb").exists()
+
+
+def test_second_time_nothing_runs(workspace): assert workspace.repro("compare/dvc.yaml") == set()
+
+
+def test_command_line_says_it(workspace):
+    env = dict(PYTHONPATH=str(workspace.root))
+    out = workspace.run("sh", "-c", "cd compare && python -m ai2text.cli compare", **env)
+    assert "recommended: conformer" in out and "one run of each model" in out
+    out = workspace.run("sh", "-c", "cd compare && python -m ai2text.cli compare --rev nosuch", ok=False, stderr=True, **env)
+    assert "results/conformer/metrics.json at nosuch" in out and "Traceback" not in out
