@@ -79,7 +79,7 @@ def smooth(
     words, out, taken = len(levels[0].keys), [], []
     least = [min_count[min(n, len(min_count) - 1)] for n in range(len(levels))]
     from_start = np.arange(words) == START
-    place = kept_below = None
+    place = kept_below = prob = None
     for n,grams in enumerate(levels):
         context, word = np.divmod(grams.keys, words)
         if n: from_start = from_start[context]
@@ -239,7 +239,8 @@ def load_lm(
     lm.folder = folder.resolve()
     return lm
 
-_loaded = lru_cache(maxsize=2)(load_lm)
+@lru_cache(maxsize=2)
+def _loaded(folder): return load_lm(folder)
 
 @patch
 def __reduce__(self:LM):
