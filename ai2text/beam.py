@@ -225,18 +225,18 @@ SPACE = _scattered([ord(" ")])
 @dataclass
 class Prefixes:
     "K prefixes, the best first; an array each."
-    hash: np.ndarray    # uint64 of the letters; a finished word ends in a space
-    last: np.ndarray    # token
-    blank: np.ndarray   # log probability of the paths that end in a blank
-    token: np.ndarray   # log probability of the paths that end in `last`
-    node: np.ndarray    # place in the history of tokens
-    open: np.ndarray    # whether its last word is unfinished
-    score: np.ndarray   # of the finished words
-    state: np.ndarray   # of the `WordScorer`
-    close: np.ndarray   # score of the unfinished word, if it ends here; NaN: not yet asked
-    closed: np.ndarray  # state after it
-    tree: np.ndarray    # node of the letter tree
-    hot: np.ndarray     # node of the automaton
+    hash: np.ndarray          # uint64 of the letters; a finished word ends in a space
+    last: np.ndarray          # token
+    node: np.ndarray          # place in the history of tokens
+    open: np.ndarray          # whether its last word is unfinished
+    score: np.ndarray = None  # of the finished words; this and the next five with a `WordScorer` only
+    state: np.ndarray = None  # after them
+    close: np.ndarray = None  # score of the unfinished word, if it ends here; NaN: not yet asked
+    closed: np.ndarray = None # state after it
+    tree: np.ndarray = None   # node of the letter tree
+    hot: np.ndarray = None    # node of the automaton
+    blank: np.ndarray = None  # log probability of the paths that end in a blank
+    token: np.ndarray = None  # log probability of the paths that end in `last`
 
 # %% ../nbs/57_beam.ipynb #de28e407
 DEFAULTS = dict(lm_weight=0.6, word_bonus=1.0, unknown=-2.0) # with a language model that was not tuned
@@ -303,8 +303,9 @@ class Decoder:
         for i,text in enumerate(spelled): # the hash of a text is a polynomial of its letters
             for code in _scattered([ord(c) for c in text]): self.shift[i:i+1] *= SHIFT; self.add[i:i+1] = self.add[i:i+1]*SHIFT + code
         self.marks = _scattered(np.arange(len(spelled)) + (1 << 40))
-        self.scorer = self.tree = self.hot = None
+        self.scorer, self.hot, self.fields = None, None, ["hash", "last", "node", "open"] # of `Prefixes`, to carry on
         if self.lm is None and not self.hotwords: return
+        self.fields += ["score", "state", "close", "closed", "tree"]
         self.scorer = WordScorer(self.lm, self.hotwords, boost=self.boost, **self.weights)
         words = self.scorer.words
         self.letters = Letters([*words, " "])
@@ -320,7 +321,9 @@ class Decoder:
         first = len(SPECIAL) if self.lm else 0
         self.tree, word_at, self.ahead = letter_tree(words[first:], scores[first:], off, self.letters)
         self.word_at = np.where(word_at < 0, -1, word_at + first)
-        if self.hotwords: self.hot, self.credit = hotword_automaton(self.hotwords, self.boost, self.letters)
+        if self.hotwords:
+            self.hot, self.credit = hotword_automaton(self.hotwords, self.boost, self.letters)
+            self.fields.append("hot")
 
     def _check(self, log_probs_NV)->np.ndarray:
         x = np.asarray(log_probs_NV)
@@ -346,60 +349,51 @@ def _close(self:Decoder, p:Prefixes):
 @patch
 def _advance(self:Decoder, p:Prefixes, y_V, tokens_E, history:list)->Prefixes:
     "The best prefixes after a frame in which `tokens_E` may come."
-    K, E = len(p.last), len(tokens_E)
+    K, E, starts = len(p.last), len(tokens_E), self.starts[tokens_E]
     total = np.logaddexp(p.blank, p.token)
-    starts = self.starts[tokens_E]
-    # every pair of prefix and token
-    mass = np.where(p.last[:,None] == tokens_E, p.blank[:,None], total[:,None]) + y_V[tokens_E]
+    stay_blank, stay_token = total + y_V[BLANK], p.token + y_V.take(p.last)
+    # every pair of prefix and token: its paths, its letters, what else it is worth
+    mass = np.where(p.last[:,None] == tokens_E, p.blank[:,None], total[:,None]) + y_V.take(tokens_E)
     closing = p.open[:,None] & starts
-    hash = np.where(closing, p.hash[:,None]*SHIFT + SPACE, p.hash[:,None])*self.shift[tokens_E] + self.add[tokens_E]
-    stay_rank = np.logaddexp(total + y_V[BLANK], p.token + y_V[p.last])
-    score = tree = hot = None
-    rank, stay_rank = (mass, stay_rank) if self.scorer is None else (mass + p.score[:,None], stay_rank + p.score)
+    hash = np.where(closing, (p.hash*SHIFT + SPACE)[:,None], p.hash[:,None])*self.shift.take(tokens_E) + self.add.take(tokens_E)
+    worth, stay_worth = np.zeros((K, E)), np.zeros(K)
     if self.scorer is not None:
-        columns = self.spelled[tokens_E, :max(1, self.lengths[tokens_E].max())]
-        if starts.any():
-            self._close(p)
-            score = p.score[:,None] + np.where(closing, p.close[:,None], 0.)
-            rank = mass + score
+        if starts.any(): self._close(p)
+        score = np.where(closing, (p.score + p.close)[:,None], p.score[:,None])
+        columns = self.spelled[tokens_E, :self.lengths[tokens_E].max()]
         tree = _walk(self.tree, np.where(starts, 0, p.tree[:,None]), columns)
-        rank, stay_rank = rank + self.ahead.take(tree), stay_rank + self.ahead.take(p.tree)
+        worth, stay_worth = score + self.ahead.take(tree), p.score + self.ahead.take(p.tree)
         if self.hot is not None:
-            space = self.letters.columns[" "]
-            hot = _walk(self.hot, np.where(closing, self.hot[p.hot, space][:,None], p.hot[:,None]), columns)
-            rank, stay_rank = rank + self.credit.take(hot), stay_rank + self.credit.take(p.hot)
-    # sum the same letters with the same last token
-    tried = np.flatnonzero(rank > max(rank.max(), stay_rank.max()) - self.margin)
-    key = np.concatenate([p.hash ^ self.marks[p.last], (hash ^ self.marks[tokens_E]).take(tried)])
-    order = key.argsort(kind="stable") # prefixes before extensions, and those of better prefixes first: they name the group
-    sorted_key = key.take(order)
-    first = np.flatnonzero(np.concatenate([[True], sorted_key[1:] != sorted_key[:-1]]))
-    token = np.logaddexp.reduceat(np.concatenate([p.token + y_V[p.last], mass.take(tried)]).take(order), first)
-    blank = np.maximum.reduceat(np.concatenate([total + y_V[BLANK], np.full(len(tried), -np.inf)]).take(order), first)
+            hot = _walk(self.hot, np.where(closing, self.hot[p.hot, self.letters.columns[" "]][:,None], p.hot[:,None]), columns)
+            worth, stay_worth = worth + self.credit.take(hot), stay_worth + self.credit.take(p.hot)
+    # sum the same letters with the same last token; prefixes come before extensions, those of better prefixes first, and name the group
+    rank = mass + worth
+    least = max(rank.max(), (np.logaddexp(stay_blank, stay_token) + stay_worth).max()) - self.margin
+    tried = np.flatnonzero(rank > least)
+    key = np.concatenate([p.hash ^ self.marks.take(p.last), (hash ^ self.marks.take(tokens_E)).take(tried)])
+    order = key.argsort(kind="stable")
+    key = key.take(order)
+    first = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
     named = order.take(first)
-    beside = np.concatenate([stay_rank - np.logaddexp(total + y_V[BLANK], p.token + y_V[p.last]), (rank - mass).take(tried)]).take(named) # what ranks besides the acoustics
-    rank = np.logaddexp(blank, token) + beside
+    token = np.logaddexp.reduceat(np.concatenate([stay_token, mass.take(tried)]).take(order), first)
+    blank = np.concatenate([stay_blank, np.full(len(tried), -np.inf)]).take(named)
+    rank = np.logaddexp(blank, token) + np.concatenate([stay_worth, worth.take(tried)]).take(named)
     best = (-rank).argsort(kind="stable")[:self.beam]
-    best = best[rank.take(best) > rank[best[0]] - self.margin]
+    best = best[rank.take(best) > least]
     named = named.take(best)
     # the new prefixes
     new = np.flatnonzero(named >= K)
     pair = tried.take(named[new] - K)
-    parent, which = named.copy(), pair % E
+    parent = named.copy()
     parent[new] = pair//E
-    old = lambda values: values.take(parent)
-    q = Prefixes(old(p.hash), old(p.last), blank.take(best), token.take(best), old(p.node), old(p.open), *([p.score, p.state, p.close, p.closed, p.tree, p.hot] if self.scorer is None else
-                 [old(p.score), old(p.state), old(p.close), old(p.closed), old(p.tree), old(p.hot)]))
-    added = tokens_E.take(which)
+    q = Prefixes(**{name: getattr(p, name).take(parent) for name in self.fields})
+    q.blank, q.token, added, shut = blank.take(best), token.take(best), tokens_E.take(pair % E), closing.take(pair)
     q.hash[new], q.last[new] = hash.take(pair), added
-    shut = closing.take(pair)
     q.open[new] = (q.open[new] & ~shut) | self.filled[added]
     if self.scorer is not None:
-        if score is not None:
-            q.score[new] = score.take(pair)
-            q.state[new] = np.where(shut, q.closed[new], q.state[new])
+        q.score[new], q.state[new] = score.take(pair), np.where(shut, q.closed[new], q.state[new])
         q.close[new], q.tree[new] = np.nan, tree.take(pair)
-        if hot is not None: q.hot[new] = hot.take(pair)
+        if self.hot is not None: q.hot[new] = hot.take(pair)
     for i,node,token in zip(new.tolist(), q.node[new].tolist(), added.tolist()):
         q.node[i] = len(history)
         history.append((node, token))
@@ -416,9 +410,10 @@ def nbest(self:Decoder,
     may[:,BLANK] = False
     rows, tokens = np.nonzero(may)
     ends = np.searchsorted(rows, np.arange(len(x) + 1)).tolist()
-    start = self.hot[0, self.letters.columns[" "]] if self.hot is not None else 0 # a text begins as after a space
-    one = lambda value, kind: np.array([value], dtype=kind)
-    p = Prefixes(one(0, np.uint64), one(BLANK, np.int64), one(0., float), one(-np.inf, float), one(-1, np.int64), one(False, bool), one(0., float), one(0, np.int64), one(np.nan, float), one(0, np.int64), one(0, np.int64), one(start, np.int64))
+    one = lambda value, kind=np.int64: np.array([value], dtype=kind)
+    p = Prefixes(one(0, np.uint64), one(BLANK), one(-1), one(False, bool), blank=one(0., float), token=one(-np.inf, float))
+    if self.scorer is not None: p.score, p.state, p.close, p.closed, p.tree = one(0., float), one(0), one(np.nan, float), one(0), one(0)
+    if self.hot is not None: p.hot = one(self.hot[0, self.letters.columns[" "]]) # a text begins as after a space
     history = []
     for t in range(len(x)):
         if ends[t] == ends[t+1]: p.blank, p.token = np.logaddexp(p.blank, p.token) + x[t,BLANK], p.token + x[t].take(p.last)
