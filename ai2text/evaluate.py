@@ -106,6 +106,7 @@ def evaluate(
     before = 0 if device == "cuda" else _resident("VmRSS")
     model = load_model(layout.model(name), load_tokenizer(layout.tokenizer)).to(device)
     loader, streams = split_loader(layout, "test", config.batch_seconds, config.num_workers), getattr(model, "streams", False)
+    with PeakMemory(device) as single: latency = time_single(model, loader, device) # first: a process seldom gives memory back
     with PeakMemory(device) as memory:
         begin = time.perf_counter()
         score, rows = measure(model, loader, manifest, device, "test")
@@ -113,7 +114,6 @@ def evaluate(
     quality = dict(split="test", **dataclasses.asdict(score), evaluation_set=loader.fingerprint[:16], **details(rows, word_counts(layout.manifest("train"))))
     for chunk in config.chunks if streams else ():
         quality[f"chunk_{chunk}"] = as_stream(*measure(model, loader, manifest, device, f"test, chunks of {chunk}", chunk=chunk, left_chunks=config.left_chunks), rows)
-    with PeakMemory(device) as single: latency = time_single(model, loader, device)
     write_jsonl(results/"utterances.jsonl", rows)
     write_json(results/"timing.json", dict(seconds=seconds, audio_seconds=audio, real_time_factor=seconds/audio, utterances_per_second=len(rows)/seconds,
         parameters=sum(p.numel() for p in model.parameters()), memory_bytes=memory.bytes, memory_single_bytes=single.bytes, memory_before_bytes=before, memory_measured=memory.how,

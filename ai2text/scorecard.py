@@ -37,11 +37,11 @@ def _draw(rows, values_NK, samples, seed):
     return resample(values_NK, speakers if by_speaker else None, samples, seed), "speaker" if by_speaker else "utterance", len(set(speakers)) if by_speaker else len(rows)
 
 def _rate(rows, wrong_N, all_N, samples=1000, seed=0)->tuple:
-    "A rate and its 95% interval; the interval is None, None where there is too little to draw from."
+    "A rate and its 95% interval; None, None where there is too little to draw from, or nothing wrong: a draw of no errors has none."
     rate = float(np.sum(wrong_N)/np.sum(all_N))
     drawn_SK, _, units = _draw(rows, np.stack([wrong_N, all_N], 1), samples, seed)
     drawn_SK = drawn_SK[drawn_SK[:,1] > 0]
-    if units < MIN_SPEAKERS or not len(drawn_SK): return rate, None, None
+    if units < MIN_SPEAKERS or rate == 0 or not len(drawn_SK): return rate, None, None
     return rate, *map(float, np.quantile(drawn_SK[:,0]/drawn_SK[:,1], (.025, .975)))
 
 def groups(
@@ -191,15 +191,15 @@ def paired_difference(
                 unit=unit, units=units, samples=samples)
 
 # %% ../nbs/87_scorecard.ipynb #48415560
-def _bars(ax, found, rate:str, size:str, title:str):
-    "A bar a group with its interval, and how much it is made of."
+def _bars(ax, found, rate:str, title:str):
+    "A bar a group with its interval; its words in brackets."
     names, at, values = [str(g["group"]) for g in found], np.arange(len(found)), np.array([100*g[rate] for g in found])
     ends = np.array([[0, 0] if g[rate + "_low"] is None else [100*(g[rate] - g[rate + "_low"]), 100*(g[rate + "_high"] - g[rate])] for g in found]).T.clip(0)
     ax.barh(at, values, .7, color=SAID, alpha=.55)
     ax.errorbar(values, at, xerr=ends, fmt="none", ecolor="black", elinewidth=1)
-    ax.set_yticks(at, [f"{name}  ({g[size]})" for name,g in zip(names, found)], fontsize=7)
-    ax.set(title=title, xlim=(0, None))
-    ax.title.set_fontsize(9)
+    ax.set_yticks(at, [f"{name}  ({g['words']})" for name,g in zip(names, found)], fontsize=7)
+    ax.set_title(title, fontsize=9, loc="left")
+    ax.set_xlim(0, None)
     ax.tick_params(axis="x", labelsize=7)
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
@@ -208,18 +208,18 @@ def plot_errors(
     rows,            # of utterances.jsonl
     counts:Counter,  # of the words of the training text
 ):                   # a figure
-    "Error rate by speaker, dialect, length, noise, and frequency of the word; in brackets what each is made of."
+    "Error rate by speaker, dialect, length, noise, and frequency of the word; in brackets the words of the references."
     import matplotlib.pyplot as plt
-    figure = plt.figure(figsize=(9.5, 4.6), dpi=90, layout="constrained")
+    figure = plt.figure(figsize=(11, 4.8), dpi=90, layout="constrained")
     axes = figure.subplot_mosaic([["speaker", "dialect", "duration"], ["speaker", "snr", "seen"]])
     speakers = groups(rows, "speaker")
     shown = speakers if len(speakers) <= 16 else speakers[:8] + speakers[-8:]
-    _bars(axes["speaker"], shown, "wer", "words", "by speaker (words)" if shown is speakers else f"by speaker (words): 8 worst, 8 best of {len(speakers)}")
-    _bars(axes["dialect"], groups(rows, "dialect"), "wer", "words", "by dialect (words)")
-    _bars(axes["duration"], groups(rows, LENGTHS), "wer", "words", "by length of the utterance (words)")
-    _bars(axes["snr"], groups(rows, SNRS), "wer", "words", "by signal to noise (words)")
-    _bars(axes["seen"], rare_words(rows, counts), "error_rate", "words", "reference words missed, by times in training (words)")
-    for name,ax in axes.items(): ax.set_xlabel("words missed, %" if name == "seen" else "WER, %", fontsize=8)
+    _bars(axes["speaker"], shown, "wer", "by speaker" if shown is speakers else f"by speaker: 8 worst, 8 best of {len(speakers)}")
+    _bars(axes["dialect"], groups(rows, "dialect"), "wer", "by dialect")
+    _bars(axes["duration"], groups(rows, LENGTHS), "wer", "by length of the utterance")
+    _bars(axes["snr"], groups(rows, SNRS), "wer", "by signal to noise")
+    _bars(axes["seen"], rare_words(rows, counts), "error_rate", "by times in the training text")
+    for name,ax in axes.items(): ax.set_xlabel("reference words missed, %" if name == "seen" else "WER, %", fontsize=8)
     return figure
 
 def plot_latency(
@@ -231,6 +231,6 @@ def plot_latency(
     x, y, slowest = ([row[k] for row in latency] for k in ("audio_seconds", "seconds", "slowest"))
     ax.plot(x, [1000*v for v in y], "o-", color=SAID, label="median")
     ax.plot(x, [1000*v for v in slowest], "^:", color=HEARD, label="slowest")
-    ax.set(xlabel="length of the utterance, s", ylabel="latency, ms", xlim=(0, None), ylim=(0, None))
+    ax.set(xlabel="length of the utterance, s", ylabel="latency, ms", xlim=(0, 1.05*max(x)), ylim=(0, 1100*max(slowest)))
     ax.legend(frameon=False, fontsize=8)
     return figure
