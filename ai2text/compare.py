@@ -8,7 +8,7 @@ __all__ = ['CLAIMS', 'POLICIES', 'SIGNIFICANT', 'COLOURS', 'MARKS', 'read_result
 
 # %% ../nbs/90_compare.ipynb #34691b89
 import csv, io, json, subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from .config import ConfigError, Layout, atomic_write, find_root, load_params, make, opt, write_json
 from .scorecard import matched_pairs, paired_difference
@@ -98,6 +98,10 @@ def _middle(latency:list)->dict:
     "The row of middle length."
     return latency[len(latency)//2] if latency else {}
 
+def _took(milestone:dict)->str:
+    if milestone.get("hours") is None: return "not reached"
+    return spell_hours(milestone["hours"]) + ("" if milestone["cost"] is None else f", {milestone['cost']:.2f}")
+
 def _size(value, unit:float, digits:int=1): return None if value is None else round(value/unit, digits)
 
 def comparison_rows(
@@ -109,10 +113,9 @@ def comparison_rows(
     rows = []
     for m in models:
         reached, middle = {t["wer"]: t for t in m["milestones"]}, _middle(m["latency"])
-        took = lambda w: "not reached" if reached.get(w, {}).get("hours") is None else spell_hours(reached[w]["hours"]) + ("" if reached[w]["cost"] is None else f", {reached[w]['cost']:.2f}")
         rows.append({"model": m["model"], "family": m["family"], "WER on dev": f"{m['val_wer']:.1%}", "WER on test": f"{m['wer']:.1%} ({m['wer_low']:.1%} to {m['wer_high']:.1%})", "CER": f"{m['cer']:.1%}",
                      **{f"WER in chunks of {40*c} ms": f"{m['streams'][c]:.1%}" if c in m["streams"] else "does not stream" for c in chunks},
-                     "trained": spell_hours(m["hours"]), "speech heard, h": round(m["audio_hours"], 1), **{f"to {w:.0%}": took(w) for w in targets},
+                     "trained": spell_hours(m["hours"]), "speech heard, h": round(m["audio_hours"], 1), **{f"to {w:.0%}": _took(reached.get(w, {})) for w in targets},
                      "million parameters": _size(m["parameters"], 1e6, 2), "MB in training": _size(m["training_memory"], 1e6, 0), "MB in use": _size(m["memory"], 1e6, 0),
                      "real-time factor": round(m["real_time_factor"], 4), "latency, s": middle.get("seconds"), "of an utterance of, s": middle.get("audio_seconds"), "the plan expects": m["claim"] or ""})
     return rows
@@ -148,7 +151,7 @@ def plot_comparison(
     wait.set(xlabel="length of the utterance, s", ylabel="seconds to its text"); wait.legend(frameon=False, fontsize=8); wait.set_ylim(0, None)
     known = [(i, m, _middle(m["latency"])) for i,m in enumerate(models) if m["latency"]]
     points = [(row["seconds"], 100*m["wer"]) for _,m,row in known]
-    for (i,m,row),(x,y) in zip(known, points):
+    for (i,m,_),(x,y) in zip(known, points):
         trade.plot(x, y, linestyle="none", markersize=9, **looks[i])
         trade.annotate(f"{m['model']}, {m['parameters']/1e6:.2g} M", (x, y), xytext=(7, 5), textcoords="offset points", fontsize=8)
     on = [points[i] for i in front(points)]

@@ -12,6 +12,7 @@ from ai2text.stage import EACH, STAGES, stage_parameters
 
 PARAMS, MAIN = load_params(ROOT/"compare/params.yaml"), load_params(ROOT/"params.yaml")
 STEPS = 6
+TINY = dict(conformer=dict(size="tiny"), wav2vec=dict(size="tiny"), whisper=dict(d_model=32, layers=1, heads=2, ff=64))
 
 
 def test_keys_are_those_of_the_project():
@@ -48,7 +49,7 @@ def workspace(tmp_path_factory):
     params = yaml.load(path)
     params["train"].update(max_steps=STEPS, max_hours=0., batch_seconds=8., evaluate_every_steps=3, evaluate_every_minutes=0., threads=1)
     params["compare"]["equal_budgets"] = 0.
-    for model in params["models"].values(): model["size"] = "tiny"
+    for name, model in params["models"].items(): model.update(TINY[name])
     with open(path, "w", encoding="utf-8") as f: yaml.dump(params, f)
     w.ran = w.repro("compare/dvc.yaml")
     return w
