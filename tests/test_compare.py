@@ -75,4 +75,4 @@ def test_command_line_says_it(workspace):
     out = workspace.run("sh", "-c", "cd compare && python -m ai2text.cli compare", **env)
     assert "recommended: conformer" in out and "one run of each model" in out
     out = workspace.run("sh", "-c", "cd compare && python -m ai2text.cli compare --rev nosuch", ok=False, stderr=True, **env)
-    assert "results/conformer/metrics.json at nosuch" in out and "Traceback" not in out
+    assert "metrics.json at nosuch" in out and "Traceback" not in out
