@@ -45,8 +45,8 @@ def read_symbols(
     if inside := [s for s in tokens[1:] if WORD_START in s[1:]]: raise ConfigError(f"{where}: {inside[0]!r} has {WORD_START} inside; a piece belongs to one word")
     return tokens
 
-# %% ../nbs/57_beam.ipynb #47f29093
-MOST_CELLS = 500_000_000
+# %% ../nbs/57_beam.ipynb #01d07c86
+MOST_CELLS = 500_000_000 # bytes, of an alignment's way back
 
 def align_tokens(
     log_probs_NV,  # natural logs
@@ -58,7 +58,7 @@ def align_tokens(
     if N*(2*L + 1) > MOST_CELLS: raise ValueError(f"{N:,} frames and {L:,} tokens are too much for one alignment; cut the recording at its pauses")
     labels_S = np.full(2*L + 1, BLANK)
     labels_S[1::2] = tokens
-    emitted_NS = np.asarray(log_probs_NV)[:,labels_S]
+    x_NV = np.asarray(log_probs_NV)
     leap_S = np.zeros(2*L + 1, bool) # from one token to another without a blank
     leap_S[3::2] = labels_S[3::2] != labels_S[1:-2:2]
     forbidden_S = np.where(leap_S, 0., -np.inf)
@@ -73,7 +73,7 @@ def align_tokens(
             two = leap > best
             best = np.where(two, leap, best)
             back_NS[t] = np.where(two, 2, one)
-        past[2:] = best + emitted_NS[t]
+        past[2:] = best + x_NV[t].take(labels_S)
     s = 2*L if past[-1] >= past[-2] else 2*L - 1
     if past[2 + s] == -np.inf: raise ValueError(f"{N} frames cannot hold these {L} tokens")
     spans = np.zeros((L, 2), dtype=np.int64)
@@ -81,7 +81,7 @@ def align_tokens(
         if s % 2:
             spans[s//2, 0] = t
             spans[s//2, 1] = max(spans[s//2, 1], t + 1)
-        s -= back_NS[t,s]
+        s -= int(back_NS[t,s])
     return spans
 
 # %% ../nbs/57_beam.ipynb #b163bbfc
