@@ -339,7 +339,7 @@ class Decoder:
         x = np.asarray(log_probs_NV)
         if x.ndim != 2 or x.shape[1] != len(self.symbols): raise ValueError(f"log probabilities of shape {x.shape}; give (frames, {len(self.symbols)}), one utterance and this vocabulary")
         if x.dtype.kind != "f": raise ValueError(f"log probabilities of type {x.dtype}; give floating point numbers")
-        x = x.astype(np.float64)
+        x = x.astype(np.float64, copy=False)
         if len(x) and not (x.max() <= 1e-3): raise ValueError("not log probabilities: " + ("NaN among them" if np.isnan(x).any() else f"{x.max():.3g} is above 0; apply log_softmax"))
         return x
 
