@@ -510,7 +510,7 @@ def recommended(
     "Whether the comparison of models would export this one, too."
     path = layout.root/"comparison/compare.json"
     if not path.exists(): return f"{config.model} is exported; models were not compared."
-    best = read_json(path).get("recommended")
+    best = read_json(path)["recommendation"]["model"]
     if best == config.model: return f"{config.model} is exported, as the comparison recommends."
     return f"{config.model} is exported, but the comparison recommends {best or 'none'}: set export.model, or read {path.relative_to(layout.root)} for why."
 
