@@ -410,8 +410,8 @@ def export_bundle(
 class ExportConfig:
     "The section `export` of params.yaml."
     model:str = opt("conformer_ctc", "a name in `models`")
-    chunk:int = opt(8, "frames of the encoder in a chunk, 40 ms each", ge=1, le=100)
-    left_chunks:int = opt(8, "chunks of the past that a stream keeps", ge=1, le=100)
+    chunk:int = opt(16, "frames of the encoder in a chunk, 40 ms each", ge=1, le=100)
+    left_chunks:int = opt(4, "chunks of the past that a stream keeps", ge=1, le=100)
     utterances:int = opt(1000, "of test that everything is measured on; 0 = all", ge=0)
     runtime_utterances:int = opt(100, "of these that sherpa-onnx hears, three times each; 0 = all", ge=0)
     min_utterances:int = opt(100, "fewer than this prove nothing", ge=1)
