@@ -410,8 +410,8 @@ def export_bundle(
 class ExportConfig:
     "The section `export` of params.yaml."
     model:str = opt("conformer_ctc", "a name in `models`")
-    chunk:int = opt(16, "frames of the encoder in a chunk, 40 ms each", ge=1, le=100)
-    left_chunks:int = opt(4, "chunks of the past that a stream keeps", ge=1, le=100)
+    chunk:int = opt(8, "frames of the encoder in a chunk, 40 ms each", ge=1, le=100)
+    left_chunks:int = opt(8, "chunks of the past that a stream keeps", ge=1, le=100)
     utterances:int = opt(1000, "of test that everything is measured on; 0 = all", ge=0)
     runtime_utterances:int = opt(100, "of these that sherpa-onnx hears, three times each; 0 = all", ge=0)
     min_utterances:int = opt(100, "fewer than this prove nothing", ge=1)
@@ -508,7 +508,7 @@ def recommended(
     layout:Layout,
 )->str:                 # a line for the report
     "Whether the comparison of models would export this one, too."
-    path = layout.root/"comparison/compare.json"
+    path = layout.comparison/"compare.json"
     if not path.exists(): return f"{config.model} is exported; models were not compared."
     best = read_json(path)["recommendation"]["model"]
     if best == config.model: return f"{config.model} is exported, as the comparison recommends."
@@ -518,9 +518,9 @@ def export(
     config:ExportConfig,
     layout:Layout,
 )->list[dict]:          # `utterance_rows` of the stream
-    "Write the bundle `models/export` and its figures `results/export`; raises `ExportError` for a model that is not good enough."
+    "Write the bundle `models/export` and its figures, `export.json` and `export_timing.json` in `comparison`; raises `ExportError` for a model that is not good enough."
     if config.threads: torch.set_num_threads(config.threads)
-    model, results = streaming_model(config, layout), layout.results("export")
+    model = streaming_model(config, layout)
     loader = split_loader(layout, "test", config.batch_seconds)
     ids = spread(loader.index.key, config.utterances)
     batches, manifest = take(loader, ids), [row for row in read_jsonl(layout.manifest("test")) if row["id"] in ids]
@@ -540,15 +540,15 @@ def export(
             graphs={file: dict(apart=float(f"{found.apart[g]:.2g}"), texts_differ=len(found.differ(g))) for g,file in dict(onnx="model.onnx", offline="model.offline.onnx").items()},
             runtime=dict(utterances=sum(map(len, some)), differ={str(p): len(d) for p,d in differ.items()}),
             bytes={p.name: p.stat().st_size for p in sorted(folder.glob("*.onnx"))}, curve=curve)
-        write_json(results/"export.json", report)
-        write_json(results/"timing.json", dict(ms_a_chunk=time_chunks(folder), chunk_ms=config.chunk*40, environment=environment()))
+        write_json(layout.comparison/"export.json", report)
+        write_json(layout.comparison/"export_timing.json", dict(ms_a_chunk=time_chunks(folder), chunk_ms=config.chunk*40, environment=environment()))
         said[:] = rows["stream"]
         if why := verdict(report, config): raise ExportError(f"export.model: {config.model}: no bundle is written. " + ". ".join(f"({i}) {w}" for i,w in enumerate(why, 1)))
         heard = sum(r["duration"] for r in manifest)/60
         return dict(wer=wer, speech=dict(corpora=corpora, synthetic=[c for c in corpora if c in config.synthetic], utterances=len(ids), minutes=round(heard, 2),
                                          training_corpora=train.corpora, training_hours=round(train.seconds/3600, 2)),
                     revisions=revisions(config, layout))
-    export_bundle(model, layout.model("export"), config.chunk, config.left_chunks, config.model, judge)
+    export_bundle(model, layout.bundle, config.chunk, config.left_chunks, config.model, judge)
     return said
 
 def revisions(config:ExportConfig, layout:Layout)->dict:

@@ -20,7 +20,8 @@ STAGES = dict(
     init="ai2text.recipe:InitConfig",
     train="ai2text.recipe:TrainConfig",
     evaluate="ai2text.evaluate:EvaluateConfig",
-    compare="ai2text.compare:CompareConfig")
+    compare="ai2text.compare:CompareConfig",
+    export="ai2text.export:ExportConfig")
 
 def stage_config(
     name:str, # a stage
@@ -37,7 +38,10 @@ SINGULAR = dict(corpora="corpus", models="model")                # what one item
 def check_names(
     params:dict, # the content of params.yaml
 ):
-    "Refuse a name of a corpus that could not be a part of ids, paths and names of stages."
+    "Refuse a name of a corpus or a model that could not be a part of ids, paths and names of stages."
+    for name in params.get("models") or {}:
+        if name in ("init", "export") or not re.fullmatch(r"\w[\w.-]*", str(name)) or str(name).endswith("-eval"):
+            raise ConfigError(f"params.yaml: models: {name!r} is no name for a model; init, export and what ends with -eval name other folders, and only letters, digits, _, . and - may be in it")
     for name in params.get("corpora") or {}:
         if not re.fullmatch(r"[a-z0-9_]+", str(name)): raise ConfigError(f"params.yaml: corpora: {name!r} is no name for a corpus; write a-z, 0-9 and _ alone")
 

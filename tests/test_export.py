@@ -51,7 +51,7 @@ CONFIG = dict(model="m", chunk=CHUNK, left_chunks=LEFT, min_utterances=6, runtim
 def made(layout):
     "Its bundle, and the rows of what it heard."
     rows = export(ExportConfig(**CONFIG), layout)
-    return SimpleNamespace(bundle=check_bundle(layout.model("export")), rows=rows, report=read_json(layout.results("export")/"export.json"), model=exporting.load_model(layout.model("m")))
+    return SimpleNamespace(bundle=check_bundle(layout.bundle), rows=rows, report=read_json(layout.comparison/"export.json"), model=exporting.load_model(layout.model("m")))
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_a_model_that_fails_leaves_the_bundle_as_it_was(made, layout, monkeypatc
     monkeypatch.setattr(exporting, "write_graphs", lambda model, folder, *_: [shutil.copy(p, folder) for p in kept.glob("*.onnx")])
     with pytest.raises(ExportError, match=r"no bundle is written. \(1\) 6 utterances are fewer than min_utterances \(1000\)"): export(config, layout)
     assert (made.bundle.folder/"SHA256SUMS").read_bytes() == before and check_bundle(made.bundle.folder)
-    assert read_json(layout.results("export")/"export.json")["utterances"] == 6, "the figures are there to see why"
+    assert read_json(layout.comparison/"export.json")["utterances"] == 6, "the figures are there to see why"
 
 
 def test_a_model_that_cannot_stream_is_refused(layout, monkeypatch):
