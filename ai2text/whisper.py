@@ -10,7 +10,7 @@ __all__ = ['SPECIAL', 'TIME_STEP', 'SILENCE', 'SIZES', 'MOST_TOKENS', 'IGNORED',
 
 # %% ../nbs/62_whisper.ipynb #6b93fc5c
 import contextlib, json, math, re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -76,12 +76,12 @@ class WhisperTokens:
 
     @classmethod
     def appended(cls,
-        tokenizer,        # of the data, see `ai2text.text`
-        seconds:float,    # the last timestamp
+        tokenizer,            # of the data, see `ai2text.text`
+        seconds:float|None,   # the last timestamp; None = no timestamps
     )->'WhisperTokens':
         "A vocabulary with special tokens and timestamps behind its own."
         special = {name: tokenizer.vocab_size + i for i,name in enumerate(SPECIAL)}
-        return cls(tokenizer, special, special["no_timestamps"] + 2 + round(seconds/TIME_STEP))
+        return cls(tokenizer, special, special["no_timestamps"] + 1 + (0 if seconds is None else 1 + round(seconds/TIME_STEP)))
 
     @property
     def kind(self)->str: return f"whisper, {self.text.kind}"
@@ -152,9 +152,9 @@ def small_checkpoint(
     id_of = tokenizer.convert_tokens_to_ids
     end = id_of("<|endoftext|>")
     net = WhisperForConditionalGeneration(WhisperConfig(**dict(d_model=d_model, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
-        vocab_size=len(tokenizer), max_source_positions=round(window_seconds/TIME_STEP), max_target_positions=64, init_std=0.3, decoder_start_token_id=id_of("<|startoftranscript|>"),
+        vocab_size=len(tokenizer), max_source_positions=round(window_seconds/TIME_STEP), max_target_positions=40, init_std=0.3, decoder_start_token_id=id_of("<|startoftranscript|>"),
         pad_token_id=end, bos_token_id=end, eos_token_id=end, begin_suppress_tokens=[end]) | shape))
-    net.generation_config = GenerationConfig(decoder_start_token_id=id_of("<|startoftranscript|>"), pad_token_id=end, bos_token_id=end, eos_token_id=end, is_multilingual=True, max_length=64,
+    net.generation_config = GenerationConfig(decoder_start_token_id=id_of("<|startoftranscript|>"), pad_token_id=end, bos_token_id=end, eos_token_id=end, is_multilingual=True, max_length=40,
         lang_to_id={language: id_of(language) for language in languages}, task_to_id={task: id_of(f"<|{task}|>") for task in ("translate", "transcribe")},
         no_timestamps_token_id=id_of("<|notimestamps|>"), suppress_tokens=[1, 2], begin_suppress_tokens=[end], max_initial_timestamp_index=50)
     with quiet():
@@ -318,7 +318,7 @@ class Whisper(nn.Module):
         "The model with the weights that training starts from; raises `ConfigError` for a checkpoint that cannot be had or is not one for Vietnamese."
         if params.get("init", "scratch") != "scratch": return released(make(ReleasedConfig, params, "whisper"))
         c = scratch_config(params)
-        tokens = WhisperTokens.appended(tokenizer, c.window_seconds)
+        tokens = WhisperTokens.appended(tokenizer, c.window_seconds if c.timestamps else None)
         return cls(dict(net=shape_of(c, tokens), generation={}, **kept(c)), tokens)
 
     def checkpointing(self,
