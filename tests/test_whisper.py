@@ -1,0 +1,203 @@
+"A released checkpoint in all the ways that it can be missing, wrong or damaged; and Whisper between trainer, checkpoint and published folder."
+import json
+import shutil
+import socket
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ai2text.batch import collate
+from ai2text.budget import Budget
+from ai2text.checkpoint import load_config, load_weights, save_model
+from ai2text.config import ConfigError, read_json, write_json
+from ai2text.optimizer import make_optimizer
+from ai2text.text import CharTokenizer
+from ai2text.trainer import TrainerOptimized
+from ai2text.whisper import TIED, Whisper, small_checkpoint
+
+TEXTS = ["xin chào các bạn", "hôm nay trời đẹp quá", "một hai ba bốn năm"]
+NAME, REVISION = "openai/whisper-small", "0123456789"*4
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "A checkpoint with nothing wrong."
+    torch.manual_seed(0)
+    return small_checkpoint(tmp_path_factory.mktemp("whisper")/"small", TEXTS)
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    "A copy to damage."
+    shutil.copytree(whole, tmp_path/"small")
+    return tmp_path/"small"
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    "Whoever asks for an address fails the test."
+    asked = []
+    def refuse(*args, **kwargs):
+        asked.append(args)
+        raise OSError("no network in this test")
+    for name in ("getaddrinfo", "create_connection"): monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    yield
+    assert not asked, f"the network was asked for {asked}"
+
+
+def batch_of(*lengths):
+    waves = [np.random.default_rng(n).standard_normal(n).astype(np.float32)*0.1 for n in lengths]
+    return collate(waves, TEXTS[:len(lengths)], [str(i) for i in range(len(lengths))])
+
+
+def edit(path, **values): write_json(path, read_json(path) | values)
+
+
+def refused(params): return str(pytest.raises(ConfigError, Whisper.start, params, None).value)
+
+
+# Where the weights come from
+
+def test_a_folder_needs_no_network(whole, no_network):
+    model = Whisper.start(dict(init=str(whole)), None)
+    assert len(model.eval().transcribe(batch_of(16_000))) == 1
+
+
+@pytest.mark.parametrize("params, says", [
+    (dict(init=NAME), f"whisper.revision: '' does not pin {NAME}; write the 40 digits of a commit"),
+    (dict(init=NAME, revision="main"), f"whisper.revision: 'main' does not pin {NAME}"),
+    (dict(init=NAME, revision=REVISION), f"whisper.init: {NAME} at {REVISION} is not in this machine's cache, and nothing is fetched while a stage runs; "
+     f"fetch it first: hf download {NAME} --revision {REVISION} --include '*.json' --include '*.txt' --include model.safetensors"),
+    (dict(init="./no/such/folder"), "whisper.init: './no/such/folder' is no folder here, and no name such as openai/whisper-small"),
+    (dict(init="../secret"), "is no folder here, and no name"),
+    (dict(init=NAME, revision=REVISION, size="base"), "whisper.size: no such parameter"),
+    (dict(init=NAME, revision=REVISION, trust_remote_code=True), "whisper.trust_remote_code: no such parameter"),
+])
+def test_what_is_not_here_is_an_error_that_says_how_to_get_it(params, says, no_network): assert says in refused(params)
+
+
+def test_a_folder_has_no_revision(whole): assert "is a folder and has no revisions; leave revision out" in refused(dict(init=str(whole), revision=REVISION))
+
+
+def test_a_released_name_comes_from_the_cache(whole, tmp_path, monkeypatch, no_network):
+    "The cache as the fetch command leaves it; a file that was not fetched is named, with the command."
+    snapshot = tmp_path/"hub/models--someone--whisper-small/snapshots"/REVISION
+    shutil.copytree(whole, snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path/"hub"))
+    params = dict(init="someone/whisper-small", revision=REVISION)
+    model = Whisper.start(params, None)
+    assert (model.config["init"], model.config["revision"]) == (params["init"], REVISION)
+    (snapshot/"model.safetensors").unlink()
+    assert f"model.safetensors: no such file; fetch it: hf download someone/whisper-small --revision {REVISION}" in refused(params)
+
+
+# What the files hold
+
+def test_english_only_is_refused(folder):
+    edit(folder/"generation_config.json", is_multilingual=False)
+    assert "an English-only Whisper; take the multilingual one, whose name lacks .en" in refused(dict(init=str(folder)))
+
+
+def test_a_vocabulary_without_vietnamese_is_refused(tmp_path):
+    small_checkpoint(tmp_path/"small", TEXTS, without="vi")
+    assert "its vocabulary lacks <|vi|>; take a multilingual Whisper" in refused(dict(init=str(tmp_path/"small")))
+
+
+def test_tokens_and_weights_must_match(folder):
+    edit(folder/"config.json", vocab_size=100)
+    assert "config.json says vocab_size 100; they are of different checkpoints, copy the whole checkpoint there" in refused(dict(init=str(folder)))
+
+
+def test_shapes_of_config_and_weights_must_match(folder):
+    edit(folder/"config.json", d_model=64)
+    assert "model.safetensors: cannot be read" in refused(dict(init=str(folder)))
+
+
+def test_another_architecture_is_refused(folder):
+    edit(folder/"config.json", model_type="bart")
+    assert "config.json: model_type 'bart' is no whisper" in refused(dict(init=str(folder)))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_missing_file_is_named(folder, name):
+    (folder/name).unlink()
+    message = refused(dict(init=str(folder)))
+    assert name in message and "copy the whole checkpoint there" in message
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:len(data)//2], lambda data: b"\xff"*8 + data[8:], lambda data: b""], ids=["cut short", "header overwritten", "empty"])
+def test_corrupt_weights_are_named(folder, damage):
+    path = folder/"model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    message = refused(dict(init=str(folder)))
+    assert message.startswith(f"{path}: cannot be read (") and message.endswith("delete it, and copy the whole checkpoint there")
+
+
+def test_missing_parameters_are_named(folder):
+    path = folder/"model.safetensors"
+    save_file({k: v for k,v in load_file(path).items() if "decoder.layers.1.fc1" not in k}, path, dict(format="pt"))
+    assert "lacks 2 parameters, such as model.decoder.layers.1.fc1.bias" in refused(dict(init=str(folder)))
+
+
+def test_a_pickle_is_never_read(folder):
+    "Not even when it is the only file with weights."
+    (folder/"model.safetensors").rename(folder/"pytorch_model.bin")
+    assert "weights in .bin files can run code and are never read: name a revision that has safetensors" in refused(dict(init=str(folder)))
+
+
+def test_code_beside_the_weights_is_never_run(folder, tmp_path):
+    (folder/"modeling_evil.py").write_text(f"open({str(tmp_path/'ran')!r}, 'w')\nclass Evil: pass\n")
+    edit(folder/"config.json", auto_map=dict(AutoConfig="modeling_evil.Evil", AutoModelForSpeechSeq2Seq="modeling_evil.Evil"))
+    Whisper.start(dict(init=str(folder)), None)
+    assert not (tmp_path/"ran").exists()
+
+
+def test_a_damaged_tokenizer_is_named(folder):
+    (folder/"tokenizer.json").write_text("{", "utf-8")
+    assert f"{folder}: its tokenizer cannot be read (" in refused(dict(init=str(folder)))
+
+
+def test_half_precision_weights_are_trained_in_float32(folder):
+    path = folder/"model.safetensors"
+    save_file({k: v.half() for k,v in load_file(path).items()}, path, dict(format="pt"))
+    edit(folder/"config.json", dtype="float16")
+    assert {p.dtype for p in Whisper.start(dict(init=str(folder)), None).parameters()} == {torch.float32}
+
+
+def test_an_encoder_has_so_many_layers(whole): assert "whisper.freeze_layers: 3, but this encoder has 2 layers" in refused(dict(init=str(whole), freeze_layers=3))
+
+
+# Between trainer and published folder
+
+@pytest.mark.parametrize("optimizer, lr", [("muon", 1e-2), ("adamw", 5e-3)])
+def test_trained_averaged_published_and_read_back(optimizer, lr, tmp_path):
+    "One batch by heart, with the average that is published; the tied embedding is averaged, too."
+    torch.manual_seed(0)
+    params = dict(d_model=32, layers=1, heads=2, ff=64, window_seconds=1., max_tokens=32)
+    model, batch = Whisper.start(params, CharTokenizer()), batch_of(9_000, 16_000, 12_000)
+    trainer = TrainerOptimized(model, make_optimizer(model, optimizer, lr), batch_size=None, accumulation_steps=1, gradient_clip_val=0., ema_decay=0.8, device="cpu")
+    trainer.fit([batch]*80, Budget(max_steps=80))
+    weights = trainer.weights()
+    assert TIED[0] not in weights
+    saved = save_model(tmp_path/"m", model, weights, lambda part: model.tokenizer.save(part/"tokenizer"), "whisper")
+    json.dumps(model.config)
+    own = load_weights(Whisper.from_config(load_config(saved)["config"], Whisper.load_tokenizer(saved/"tokenizer")), saved).eval()
+    assert [h.text for h in own.transcribe(batch)] == batch.transcripts
+    with trainer.published() as published: assert own.transcribe(batch) == published.transcribe(batch)
+
+
+def test_a_finetuned_checkpoint_outlives_its_folder(folder, tmp_path):
+    model = Whisper.start(dict(init=str(folder), freeze_encoder=True), None)
+    frozen = {n: p.clone() for n,p in model.named_parameters() if not p.requires_grad}
+    trainer = TrainerOptimized(model, make_optimizer(model, "adamw", 1e-3), batch_size=None, accumulation_steps=1, checkpointing=True, device="cpu")
+    trainer.fit([batch_of(9_000, 32_000)]*3, Budget(max_steps=3))
+    assert frozen and all(torch.equal(p, frozen[n]) for n,p in model.named_parameters() if n in frozen)
+    saved = save_model(tmp_path/"m", model, trainer.weights(), lambda part: model.tokenizer.save(part/"tokenizer"), "whisper")
+    shutil.rmtree(folder)
+    own = load_weights(Whisper.from_config(load_config(saved)["config"], Whisper.load_tokenizer(saved/"tokenizer")), saved).eval()
+    assert own.tokenizer.fingerprint == model.tokenizer.fingerprint
+    assert {n for n,p in own.named_parameters() if not p.requires_grad} == set(frozen)
+    assert own.transcribe(batch_of(9_000), timestamps=True) == model.eval().transcribe(batch_of(9_000), timestamps=True)
