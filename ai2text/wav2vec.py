@@ -8,7 +8,7 @@ __all__ = ['ARCHITECTURES', 'SIZES', 'CODES', 'LEFT_OUT', 'WEIGHTS', 'Wav2VecCon
 
 # %% ../nbs/65_wav2vec.ipynb #a4e5e60b
 import contextlib, dataclasses, re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np

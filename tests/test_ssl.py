@@ -105,7 +105,7 @@ def test_one_batch_is_learned_by_heart_and_transcribed():
     batch = collate([syllables(200, 800), syllables(800, 2000, 200), syllables(2000)], ["a b", "b c a", "c"], ["a", "b", "c"])
     model = model_of(encoder=dict(num_hidden_layers=1)).train()
     optimizer = make_optimizer(model, "muon", 1e-2)
-    for step in range(220):
+    for _ in range(220):
         loss = model(batch)
         optimizer.zero_grad(); loss.sum.backward(); torch.nn.utils.clip_grad_norm_(model.parameters(), 5.); optimizer.step()
     found = model.eval().transcribe(batch)
