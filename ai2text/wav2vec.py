@@ -32,7 +32,7 @@ SIZES = dict(
 )
 CODES = dict(  # of the quantizer in pre-training, which HuBERT has not
     tiny = dict(num_codevectors_per_group=16, codevector_dim=16, proj_codevector_dim=16, num_negatives=8),
-    demo = dict(num_codevectors_per_group=64, codevector_dim=64, proj_codevector_dim=64, num_negatives=30),
+    demo = dict(num_codevectors_per_group=64, codevector_dim=64, proj_codevector_dim=64, num_negatives=30, diversity_loss_weight=0.5),
 )
 
 @dataclass
