@@ -73,6 +73,7 @@ def encoder_config(
     try: config = _classes(architecture)[0](**{k: list(v) if isinstance(v, tuple) else v for k,v in values.items()})
     except (ValueError, TypeError) as e: raise ConfigError(f"{where}: {' '.join(str(e).split())}") from e # its own class of errors is a ValueError too
     if config.hidden_size % config.num_attention_heads: raise ConfigError(f"{where}: hidden_size: {config.hidden_size} is not a multiple of num_attention_heads ({config.num_attention_heads})")
+    if getattr(config, "conv_pos_batch_norm", False): raise ConfigError(f"{where}: conv_pos_batch_norm: batch norm makes an utterance's scores depend on its neighbours' padding; take a release without it")
     return config
 
 # %% ../nbs/65_wav2vec.ipynb #b0b123a4
