@@ -27,7 +27,7 @@ _small = dict(feat_extract_norm="layer", do_stable_layer_norm=True, feat_extract
               layerdrop=0., hidden_dropout=0., activation_dropout=0., attention_dropout=0., final_dropout=0., mask_time_prob=0.)
 SIZES = dict(
     tiny = dict(_small, hidden_size=32, num_hidden_layers=2, intermediate_size=64, conv_dim=(16, 16, 32), conv_stride=(20, 4, 4), conv_kernel=(40, 4, 4), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4),
-    demo = dict(_small, hidden_size=96, num_hidden_layers=4, intermediate_size=384, conv_dim=(96, 96, 96, 96), conv_stride=(20, 4, 4, 2), conv_kernel=(50, 8, 4, 4), num_conv_pos_embeddings=32, num_conv_pos_embedding_groups=8),
+    demo = dict(_small, hidden_size=96, num_hidden_layers=4, intermediate_size=384, conv_dim=(128, 96, 96), conv_stride=(40, 4, 4), conv_kernel=(80, 8, 4), num_conv_pos_embeddings=32, num_conv_pos_embedding_groups=8),
     base = dict(),
 )
 CODES = dict(  # of the quantizer in pre-training, which HuBERT has not
