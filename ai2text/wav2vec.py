@@ -203,8 +203,8 @@ class Wav2Vec2(nn.Module):
         tokenizer,
     )->'Wav2Vec2':
         "Fresh weights."
-        c = make(Wav2VecConfig, config, "wav2vec2")
-        if c.init != "scratch": raise ConfigError(f"wav2vec2.init: {c.init}: the shape of a release is in its config.json; `start` reads it")
+        c = make(Wav2VecConfig, config, "wav2vec")
+        if c.init != "scratch": raise ConfigError(f"wav2vec.init: {c.init}: the shape of a release is in its config.json; `start` reads it")
         shape = encoder_config(c.architecture, SIZES[c.size] | (CODES.get(c.size, {}) if c.architecture == 'wav2vec2' else {}) | c.encoder)
         return cls(c.architecture, _classes(c.architecture)[1](shape), tokenizer, bool(c.freeze_features), c.layer_decay)
 
@@ -214,7 +214,7 @@ class Wav2Vec2(nn.Module):
         tokenizer,    # of the data
     )->'Wav2Vec2':
         "With the weights that training starts from; fetches a release that is not here. `ConfigError` where it cannot be had or does not fit."
-        c = make(Wav2VecConfig, params, "wav2vec2")
+        c = make(Wav2VecConfig, params, "wav2vec")
         if c.init == "scratch": return cls.from_config(params, tokenizer)
         kind, encoder, heads = read_release(find_release(c.init, c.revision), c.encoder, bool(c.pretrain))
         model = cls(kind, encoder, tokenizer, c.freeze_features is not False, c.layer_decay)
