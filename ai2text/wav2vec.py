@@ -8,7 +8,7 @@ __all__ = ['ARCHITECTURES', 'SIZES', 'CODES', 'LEFT_OUT', 'WEIGHTS', 'Wav2VecCon
 
 # %% ../nbs/65_wav2vec.ipynb #a4e5e60b
 import contextlib, dataclasses, re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +27,12 @@ _small = dict(feat_extract_norm="layer", do_stable_layer_norm=True, feat_extract
               layerdrop=0., hidden_dropout=0., activation_dropout=0., attention_dropout=0., final_dropout=0., mask_time_prob=0.)
 SIZES = dict(
     tiny = dict(_small, hidden_size=32, num_hidden_layers=2, intermediate_size=64, conv_dim=(16, 16, 32), conv_stride=(20, 4, 4), conv_kernel=(40, 4, 4), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4),
-    demo = dict(_small, hidden_size=96, num_hidden_layers=4, intermediate_size=384, conv_dim=(96, 96, 96, 96), conv_stride=(20, 4, 4, 2), conv_kernel=(50, 8, 4, 4), num_conv_pos_embeddings=32, num_conv_pos_embedding_groups=8),
+    demo = dict(_small, hidden_size=96, num_hidden_layers=4, intermediate_size=384, conv_dim=(128, 96, 96), conv_stride=(40, 4, 4), conv_kernel=(80, 8, 4), num_conv_pos_embeddings=32, num_conv_pos_embedding_groups=8),
     base = dict(),
 )
 CODES = dict(  # of the quantizer in pre-training, which HuBERT has not
     tiny = dict(num_codevectors_per_group=16, codevector_dim=16, proj_codevector_dim=16, num_negatives=8),
-    demo = dict(num_codevectors_per_group=64, codevector_dim=64, proj_codevector_dim=64, num_negatives=30),
+    demo = dict(num_codevectors_per_group=64, codevector_dim=64, proj_codevector_dim=64, num_negatives=30, diversity_loss_weight=0.5),
 )
 
 @dataclass
@@ -73,6 +73,7 @@ def encoder_config(
     try: config = _classes(architecture)[0](**{k: list(v) if isinstance(v, tuple) else v for k,v in values.items()})
     except (ValueError, TypeError) as e: raise ConfigError(f"{where}: {' '.join(str(e).split())}") from e # its own class of errors is a ValueError too
     if config.hidden_size % config.num_attention_heads: raise ConfigError(f"{where}: hidden_size: {config.hidden_size} is not a multiple of num_attention_heads ({config.num_attention_heads})")
+    if getattr(config, "conv_pos_batch_norm", False): raise ConfigError(f"{where}: conv_pos_batch_norm: batch norm makes an utterance's scores depend on its neighbours' padding; take a release without it")
     return config
 
 # %% ../nbs/65_wav2vec.ipynb #b0b123a4
@@ -202,8 +203,8 @@ class Wav2Vec2(nn.Module):
         tokenizer,
     )->'Wav2Vec2':
         "Fresh weights."
-        c = make(Wav2VecConfig, config, "wav2vec2")
-        if c.init != "scratch": raise ConfigError(f"wav2vec2.init: {c.init}: the shape of a release is in its config.json; `start` reads it")
+        c = make(Wav2VecConfig, config, "wav2vec")
+        if c.init != "scratch": raise ConfigError(f"wav2vec.init: {c.init}: the shape of a release is in its config.json; `start` reads it")
         shape = encoder_config(c.architecture, SIZES[c.size] | (CODES.get(c.size, {}) if c.architecture == 'wav2vec2' else {}) | c.encoder)
         return cls(c.architecture, _classes(c.architecture)[1](shape), tokenizer, bool(c.freeze_features), c.layer_decay)
 
@@ -213,7 +214,7 @@ class Wav2Vec2(nn.Module):
         tokenizer,    # of the data
     )->'Wav2Vec2':
         "With the weights that training starts from; fetches a release that is not here. `ConfigError` where it cannot be had or does not fit."
-        c = make(Wav2VecConfig, params, "wav2vec2")
+        c = make(Wav2VecConfig, params, "wav2vec")
         if c.init == "scratch": return cls.from_config(params, tokenizer)
         kind, encoder, heads = read_release(find_release(c.init, c.revision), c.encoder, bool(c.pretrain))
         model = cls(kind, encoder, tokenizer, c.freeze_features is not False, c.layer_decay)
