@@ -346,7 +346,7 @@ print(recognizer.get_result(stream))
 A whole utterance, with onnxruntime alone; the features are in the graph:
 
 ```python
-import numpy, onnxruntime, soundfile
+import onnxruntime, soundfile
 symbols = [line.rsplit(" ", 1)[0] for line in open("tokens.txt", encoding="utf-8")]
 wave, rate = soundfile.read("speech.wav", dtype="float32")  # mono, {config['sample_rate']} Hz, at least {config['offline']['min_samples']} samples
 scores, = onnxruntime.InferenceSession("model.offline.onnx").run(None, {{"audio": wave[None]}})
