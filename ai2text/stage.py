@@ -271,7 +271,7 @@ MENDS = {
 def _is_given(kind:str)->bool:
     "Whether an error of this name is about what the user gave."
     error = getattr(builtins, kind, None)
-    return kind in ("ConfigError", "ShardError", "RankError") or isinstance(error, type) and issubclass(error, (ValueError, OSError))
+    return kind in ("ConfigError", "ShardError", "RankError", "BundleError", "ExportError") or isinstance(error, type) and issubclass(error, (ValueError, OSError))
 
 def _told(kind:str, text:str)->str:
     "An error in one line, with the mend if the system's own words lack it."
