@@ -174,9 +174,7 @@ class Stream:
                 if message.data != "Done": raise Ended(1003, "text", "a text other than Done; audio goes in binary frames of float32, 16 kHz")
                 self.done = time.monotonic()
                 return await self._ask(self.runtime.send_str("Done"))
-            if message.type is not WSMsgType.BINARY:
-                kind = "frame too big" if self.client.close_code == 1009 else "no pong" if isinstance(message.data, asyncio.TimeoutError) else "client gone"
-                raise Ended(1006, kind, "the client is gone")
+            if message.type is not WSMsgType.BINARY: raise Ended(1006, "frame too big" if self.client.close_code == 1009 else "client gone", "the client is gone")
             wave = samples(message.data)
             if not len(wave): continue
             if self.received + len(wave) > service.seconds*SAMPLE_RATE: raise Ended(1008, "too long", f"more than {service.seconds:g} s of audio; open a new stream")

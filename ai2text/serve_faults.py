@@ -205,7 +205,7 @@ async def half_open(
     times:int=10, # at once
 )->dict:
     "Clients that answer no ping."
-    closed = 'streams_total{end="no pong"}'
+    closed = 'streams_total{end="client gone"}'
     before = await target.metric(closed)
     async with aiohttp.ClientSession() as session:
         for _ in range(times): await session.ws_connect(target.websocket, headers=target.headers, autoping=False)
