@@ -162,17 +162,17 @@ async def lies(
     "Garbage, integers, half a sample, text, frames that are too big; beside each one a good stream."
     rng, good, rows = random.Random(seed), next(frames(wave)), []
     kinds = {
-        "random bytes":           (1007, lambda: [good, rng.randbytes(4000)]),
-        "16-bit integers":        (1007, lambda: [good, (32767*np.sin(np.arange(1600))).astype("<f4").tobytes()]),
-        "not a number":           (1007, lambda: [good, np.full(9, np.nan, "<f4").tobytes()]),
-        "half a sample":          (1007, lambda: [good, good[:-2]]),
-        "text instead of audio":  (1003, lambda: [good, json.dumps(dict(audio=[0.1, 0.2]))]),
-        "a frame too big":        (1009, lambda: [bytes(FRAME_BYTES + 4)]),
-        "a frame far too big":    (1009, lambda: [bytes(5*FRAME_BYTES)])}
-    for name,(code,make) in kinds.items():
+        "random bytes":           ({1007}, lambda: [good, rng.randbytes(4000)]),
+        "16-bit integers":        ({1007}, lambda: [good, (32767*np.sin(np.arange(1600))).astype("<f4").tobytes()]),
+        "not a number":           ({1007}, lambda: [good, np.full(9, np.nan, "<f4").tobytes()]),
+        "half a sample":          ({1007}, lambda: [good, good[:-2]]),
+        "text instead of audio":  ({1003}, lambda: [good, json.dumps(dict(audio=[0.1, 0.2]))]),
+        "a frame too big":        ({1009}, lambda: [bytes(FRAME_BYTES + 4)]),
+        "a frame far too big":    ({1009, 1006}, lambda: [bytes(5*FRAME_BYTES)])}
+    for name,(allowed,make) in kinds.items():
         bad, honest = await asyncio.gather(asyncio.gather(*(talk(target, make(), done=False) for _ in range(times))), talk(target, frames(wave)))
-        codes, words = sorted({b.code for b in bad}), sorted({b.reason for b in bad})
-        rows.append(row(name, times, f"closed with {codes}: {words[0] or 'no words'}", codes == [code] and honest.text == text))
+        codes, words = sorted({int(b.code) for b in bad}), sorted({b.reason for b in bad})
+        rows.append(row(name, times, f"closed with {codes}: {words[0] or 'no words'}", allowed >= {*codes} and honest.text == text))
     return rows
 
 async def strangers(
