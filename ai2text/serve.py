@@ -169,8 +169,7 @@ class Stream:
     async def _up(self):
         service, last = self.service, time.monotonic()
         while True:
-            try: message = await self.client.receive(max(0.001, last + service.idle - time.monotonic()))
-            except asyncio.TimeoutError: raise Ended(1008, "idle", f"no audio for {service.idle:g} s; send Done at the end") from None
+            message = await self._next(last)
             if message.type is WSMsgType.TEXT:
                 if message.data != "Done": raise Ended(1003, "text", "a text other than Done; audio goes in binary frames of float32, 16 kHz")
                 self.done = time.monotonic()
@@ -191,10 +190,32 @@ class Stream:
             service.audio.inc(len(wave)/SAMPLE_RATE)
             last = time.monotonic()
 
+    async def _next(self,
+        last:float, # when audio came last
+    ):
+        "The next message. Who is silent is pinged and must answer; while we do not read, nobody is judged."
+        idle, pinged = last + self.service.idle, False
+        while True:
+            try: message = await self.client.receive(max(0.001, min(idle - time.monotonic(), self.service.heartbeat/(1 + pinged))))
+            except asyncio.TimeoutError:
+                if time.monotonic() >= idle: raise Ended(1008, "idle", f"no audio for {self.service.idle:g} s; send Done at the end") from None
+                if pinged: raise Ended(1006, "no pong", "no answer to a ping") from None
+                await self.client.ping()
+                pinged = True
+                continue
+            if message.type is WSMsgType.PING: await self.client.pong(message.data)
+            elif message.type is not WSMsgType.PONG: return message
+            pinged = False
+
+    async def _say(self, text:str):
+        "Send to the client, who must read."
+        try: await asyncio.wait_for(self.client.send_str(text), self.service.heartbeat)
+        except asyncio.TimeoutError: raise Ended(1008, "not reading", "results were not read") from None
+
     async def _down(self):
         async for message in self.runtime:
             if message.data == "Done!":
-                await self.client.send_str("Done!")
+                await self._say("Done!")
                 return self.outcome.set_result(None)
             result = json.loads(message.data)
             self.results += 1
@@ -204,7 +225,7 @@ class Stream:
             latency = max(0., now - self._needed())
             result |= dict(decoded=round(decoded/SAMPLE_RATE, 3), received=round(self.received/SAMPLE_RATE, 3), latency=round(latency, 4)) | (dict(id=self.id) if self.service.store else {})
             self.service.measure(latency if self.received/SAMPLE_RATE < now - self.began + 1 else None, self.shift/SAMPLE_RATE)
-            await self.client.send_str(json.dumps(result, ensure_ascii=False))
+            await self._say(json.dumps(result, ensure_ascii=False))
             if result["is_final"] and self.service.store: await self._keep(decoded)
         raise Ended(1012, "runtime", "the recogniser was restarted; connect again")
 
@@ -276,7 +297,7 @@ class Service:
         streams:int=64,       # at once
         seconds:float=14400., # of audio in one stream, at most
         idle:float=60.,       # seconds without audio after which a stream is closed
-        heartbeat:float=30.,  # seconds of silence after which a client is pinged; it has half as long to answer
+        heartbeat:float=30.,  # seconds of silence after which a client is pinged, and in which it must read what it is sent
         silence:float=1.2,    # seconds of silence that end a segment
         longest:float=20.,    # seconds of a segment, at most
         keep:str="",          # folder for recordings and their texts; empty: nothing is kept
@@ -371,7 +392,7 @@ class Service:
         try:
             try: runtime = await asyncio.wait_for(self._connected(), PATIENCE)
             except asyncio.TimeoutError: raise busy("the recogniser is starting; try again") from None
-            client = web.WebSocketResponse(heartbeat=self.heartbeat, max_msg_size=4*FRAME_BYTES, timeout=5., compress=False, protocols=(SUBPROTOCOL,))
+            client = web.WebSocketResponse(autoping=False, max_msg_size=4*FRAME_BYTES, timeout=2., compress=False, protocols=(SUBPROTOCOL,))
             async with runtime:
                 await client.prepare(request)
                 self.streams.add(stream := Stream(self, client, runtime))
@@ -383,7 +404,8 @@ class Service:
                     self.log(f"stream: {type(e).__name__}: {e}")
                 finally: self.streams.discard(stream)
             self.metrics.streams.labels(end).inc()
-            await client.close(code=code, message=text.encode())
+            try: await asyncio.wait_for(client.close(code=code, message=text.encode()), 5)
+            except asyncio.TimeoutError: request.transport.abort() # who does not read does not hear this either
         finally: self.inside -= 1
         return client
 
@@ -447,7 +469,7 @@ def serve(
     streams:int=64,       # at once
     seconds:float=14400., # of audio in one stream, at most
     idle:float=60.,       # seconds without audio after which a stream is closed
-    heartbeat:float=30.,  # seconds of silence after which a client is pinged; it has half as long to answer
+    heartbeat:float=30.,  # seconds of silence after which a client is pinged, and in which it must read what it is sent
     silence:float=1.2,    # seconds of silence that end a segment
     longest:float=20.,    # seconds of a segment, at most
     keep:str="",          # folder for recordings and their texts; empty: nothing is kept
