@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['POLICIES', 'BUDGET_ONLY', 'FAMILIES', 'FEATURE_BATCHES', 'TrainConfig', 'model_class', 'build_model', 'load_model',
            'transcribe_split', 'split_loader', 'measure', 'run_recipe', 'environment', 'set_up', 'why_stop', 'StopWhen',
-           'LiveCurve', 'train_rank', 'fit', 'publish', 'read_again', 'EvaluateConfig', 'evaluate', 'train', 'summary',
-           'plot_curve', 'plot_errors']
+           'LiveCurve', 'train_rank', 'fit', 'publish', 'read_again', 'train', 'summary', 'plot_curve']
 
 # %% ../nbs/88_recipe.ipynb #ae2fed4b
 import dataclasses, importlib, math, os, platform, resource, shutil, subprocess, sys, time
@@ -19,9 +18,9 @@ from tqdm import tqdm
 from . import __version__
 from .budget import Budget, Every, WarmupConstantDecay
 from .checkpoint import about as says, load_checkpoint, load_config, load_weights, run_folder, runs, save_model
-from .config import ConfigError, Layout, find_root, import_closure, load_params, make, opt, read_json, read_jsonl, write_json, write_jsonl
+from .config import ConfigError, Layout, find_root, import_closure, load_params, make, opt, read_json, read_jsonl, write_json
 from .loader import create_webdataset_loader
-from .metrics import rates_by, score_rows, utterance_rows
+from .metrics import score_rows, utterance_rows
 from .optimizer import OPTIMIZERS, make_optimizer
 from .ranks import Ranks, launch
 from .text import NORMALISER_VERSION, load_tokenizer
@@ -153,7 +152,7 @@ def measure(
     for part in ranks.gather({i: h.text for i,h in transcribe_split(model, loader, device, show, beat, **how).items()}): hypotheses |= part
     if len({row.get("corpus") for row in manifest}) > 1:
         manifest = [{**row, "speaker": f"{row['corpus']} {row['speaker']}" if row.get("speaker") else ""} for row in manifest]
-    rows = utterance_rows(manifest, hypotheses, keep=("corpus", "dialect"))
+    rows = utterance_rows(manifest, hypotheses, keep=("corpus", "dialect", "snr_db"))
     return score_rows(rows), rows
 
 # %% ../nbs/88_recipe.ipynb #78c1b30c
@@ -349,38 +348,6 @@ def read_again(
     for entry in read_entries(path)[0]: books.add(entry | dict(milestones=[dataclasses.asdict(m) for m in read_milestones(milestones)]) if entry["kind"] == "start" else entry)
     return books.view()
 
-# %% ../nbs/88_recipe.ipynb #026aa1d4
-@dataclass
-class EvaluateConfig:
-    "The section `evaluate` of params.yaml."
-    batch_seconds:float = opt(60., "padded seconds of a batch", gt=0)
-    num_workers:int = opt(1, "threads that read ahead", ge=0)
-    threads:int = opt(0, "processor threads; 0 = as torch likes", ge=0)
-    chunks:list[int] = opt([], "score it as a stream, too: in chunks of so many frames of the encoder", ge=1)
-    left_chunks:int = opt(8, "chunks of the past that a stream keeps; -1 = all", ge=-1)
-
-def evaluate(
-    name:str,                # of the model, M
-    config:EvaluateConfig,
-    layout:Layout,
-)->dict:                     # what eval.json holds
-    "Score the published model on test."
-    results, device = layout.results(f"{name}-eval"), "cuda" if torch.cuda.is_available() else "cpu"
-    if config.threads: torch.set_num_threads(config.threads)
-    model = load_model(layout.model(name), load_tokenizer(layout.tokenizer)).to(device)
-    loader, manifest = split_loader(layout, "test", config.batch_seconds, config.num_workers), read_jsonl(layout.manifest("test"))
-    begin = time.perf_counter()
-    score, rows = measure(model, loader, manifest, device, "test")
-    seconds, audio = time.perf_counter() - begin, sum(r["duration"] for r in manifest)
-    write_jsonl(results/"utterances.jsonl", rows)
-    write_json(results/"timing.json", dict(seconds=seconds, audio_seconds=audio, real_time_factor=seconds/audio, utterances_per_second=len(rows)/seconds, environment=environment()))
-    quality = dict(split="test", **dataclasses.asdict(score), evaluation_set=loader.fingerprint[:16])
-    for chunk in config.chunks:
-        score, _ = measure(model, loader, manifest, device, f"test, chunks of {chunk}", chunk=chunk, left_chunks=config.left_chunks)
-        quality[f"chunk_{chunk}"] = {k: getattr(score, k) for k in ("wer", "wer_low", "wer_high", "cer")}
-    write_json(results/"eval.json", quality)
-    return quality
-
 # %% ../nbs/88_recipe.ipynb #da31bb76
 def train(
     model:str="conformer_ctc", # a name in `models` of params.yaml
@@ -452,17 +419,4 @@ def plot_curve(
     axes[1].set(xlabel="step", ylabel="%", ylim=(0, None)); axes[1].legend(frameon=False, fontsize=8)
     axes[2].plot(column("step"), column("grad_norm"), ".-", color="#0072b2"); axes[2].set(xlabel="step", ylabel="gradient norm before clipping", ylim=(0, None))
     rate = axes[2].twinx(); rate.plot(column("step"), column("lr"), ":", color="0.3"); rate.set(ylabel="learning rate (dotted)", ylim=(0, None))
-    return figure
-
-def plot_errors(
-    rows, # of utterances.jsonl
-):        # a figure
-    "Error rate by speaker, and by length of the utterance."
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), dpi=90, layout="constrained")
-    speakers = rates_by(rows, "speaker")
-    shown = speakers if len(speakers) <= 16 else speakers[:8] + speakers[-8:]
-    axes[0].barh([str(s["group"]) for s in shown][::-1], [100*s["wer"] for s in shown][::-1], color="#0072b2"); axes[0].set(xlabel="WER, %"); axes[0].tick_params(axis="y", labelsize=7)
-    lengths = sorted(rates_by(rows, lambda r: min(r["words"], 15)), key=lambda g: g["group"])
-    axes[1].bar([g["group"] for g in lengths], [100*g["wer"] for g in lengths], color="#0072b2"); axes[1].set(xlabel="words of the utterance (15: or more)", ylabel="WER, %")
     return figure
