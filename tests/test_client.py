@@ -91,14 +91,14 @@ def test_subtitles_are_well_formed(toy, tmp_path, capsys):
 
 def test_memory_does_not_grow_with_the_file(toy, tmp_path):
     wave, _ = talk(10)
-    sf.write(tmp_path/"long.wav", np.tile(wave, 14), RATE)
+    sf.write(tmp_path/"long.wav", np.tile(wave, 8), RATE)
     recogniser = Recogniser(toy)
     tracemalloc.start()
     (found, error), = recognise(recogniser, [tmp_path/"long.wav"], processes=1)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert not error and len(found.words) >= 14*60
-    assert peak < 10e6 < found.duration*RATE*4/2, peak  # of samples, as numpy keeps them: a few pieces of 20 s, not the file
+    assert not error and len(found.words) >= 8*60
+    assert peak < 10e6 < found.duration*RATE*4*0.75, peak  # of samples, as numpy keeps them: a few pieces of 20 s, not the file
 
 
 # Streams
