@@ -90,8 +90,8 @@ def smooth(
         taken.append(found)
         off = np.array([0., *found])[np.minimum(counts, 3)]
         kept = grams.counts >= least[n] if n else np.ones(words, bool)
-        total = np.bincount(context, counts, len(levels[n-1].keys) if n else 1)
-        spread = np.bincount(context, np.where(kept, off, counts), len(total))
+        total = np.bincount(context, counts, len(levels[n-1].keys) if n else 1).astype(float)
+        spread = np.bincount(context, np.where(kept, off, counts), len(total)).astype(float) # of no n-grams at all, bincount gives integers
         gamma = np.divide(spread, total, out=np.ones_like(total), where=total > 0)
         below = prob[grams.suffix] if n else np.where(from_start, 0, 1/max(1, words - 1))
         prob = np.where(kept, (counts - off)/np.maximum(total[context], 1), 0) + gamma[context]*below # of one left out: what the model gives it

@@ -1,0 +1,221 @@
+"Decoding across modules: files of a language model and a bundle in, text out; what attackers and accidents do to them; what names cost."
+import itertools
+import math
+import pickle
+import subprocess
+import sys
+from itertools import groupby
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ai2text.beam import DEFAULTS, Decoder, align_tokens, save_weights, tune, tuned_weights, word_errors
+from ai2text.config import ConfigError, Layout, read_json, sha256, write_json
+from ai2text.ctc import BLANK, ctc_loss, greedy
+from ai2text.lm import UNKNOWN, build_lm, fit_lm, load_lm
+from ai2text.loader import create_webdataset_loader
+from ai2text.recipe import build_model
+from ai2text.text import CharTokenizer, train_tokenizer
+from ai2text.tiny import tiny_workspace
+
+EVERYTHING = dict(beam=10**6, min_prob=0., margin=math.inf)
+TEXTS = """tôi không biết anh ấy ở đâu|hôm nay trời mưa to lắm|anh ấy không biết hôm nay trời mưa|tôi ở nhà vì trời mưa to|anh ở đâu hôm nay|nhà tôi ở đây
+ai biết anh ấy ở đâu|trời hôm nay không mưa|không ai ở nhà hôm nay|tôi biết nhà anh ấy""".replace("\n", "|").split("|")
+
+
+def log_softmax(x): return x - np.logaddexp.reduce(x, -1, keepdims=True)
+
+
+def spoken(tokenizer, text, seed, noise=1., confused=()):
+    "Log probabilities of a model that is unsure; `confused` has (symbol, taken for, by how much)."
+    rng, path = np.random.default_rng(seed), []
+    for i in tokenizer.encode(text): path += [i]*int(rng.integers(1, 3)) + [BLANK]*int(rng.integers(1, 3))
+    x = noise*rng.normal(size=(len(path), tokenizer.vocab_size)) + 9*np.eye(tokenizer.vocab_size)[path]
+    for said, heard, much in confused: x[:, tokenizer.symbols.index(heard)] += much*(np.array(path) == tokenizer.symbols.index(said))
+    return log_softmax(x)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    "A folder with a text, a language model of it, and two tokenizers' tokens.txt."
+    home = tmp_path_factory.mktemp("decoding")
+    (home/"text.txt").write_text("\n".join(TEXTS), "utf-8")
+    build_lm([home/"text.txt"], home/"lm", order=3, processes=1)
+    CharTokenizer().save(home/"char")
+    train_tokenizer(TEXTS*3, "bpe", 110).save(home/"bpe")
+    return home
+
+
+# The search is exact
+
+def by_brute_force(decoder, x):
+    found = {}
+    for path in itertools.product(range(x.shape[1]), repeat=len(x)):
+        text = decoder.text([k for k, _ in groupby(path) if k != BLANK])
+        found[text] = np.logaddexp(found.get(text, -np.inf), sum(x[t, k] for t, k in enumerate(path)))
+    return {text: p + (decoder.scorer.score(text) if decoder.scorer else 0.) for text, p in found.items()}
+
+
+SMALL = fit_lm(["a ba", "a a", "ba a ab", "a ba a", "ab"], 3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.lists(st.sampled_from(["▁a", "b", "▁", "a", "▁b", "ab", "▁ba"]), min_size=1, max_size=4, unique=True), st.integers(0, 4), st.booleans(), st.lists(st.sampled_from(["a", "ab", "a ba", "b a b", "bb"]), max_size=2))
+def test_every_text_has_its_exact_score(seed, pieces, frames, with_lm, hotwords):
+    decoder = Decoder(["<blk>", *pieces], SMALL if with_lm else None, lm_weight=.7, word_bonus=.4, unknown=-1.5, hotwords=hotwords, boost=1.5, **EVERYTHING)
+    x = log_softmax(2*np.random.default_rng(seed).normal(size=(frames, len(pieces) + 1)))
+    want, got = by_brute_force(decoder, x), {decoder.text(tokens): score for score, tokens in decoder.nbest(x)}
+    assert set(got) == set(want)
+    assert all(got[text] == pytest.approx(want[text], abs=1e-9) for text in want)
+
+
+def test_a_text_of_one_spelling_scores_as_the_loss_says():
+    "The sum over paths is the one that training minimises."
+    x = log_softmax(2*np.random.default_rng(3).normal(size=(8, 4)))
+    for score, tokens in Decoder(["<blk>", "a", "b", "c"], **EVERYTHING).nbest(x)[:20]:
+        assert score == pytest.approx(-float(ctc_loss(torch.tensor(x)[None], torch.tensor([len(x)]), [tokens]).sum), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_greedy_is_the_house_s_greedy(files, kind):
+    tokenizer = CharTokenizer() if kind == "char" else train_tokenizer(TEXTS*3, "bpe", 110)
+    decoder = Decoder(files/kind/"tokens.txt", beam=0)
+    for seed, text in enumerate(TEXTS):
+        x = spoken(tokenizer, text, seed, noise=3.)
+        theirs, = greedy(torch.tensor(x)[None], torch.tensor([len(x)]), tokenizer)
+        ours = decoder.decode(x)
+        assert (ours.text, ours.tokens, ours.times) == (theirs.text, theirs.tokens, theirs.times)
+
+
+# Language model
+
+def test_language_model_mends_what_sounds_alike(files):
+    tokenizer = train_tokenizer(TEXTS*3, "bpe", 110)
+    utterances = [spoken(tokenizer, t, i, noise=2.8) for i, t in enumerate(TEXTS)]
+    errors = {name: word_errors(TEXTS, [h.text for h in d.decode_all(utterances)])[0] for name, d in
+              dict(greedy=Decoder(tokenizer, beam=0), beam=Decoder(tokenizer), lm=Decoder(tokenizer, files/"lm")).items()}
+    assert errors["lm"] < 0.8*min(errors["beam"], errors["greedy"])
+
+
+def test_vocabulary_is_open(files):
+    "A syllable that the text never had comes out, at the price of the penalty."
+    tokenizer, lm = CharTokenizer(), load_lm(files/"lm")
+    x = spoken(tokenizer, "hôm nay quých ở nhà", 1, noise=.3)
+    assert "quých" not in lm.ids
+    free, strict = Decoder(tokenizer, lm, unknown=0.).nbest(x)[0], Decoder(tokenizer, lm, unknown=-5.).nbest(x)[0]
+    assert Decoder(tokenizer, lm).text(strict[1]) == "hôm nay quých ở nhà"
+    assert free[0] - strict[0] == pytest.approx(5., abs=.01)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.lists(st.sampled_from("một hai ba bốn năm".split()), min_size=1, max_size=6).map(" ".join), min_size=1, max_size=30), st.integers(1, 4), st.sampled_from([(1,), (1, 2), (1, 1, 2), (2,)]))
+def test_probabilities_sum_to_one(texts, order, min_count):
+    lm = fit_lm(texts, order, min_count)
+    for text in [*texts[:3], "hai mốt ba", "", "năm năm năm"]:
+        state = lm.start()
+        for word in text.split(): state, _ = lm.step(state, lm.ids.get(word, UNKNOWN))
+        assert sum(math.exp(lm.step(state, w)[1]) for w in range(len(lm.words)) if w != 1) == pytest.approx(1, abs=1e-4)
+
+
+def test_same_text_same_bytes(files, tmp_path):
+    build_lm([files/"text.txt"], tmp_path/"again", order=3, processes=2)
+    for name in ("lm.safetensors", "words.txt", "lm.json"): assert (tmp_path/"again"/name).read_bytes() == (files/"lm"/name).read_bytes(), name
+
+
+def test_nothing_of_a_language_model_is_executed(files, tmp_path):
+    "A pickle in place of the arrays is refused unread, and so is a bundle's list that is none."
+    class Evil:
+        def __reduce__(self): return (open, (str(tmp_path/"was here"), "w"))
+    build_lm([files/"text.txt"], tmp_path/"lm", order=2, processes=1)
+    (tmp_path/"lm/lm.safetensors").write_bytes(pickle.dumps(Evil()))
+    says = read_json(tmp_path/"lm/lm.json")
+    says["files"]["lm.safetensors"] = sha256(tmp_path/"lm/lm.safetensors")
+    write_json(tmp_path/"lm/lm.json", says)
+    with pytest.raises(ConfigError, match="cannot be read"): load_lm(tmp_path/"lm")
+    assert not (tmp_path/"was here").exists()
+
+
+def test_half_of_a_file_is_no_language_model(files, tmp_path):
+    build_lm([files/"text.txt"], tmp_path/"lm", processes=1)
+    path = tmp_path/"lm/words.txt"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ConfigError, match=r"words\.txt: not the file that lm\.json speaks of; make it again"): Decoder(files/"char/tokens.txt", tmp_path/"lm")
+
+
+def test_modules_are_light():
+    "A client that decodes what a bundle computed waits for no training code."
+    code = "import sys; from ai2text.lm import load_lm; print(*sorted({'torchaudio', 'webdataset', 'dvc', 'matplotlib', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+# Hotwords
+
+def test_names_are_heard_and_nobody_else_is_renamed(files):
+    tokenizer = CharTokenizer()
+    blurred = [("ở", "ợ", 10.2), ("ư", "u", 10.2)]
+    said = ["tôi ở nhà lê thở", "anh phư ấy ở đâu"]
+    utterances = [spoken(tokenizer, t, i, noise=.4, confused=blurred) for i, t in enumerate(said)]
+    without, names = Decoder(tokenizer, files/"lm"), ["Thở", "Phư", "nguyễn văn an", "đặng thị bình", "trời nắng"]
+    with_names = Decoder(tokenizer, files/"lm", hotwords=names, boost=5.)
+    heard = lambda decoder: [name for text in (decoder.decode(x).text for x in utterances) for name in ("thở", "phư") if name in text.split()]
+    assert (heard(without), heard(with_names)) == ([], ["thở", "phư"])
+    others = [spoken(tokenizer, t, 100 + i, noise=1.5) for i, t in enumerate(TEXTS)]
+    assert [with_names.decode(x).text for x in others] == [without.decode(x).text for x in others]
+
+
+def test_a_hotword_of_several_words_counts_as_a_whole(files):
+    decoder = Decoder(files/"char/tokens.txt", hotwords=["văn an"], boost=2.)
+    assert [decoder.scorer.score(t) for t in ("văn", "an", "an văn", "văn an", "vănan", "văn văn an")] == [0, 0, 0, 4, 0, 4]
+
+
+# Times
+
+def test_words_lie_where_they_were_said(files):
+    tokenizer = CharTokenizer()
+    path = [BLANK]*10
+    starts = []
+    for word in "hôm nay mưa".split():
+        path += tokenizer.encode(" ")
+        starts.append(len(path)*.04) # a space may come long before its word: the first letter counts
+        for i in tokenizer.encode(word): path += [i, i, BLANK]
+        path += [BLANK]*20
+    x = log_softmax(12*np.eye(tokenizer.vocab_size)[path])
+    for decoder in (Decoder(tokenizer, beam=0), Decoder(tokenizer, files/"lm")):
+        words = decoder.words(decoder.decode(x), x)
+        assert [w.word for w in words] == ["hôm", "nay", "mưa"]
+        assert [w.start for w in words] == pytest.approx(starts, abs=.001)
+        assert all(a < w.end < a + .04*14 for a, w in zip(starts, words)) and min(w.confidence for w in words) > .9
+
+
+def test_too_few_frames_are_said(files):
+    with pytest.raises(ValueError, match="1 frames cannot hold these 2 tokens"): align_tokens(np.zeros((1, 5)), [1, 2])
+
+
+# With a model, and with weights
+
+def test_models_of_the_house_decode_as_they_transcribe(files):
+    layout = Layout(tiny_workspace("shards"))
+    tokenizer = CharTokenizer()
+    model = build_model(dict(family="conformer", size="tiny"), tokenizer).eval()
+    for p in model.parameters(): torch.nn.init.normal_(p, std=.2)
+    batch = next(iter(create_webdataset_loader(layout.split_shards("dev"), 10, 0, index=layout.split_index("dev"), batch_seconds=30., shuffle=False)))
+    with torch.no_grad(): logits, frames = model.encode(*model.features(batch.audio, batch.lengths))
+    log_probs = [x[:n].numpy() for x, n in zip(logits.log_softmax(-1), frames)]
+    theirs, ours = model.transcribe(batch), Decoder(tokenizer, beam=0).decode_all(log_probs)
+    assert [h.tokens for h in ours] == [h.tokens for h in theirs] and any(h.tokens for h in ours)
+
+
+def test_weights_are_tuned_once_and_kept_with_the_language_model(files, tmp_path):
+    tokenizer = CharTokenizer()
+    build_lm([files/"text.txt"], tmp_path/"lm", processes=1)
+    assert Decoder(tokenizer, tmp_path/"lm").weights == DEFAULTS and tuned_weights(tmp_path/"lm") == {}
+    utterances = [spoken(tokenizer, t, i, noise=3.3) for i, t in enumerate(TEXTS[:5])]
+    weights, tried = tune(tokenizer, tmp_path/"lm", utterances, TEXTS[:5], rounds=1, beam=8)
+    assert min(r["wer"] for r in tried) == next(r["wer"] for r in tried if all(r[k] == v for k, v in weights.items())) <= tried[0]["wer"]
+    assert len({tuple(r.values())[:3] for r in tried}) == len(tried)
+    save_weights(tmp_path/"lm", weights, wer=1.)
+    assert Decoder(tokenizer, tmp_path/"lm").weights == weights
+    assert load_lm(tmp_path/"lm").order == 3
