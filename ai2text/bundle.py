@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'FILES', 'SUMS', 'N_BINS', 'SUBSAMPLING', 'MAX_BYTES', 'MEND', 'INPUTS', 'OUTPUTS', 'METADATA', 'MODEL_TYPE',
            'FLOAT', 'INT64', 'BOOL', 'OPERATORS', 'SETTINGS', 'BundleError', 'check_tokens', 'read_graph',
-           'check_streaming', 'check_offline', 'Bundle', 'seal', 'check_bundle']
+           'check_streaming', 'check_offline', 'window_samples', 'Bundle', 'seal', 'check_bundle']
 
 # %% ../nbs/91_bundle.ipynb #e8cfa7c4
 import re, unicodedata
@@ -120,7 +120,15 @@ def check_offline(
     _signature(path, "input", inputs, dict(audio=(FLOAT, (1, "samples"))))
     _signature(path, "output", outputs, dict(log_probs=(FLOAT, (1, "frames", vocab_size))))
 
-# %% ../nbs/91_bundle.ipynb #17a6cb9f
+# %% ../nbs/91_bundle.ipynb #cb1e19b6
+def window_samples(
+    chunk_size:int,    # encoder frames of a chunk
+    right_context:int, # feature frames that the last of them needs besides its own
+)->int:
+    "Samples, at 16 kHz, that must have come before a stream's first chunk is decoded."
+    frames = SUBSAMPLING*(chunk_size - 1) + right_context + 2
+    return 160*frames + 120 # frames every 10 ms, 25 ms wide, the first around 5 ms
+
 SETTINGS = dict(format=int, name=str, chunk_size=int, num_left_chunks=int, sample_rate=int, vocab_size=int, normaliser=str, features=dict, offline=dict, wer=dict)
 
 @dataclass(frozen=True)
@@ -135,10 +143,7 @@ class Bundle:
     tokens          = property(lambda self: self.folder/"tokens.txt")
     offline         = property(lambda self: self.folder/"model.offline.onnx", doc="the graph of whole utterances")
 
-    @property
-    def window(self)->int:
-        "Samples that the runtime needs for a first chunk; so much silence after the last word makes it heard."
-        return round((SUBSAMPLING*(self.chunk_size - 1) + self.config["right_context"] + 1)*self.sample_rate/100)
+    window          = property(lambda self: window_samples(self.chunk_size, self.config["right_context"]), doc="samples, see `window_samples`")
 
     @property
     def symbols(self)->list[str]:

@@ -6,7 +6,8 @@
 __all__ = ['MIN_SAMPLES', 'TOLERANCE', 'PIECES_MS', 'WAYS', 'NoPast', 'spectrum_matrix', 'Offline', 'write_graph', 'write_int8',
            'write_graphs', 'session', 'run_stream', 'with_silence', 'ExportError', 'Agreement', 'compare_graphs',
            'listen', 'compare_runtime', 'latency_curve', 'rates', 'plot_latency', 'card', 'settings', 'export_bundle',
-           'ExportConfig', 'verdict', 'spread', 'take', 'gap', 'time_chunks', 'streaming_model', 'export', 'revisions']
+           'ExportConfig', 'verdict', 'spread', 'take', 'gap', 'time_chunks', 'streaming_model', 'recommended',
+           'export', 'revisions']
 
 # %% ../nbs/92_export.ipynb #c3ac59fe
 import contextlib, dataclasses, logging, math, tempfile, time, warnings
@@ -20,12 +21,13 @@ from torch import Tensor, nn
 
 from .audio import HIGH_HZ, HOP, LEFT_EDGE, LOG_FLOOR, LOW_HZ, N_FFT, N_MELS, PCM_SCALE, PREEMPHASIS, RIGHT_EDGE, WINDOW, mel_filters, num_frames, povey_window
 from .batch import SAMPLE_RATE, Batch
-from .bundle import FORMAT, INPUTS, MODEL_TYPE, OUTPUTS, Bundle, check_bundle, seal
+from .bundle import FORMAT, INPUTS, MODEL_TYPE, OUTPUTS, Bundle, check_bundle, seal, window_samples
 from .config import ConfigError, Layout, atomic_folder, import_closure, opt, read_json, read_jsonl, sha256, write_json
 from .conformer import FRAME_SECONDS, RIGHT_CONTEXT, SUBSAMPLING, Conformer, rotary
 from .ctc import greedy
 from .metrics import Score, resample, score_rows, utterance_rows
 from .recipe import environment, load_model, split_loader
+from .shard_index import load_index
 from .streaming import Streaming
 from .text import NORMALISER_VERSION
 
@@ -251,7 +253,7 @@ def compare_runtime(
         for wave,length,utterance in zip(heard.audio.numpy(), heard.lengths, heard.ids):
             h = wanted[utterance]
             for piece in pieces:
-                tokens, times = listen(runtime, wave[:length], piece*SAMPLE_RATE//1000)
+                tokens, times = listen(runtime, np.pad(wave[:length], (0, HOP)), piece*SAMPLE_RATE//1000) # it wants a frame more than it uses
                 same = tokens == [symbols[i].replace("▁", " ", 1) for i in h.tokens] and np.allclose(times, h.times, atol=1e-3)
                 if not same: differ[piece].append(utterance)
     return differ
@@ -271,7 +273,7 @@ def latency_curve(
         for left in left_chunks:
             said = {i: h.text for b in heard for i,h in zip(b.ids, model.transcribe(b, chunk=chunk, left_chunks=left))}
             score = score_rows(utterance_rows(manifest, said))
-            rows.append(dict(chunk=chunk, left_chunks=left, past_ms=chunk*left*40, latency_ms=10*(SUBSAMPLING*(chunk - 1) + RIGHT_CONTEXT + 1), **rates(score)))
+            rows.append(dict(chunk=chunk, left_chunks=left, past_ms=chunk*left*40, latency_ms=1000*window_samples(chunk, RIGHT_CONTEXT)/SAMPLE_RATE, **rates(score)))
     return rows
 
 def rates(score:Score)->dict: return {k: round(getattr(score, k), 6) for k in ("wer", "wer_low", "wer_high")}
@@ -357,7 +359,7 @@ print("".join(symbols[i] for i, before in zip(ids, [0, *ids]) if i not in (0, be
 ## Limits
 
 - Mono speech at {config['sample_rate']} Hz, one speaker at a time. It writes small letters, no punctuation, and numbers in words.
-- A sound has its score after up to {1000*config['window_seconds']:.0f} ms, and a stream remembers {chunk*left*config['frame_seconds']:.1f} s. Decoding takes the best token of each frame; no language model corrects it.
+- A sound has its score after up to {1000*config['window_seconds']:g} ms, and a stream remembers {chunk*left*config['frame_seconds']:.1f} s. Decoding takes the best token of each frame; no language model corrects it.
 - A stream drops a last chunk that is not whole: send {config['window_seconds']} s of silence after the last word.
 - What it was not trained on, it does not know: other dialects, rooms, microphones and ages than those of its training speech.{cuts}
 - The servers of sherpa-onnx ask for no login and encrypt nothing: put a proxy before them.
@@ -375,10 +377,9 @@ def settings(
     name:str,        # of the model
 )->dict:             # the part of config.json that follows from the model
     "What a runtime and a client must know."
-    window = SUBSAMPLING*(chunk - 1) + RIGHT_CONTEXT + 1
     return dict(
         format=FORMAT, name=name, family="conformer", language="vi", chunk_size=chunk, num_left_chunks=left_chunks, chunk_seconds=round(chunk*FRAME_SECONDS, 3),
-        window_seconds=round(window*HOP/SAMPLE_RATE, 3), frame_seconds=FRAME_SECONDS, sample_rate=SAMPLE_RATE, right_context=RIGHT_CONTEXT, subsampling_factor=SUBSAMPLING,
+        window_seconds=window_samples(chunk, RIGHT_CONTEXT)/SAMPLE_RATE, frame_seconds=FRAME_SECONDS, sample_rate=SAMPLE_RATE, right_context=RIGHT_CONTEXT, subsampling_factor=SUBSAMPLING,
         vocab_size=model.tokenizer.vocab_size, tokenizer=model.tokenizer.kind, normaliser=NORMALISER_VERSION,
         features=dict(kind="kaldi fbank", bins=N_MELS, frame_ms=25, shift_ms=10, window="povey", preemphasis=PREEMPHASIS, low_hz=LOW_HZ, high_hz=HIGH_HZ, dither=0, snip_edges=False,
                       remove_dc_offset=True, sample_scale=PCM_SCALE, log_floor=round(LOG_FLOOR, 6), inside=["model.offline.onnx"]),
@@ -502,6 +503,17 @@ def streaming_model(
         raise ConfigError(f"{folder}: was trained without chunks (chunk_share 0), and would hear far worse as a stream; train it with a chunk_share of 0.5, or set export.untrained_chunks to have the loss measured and told in its card")
     return model
 
+def recommended(
+    config:ExportConfig,
+    layout:Layout,
+)->str:                 # a line for the report
+    "Whether the comparison of models would export this one, too."
+    path = layout.root/"comparison/compare.json"
+    if not path.exists(): return f"{config.model} is exported; models were not compared."
+    best = read_json(path).get("recommended")
+    if best == config.model: return f"{config.model} is exported, as the comparison recommends."
+    return f"{config.model} is exported, but the comparison recommends {best or 'none'}: set export.model, or read {path.relative_to(layout.root)} for why."
+
 def export(
     config:ExportConfig,
     layout:Layout,
@@ -510,9 +522,9 @@ def export(
     if config.threads: torch.set_num_threads(config.threads)
     model, results = streaming_model(config, layout), layout.results("export")
     loader = split_loader(layout, "test", config.batch_seconds)
-    ids = spread(loader.index.utterances["key"], config.utterances)
+    ids = spread(loader.index.key, config.utterances)
     batches, manifest = take(loader, ids), [row for row in read_jsonl(layout.manifest("test")) if row["id"] in ids]
-    train, test = (read_json(layout.split_index(s)) for s in ("train", "test"))
+    train, corpora = load_index(layout.split_index("train")), loader.index.corpora
     curve = latency_curve(model, batches, manifest, config.chunks, config.pasts)
     said = []
 
@@ -533,8 +545,8 @@ def export(
         said[:] = rows["stream"]
         if why := verdict(report, config): raise ExportError(f"export.model: {config.model}: no bundle is written. " + ". ".join(f"({i}) {w}" for i,w in enumerate(why, 1)))
         heard = sum(r["duration"] for r in manifest)/60
-        return dict(wer=wer, speech=dict(corpora=test["corpora"], synthetic=[c for c in test["corpora"] if c in config.synthetic], utterances=len(ids), minutes=round(heard, 2),
-                                         training_corpora=train["corpora"], training_hours=round(train["seconds"]/3600, 2)),
+        return dict(wer=wer, speech=dict(corpora=corpora, synthetic=[c for c in corpora if c in config.synthetic], utterances=len(ids), minutes=round(heard, 2),
+                                         training_corpora=train.corpora, training_hours=round(train.seconds/3600, 2)),
                     revisions=revisions(config, layout))
     export_bundle(model, layout.model("export"), config.chunk, config.left_chunks, config.model, judge)
     return said
