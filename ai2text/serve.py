@@ -174,7 +174,7 @@ class Stream:
                 if message.data != "Done": raise Ended(1003, "text", "a text other than Done; audio goes in binary frames of float32, 16 kHz")
                 self.done = time.monotonic()
                 return await self._ask(self.runtime.send_str("Done"))
-            if message.type is not WSMsgType.BINARY: raise Ended(self.client.close_code or 1006, "frame too big" if self.client.close_code == 1009 else "client gone", "the client left")
+            if message.type is not WSMsgType.BINARY: raise Ended(1006, "frame too big" if self.client.close_code == 1009 else "client gone", "the client is gone")
             wave = samples(message.data)
             if not len(wave): continue
             if self.received + len(wave) > service.seconds*SAMPLE_RATE: raise Ended(1008, "too long", f"more than {service.seconds:g} s of audio; open a new stream")
@@ -258,8 +258,8 @@ class Metrics:
         if decoded := self.decoded._value.get(): self.factor.set(self.cpu._value.get()/decoded)
         return generate_latest(self.registry)
 
-# %% ../nbs/94_serve.ipynb #6e6c6a6d
-PATIENCE = 3. # s that a new stream waits for a runtime that is just starting
+# %% ../nbs/94_serve.ipynb #02c286d1
+PATIENCE = 5. # s that a new stream waits for a runtime that is just starting
 
 class Service:
     "A recogniser behind a door."
@@ -336,7 +336,7 @@ class Service:
     async def _front(self, request):
         if request.headers.get("Upgrade", "").lower() == "websocket": return await self._stream(request)
         scripts = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in re.findall(r"<script>(.*?)</script>", self.page, re.S))
-        policy = f"default-src 'none'; script-src {scripts} blob:; style-src 'unsafe-inline'; connect-src 'self' ws: wss:; media-src blob:; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        policy = f"default-src 'none'; script-src {scripts} blob:; style-src 'unsafe-inline'; connect-src 'self'; media-src blob:; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         return web.Response(text=self.page, content_type="text/html", headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"})
 
     async def _health(self, request):
@@ -363,10 +363,8 @@ class Service:
         busy = lambda text: web.HTTPServiceUnavailable(text=text, headers={"Retry-After": "1"})
         if self.metrics.open._value.get() >= self.most: raise busy(f"{self.most} streams are open, which is the most; try again later")
         with self.metrics.open.track_inprogress():
-            try:
-                await asyncio.wait_for(self.runtime.ready.wait(), PATIENCE)
-                runtime = await self.runtime.connect()
-            except (asyncio.TimeoutError, ClientError, OSError): raise busy("the recogniser is starting; try again") from None
+            try: runtime = await asyncio.wait_for(self._connected(), PATIENCE)
+            except asyncio.TimeoutError: raise busy("the recogniser is starting; try again") from None
             client = web.WebSocketResponse(heartbeat=self.heartbeat, max_msg_size=4*FRAME_BYTES, timeout=5., compress=False, protocols=(SUBPROTOCOL,))
             async with runtime:
                 await client.prepare(request)
@@ -383,6 +381,13 @@ class Service:
         return client
 
     # of streams
+
+    async def _connected(self):
+        "A WebSocket to the runtime; one that has just died is not known to be dead at once."
+        while True:
+            await self.runtime.ready.wait()
+            with contextlib.suppress(ClientError, OSError): return await self.runtime.connect()
+            await asyncio.sleep(0.05)
 
     def measure(self, latency, decoded:float):
         "Count a result."

@@ -49,7 +49,7 @@ def keep(
     line:socket.socket, # to the process that wants the program; its end is ours
     alone:bool,         # in a network of its own, where possible
     command:list[str],  # of the program, without --port
-)->int:                 # the program's exit status
+)->int:                 # the program's exit status; 128 and the signal's number, as of a shell
     "Run a program, and make sockets where it runs."
     private = alone and isolate()
     port = PORT if private else _free_port()
@@ -62,7 +62,7 @@ def keep(
                 with socket.socket() as s: socket.send_fds(line, [b"s"], [s.fileno()])
         except OSError: pass # nobody is there any more
         finally: program.kill()
-    return program.returncode
+    return program.returncode if program.returncode >= 0 else 128 - program.returncode
 
 # %% ../nbs/93_supervisor.ipynb #8f4f6061
 SAMPLE_RATE = 16_000
@@ -129,12 +129,13 @@ class Runtime:
         "One life of the program, to its exit status."
         import aiohttp
         self._line, theirs = socket.socketpair()
-        self._line.settimeout(5)
+        self._line.settimeout(START)
         with theirs: process = await asyncio.create_subprocess_exec(sys.executable, "-m", "ai2text.supervisor", str(theirs.fileno()), str(int(self.alone)), *self.command, pass_fds=[theirs.fileno()],
                                                                     start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         lines, ended = asyncio.create_task(self._read(process.stdout)), asyncio.create_task(process.wait())
         try:
             if not (hello := await asyncio.to_thread(self._line.recv, 4096)): return await ended
+            self._line.settimeout(1)
             self.pid, self.port, self.private = (json.loads(hello)[k] for k in ("pid", "port", "private"))
             connector = aiohttp.TCPConnector(socket_factory=lambda _: self.socket(), limit=0, force_close=True)
             async with aiohttp.ClientSession(connector=connector) as self.session:
@@ -164,8 +165,9 @@ class Runtime:
     def socket(self)->socket.socket:
         "A new socket where the program runs."
         self._line.sendall(b"s")
-        _, (fd,), _, _ = socket.recv_fds(self._line, 1, 1)
-        return socket.socket(fileno=fd)
+        fds = socket.recv_fds(self._line, 1, 1)[1]
+        if not fds: raise ConnectionError("the program has ended")
+        return socket.socket(fileno=fds[0])
 
     def connect(self):
         "A WebSocket to the program, as a context; `aiohttp.ClientError` or OSError when it is not there."

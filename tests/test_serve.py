@@ -1,0 +1,208 @@
+"A service as a process: foreign clients, signals, floods, hangs, and what is kept on its way back to training."
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import pytest
+import soundfile as sf
+
+from ai2text.config import ConfigError, read_jsonl
+from ai2text.corpus import CorpusConfig, make_corpus
+from ai2text.serve import AHEAD, FRAME_BYTES, SAMPLE_RATE, Service, running
+from ai2text.serve_faults import Target, ended, flood, frames, killed, lies, processes, serving, strangers, talk, vanishing
+from ai2text.supervisor import spoken, toy_bundle
+
+TOKEN = "a token of the service's tests"
+
+
+@pytest.fixture
+def bundle(tmp_path): return toy_bundle(tmp_path/"bundle")
+
+
+def here(service): return Target(service.url, os.getpid(), service.token)
+
+
+def test_foreign_client_works_as_it_is(bundle, tmp_path):
+    "sherpa-onnx's own client, at 16 chunks as well: what it hears last is the whole text."
+    sf.write(tmp_path/"talk.wav", spoken("hai một ba"), SAMPLE_RATE)
+    client = Path(sys.executable).with_name("sherpa-onnx-online-websocket-client")
+    async def main(folder):
+        async with running(folder) as service:
+            command = [client, "--server-ip=127.0.0.1", f"--server-port={service.url.rpartition(':')[2]}", "--seconds-per-message=0.2", str(tmp_path/"talk.wav")]
+            process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            out, _ = await asyncio.wait_for(process.communicate(), 30)
+            return out.decode()
+    for folder in (bundle, toy_bundle(tmp_path/"other", chunk=32, left=2)):
+        out = asyncio.run(main(folder))
+        assert "hai một ba" in out, out
+
+
+def test_signals_leave_nothing(bundle):
+    "A service that is killed, and one that is asked to stop; their streams learn of the latter."
+    async def main():
+        rows = [await ended(bundle, signal.SIGKILL)]
+        async with serving(bundle, token=TOKEN) as target:
+            below, client = processes(target.pid), asyncio.create_task(talk(target, frames(spoken("một")), done=False))
+            await target.until("streams_open", 1)
+            os.kill(target.pid, signal.SIGTERM)
+            told = await client
+        assert len(below) == 2 and not any(Path(f"/proc/{p}").exists() for p in below)
+        assert (told.code, told.reason, told.text) == (1012, "the service stops; connect again", "một")
+        return rows
+    rows = asyncio.run(main())
+    assert all(r["as it should"] for r in rows), rows
+
+
+def test_faults(bundle):
+    "Ten streams under a runtime that is killed; vanishing, lying and strange clients, several times."
+    wave, text = spoken("ba một"), "ba một"
+    async def main():
+        async with running(bundle, token=TOKEN) as service:
+            target = here(service)
+            first = service.runtime.pid
+            rows = [await killed(target, wave, text), await vanishing(target, wave), await strangers(target), *await lies(target, wave, text, 2, seed=1)]
+            assert service.runtime.pid != first and service.runtime.restarts == 1 # by the kill, and by no lie
+            return rows
+    rows = asyncio.run(main())
+    assert all(r["as it should"] for r in rows), rows
+
+
+def test_back_pressure(bundle):
+    "While the runtime stands still, little is taken; when it goes on, all arrives. Ten minutes are in memory at no time."
+    wave, times = spoken("hai ba"), 120
+    def pieces(runtime):
+        for i in range(times):
+            if i == 5: os.kill(runtime, signal.SIGSTOP)
+            yield from frames(wave, 8000)
+    async def main():
+        async with running(bundle, longest=1000.) as service: # one segment: a cut could go through a word
+            pid = service.runtime.pid
+            client, before = asyncio.create_task(talk(service, pieces(pid))), None
+            while not service.streams: await asyncio.sleep(0.05)
+            (stream,) = service.streams
+            while stream.received != before or before < 6*len(wave): # until nothing more is taken
+                before = stream.received
+                await asyncio.sleep(0.5)
+            waiting = stream.received/SAMPLE_RATE - stream.results*0.32
+            assert AHEAD - 1 < waiting < AHEAD + 1 and not client.done()
+            os.kill(pid, signal.SIGCONT)
+            heard = await client
+            assert heard.code == 1000 and abs(heard.results[-1]["decoded"] - times*len(wave)/SAMPLE_RATE) < 1
+            assert heard.text.split().count("hai") == heard.text.split().count("ba") == times
+        async with serving(bundle) as target: return await flood(target, wave, 600)
+    row = asyncio.run(main())
+    assert row["as it should"], row
+
+
+def test_hanging_runtime_is_replaced(bundle):
+    "One that stands still is found out, killed and replaced; its stream is told."
+    async def main():
+        service = Service(bundle)
+        service.runtime.patience = 3.
+        await service.start(port=0)
+        try:
+            old = service.runtime.pid
+            client = asyncio.create_task(talk(service, frames(spoken("một")), done=False))
+            while not service.streams: await asyncio.sleep(0.05)
+            os.kill(old, signal.SIGSTOP)
+            told = await asyncio.wait_for(client, 60)
+            await service.runtime.ready.wait()
+            assert (told.code, told.reason) == (1012, "the recogniser was restarted; connect again")
+            assert service.runtime.pid != old and not Path(f"/proc/{old}").exists()
+            assert (await talk(service, frames(spoken("ba")))).text == "ba"
+        finally: await service.stop()
+    asyncio.run(main())
+
+
+def test_limits(bundle):
+    async def main():
+        async with running(bundle, seconds=1., idle=0.5) as service:
+            long = await talk(service, frames(spoken("một hai ba")))
+            assert (long.code, long.reason) == (1008, "more than 1 s of audio; open a new stream")
+            idle = await talk(service, frames(spoken("một")), done=False)
+            assert (idle.code, idle.reason, idle.text) == (1008, "no audio for 0.5 s; send Done at the end", "một")
+            nothing = await talk(service, [])
+            assert (nothing.code, nothing.text, len(nothing.results)) == (1000, "", 1)
+            async with aiohttp.ClientSession() as session:
+                for origin, status in (("https://elsewhere.vn", 403), (service.url, 101)):
+                    headers = {"Origin": origin, "Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
+                    async with session.get(service.url, headers=headers) as answer: assert answer.status == status
+            with pytest.raises(ConfigError, match="cannot listen there"):
+                async with running(bundle, port=int(service.url.rpartition(":")[2])): pass
+        with pytest.raises(ConfigError, match="without a token only this machine may be served"):
+            async with running(bundle, host="0.0.0.0"): pass
+    asyncio.run(main())
+
+
+def test_without_a_network_of_its_own_it_says_so(bundle):
+    async def main():
+        async with running(bundle, alone=False) as service:
+            assert (await talk(service, frames(spoken("ba")))).text == "ba"
+            assert f"LISTENS ON EVERY INTERFACE at port {service.runtime.port}, WITHOUT A LOGIN" in service.about()
+    asyncio.run(main())
+
+
+def test_tampered_bundle_and_wrong_settings(bundle, tmp_path):
+    "No runtime is started for files that are not what they were."
+    def run(*arguments, **environment):
+        code = "import sys; from ai2text.cli import arguments; from ai2text.serve import serve; import argparse; p = argparse.ArgumentParser(); arguments(p, serve, 'bundle'); serve(**vars(p.parse_args()))"
+        done = subprocess.run([sys.executable, "-c", code, str(bundle), "--port", "0", *arguments], capture_output=True, text=True, env=os.environ | environment, timeout=60)
+        return done.returncode, done.stdout, done.stderr.strip().splitlines()[-1] if done.stderr else ""
+    code, out, error = run("--help")
+    assert code == 0 and "--token-file" in out and "--no-int8" in out and "folder for recordings" in out
+    assert "token: 4 characters" in run(AI2TEXT_TOKEN="four")[2]
+    assert "missing: cannot be read" in run("--token-file", str(tmp_path/"missing"))[2]
+    data = bytearray((bundle/"model.onnx").read_bytes())
+    data[len(data)//2] ^= 1
+    (bundle/"model.onnx").write_bytes(data)
+    code, out, error = run()
+    assert code and not out and re.search(r"model\.onnx: its content is not what SHA256SUMS says", error), error
+
+
+def test_feedback_goes_back_to_training(bundle, tmp_path):
+    "Stream, keep, correct, import: two segments, of which one is corrected, and their very samples."
+    first, second = spoken("một hai"), spoken("ba")
+    rest = np.zeros(2*SAMPLE_RATE, np.float32)
+    async def main():
+        async with running(bundle, token=TOKEN, keep=str(tmp_path/"kept")) as service:
+            heard = await talk(service, frames(np.concatenate([first, rest, second])))
+            ids = list(dict.fromkeys(r["id"] for r in heard.results if r["text"]))
+            assert heard.text == "một hai ba" and len(ids) == 2
+            assert await here(service).metric('segments_total{what="kept"}') == 2
+            async with aiohttp.ClientSession() as session:
+                async def correct(headers={"Authorization": f"Bearer {TOKEN}"}, **body):
+                    async with session.post(f"{service.url}/correct", json=body, headers=headers) as answer: return answer.status
+                assert await correct({}, id=ids[0], text="a") == 401
+                assert await correct(id="../../etc/passwd", text="a") == 404
+                assert await correct(id=ids[0], text="") == 400
+                assert await correct(id=ids[0], text="một hải") == 200
+                assert await correct({"Authorization": f"Bearer {TOKEN}", "Origin": "https://elsewhere.vn"}, id=ids[0], text="b") == 403
+            return ids
+    ids = asyncio.run(main())
+    assert make_corpus(CorpusConfig(source="nemo", path=str(tmp_path/"kept"), processes=1), "feedback", tmp_path/"corpus") == (1, 1)
+    (row,) = read_jsonl(tmp_path/"corpus/manifest.jsonl")
+    assert (row["id"], row["text_raw"], row["split"]) == (f"feedback-{ids[0]}", "một hải", "train")
+    sound, rate = sf.read(row["audio_filepath"], dtype="float32")
+    assert rate == SAMPLE_RATE and len(first) < len(sound) < len(first) + 2*SAMPLE_RATE and np.abs(sound[:len(first)] - first).max() < 1e-4
+    other = json.loads((tmp_path/f"kept/{ids[1]}.json").read_text())
+    assert other["pred_text"] == "ba" and "text" not in other and 0 <= other["confidence"] <= 1
+    shutil.rmtree(tmp_path/"kept")
+
+
+def test_page_asks_nothing_from_elsewhere(bundle):
+    async def main():
+        async with running(bundle) as service, aiohttp.ClientSession() as session, session.get(service.url) as answer:
+            return await answer.text(), answer.headers
+    page, headers = asyncio.run(main())
+    assert not re.search(r"(src|href|url|import|fetch|Worker)\s*[=(]\s*[\"'`]?\s*(https?:|//)", page)
+    policy = headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "connect-src 'self';" in policy and "frame-ancestors 'none'" in policy and policy.count("'sha256-") == 1
+    assert FRAME_BYTES > 4*int(re.search(r"FRAME = (\d+)", page)[1])
