@@ -7,6 +7,7 @@ import jiwer
 import numpy as np
 import pytest
 
+from ai2text.config import import_closure
 from ai2text.metrics import align, aligned, score, score_rows, utterance_rows
 from ai2text.scorecard import details, matched_pairs, paired_difference, segments, tone_confusions
 from ai2text.text import FINALS, NUCLEI, ONSETS, TONES, VOWELS, place_tone
@@ -166,3 +167,8 @@ def test_pairs_are_closer_than_intervals():
     found, apart = paired_difference(a, b), [paired_difference(x, [r | dict(errors=0) for r in x]) for x in (a, b)]
     assert found["difference_high"] < 0
     assert found["difference_high"] - found["difference_low"] < sum(x["difference_high"] - x["difference_low"] for x in apart)
+
+
+def test_training_knows_nothing_of_it():
+    "What only evaluation needs is in no run's fingerprint: an edit of a figure trains nothing again."
+    assert not {"evaluate", "scorecard", "tones"} & {path.stem for path in import_closure("ai2text.recipe", "conformer")}
