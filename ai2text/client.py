@@ -180,17 +180,19 @@ def transcribe(
     lm:Path=None,         # folder of a language model, as `ai2text lm` writes it
     hotwords:Path=None,   # text file, a name or phrase that is likely to be said in each line
     beam:int=16,          # prefixes that the search keeps, with --lm or --hotwords
+    longest:float=LONGEST,# seconds of a piece; best no longer than the recordings that the model was trained on
     processes:int=0,      # 0 = one for each core
 )->int:                   # exit status: 1 when a file could not be transcribed
     "Transcribe recordings with a bundle, whole utterances at a time."
     if format not in FORMATS: raise ConfigError(f"--format {format}: not known; choose from {', '.join(FORMATS)}")
     if len(files) > 1 and not to and format in ("srt", "vtt"): raise ConfigError(f"--format {format}: {len(files)} files do not fit into one; add --to FOLDER")
+    if not 1 <= longest <= 60: raise ConfigError(f"--longest {longest}: give 1 to 60 seconds")
     if processes < 0: raise ConfigError(f"--processes {processes}: give 0 or more")
     places = [to/f"{Path(f).stem}.{format}" for f in files] if to else []
     if twice := [i for i,p in enumerate(places) if p in places[:i]]:
         raise ConfigError(f"{files[twice[0]]}: {files[places.index(places[twice[0]])]} is written to {places[twice[0]]} already; transcribe them apart, or rename one")
     recogniser, bad = Recogniser(bundle, lm, _lines(hotwords), **({} if not lm and not hotwords else dict(beam=beam))), 0
-    for number,(found,error) in enumerate(recognise(recogniser, files, processes)):
+    for number,(found,error) in enumerate(recognise(recogniser, files, processes, longest)):
         if error:
             bad += 1
             tqdm.write(f"ai2text transcribe: {error}", file=sys.stderr)

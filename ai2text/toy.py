@@ -80,11 +80,11 @@ def toy_bundle(
         _graph(folder/file, inputs, dict(log_probs=(1, (1, chunk, V)), next_attn_cache=attn, next_conv_cache=conv), nodes, dict(pick=pick_MV, bias=bias_V + blank), says)
     angle_WT = 2*np.pi*np.array(list(WORDS.values()))[:,None]*np.arange(640)/SAMPLE_RATE
     waves = (np.stack([np.sin(angle_WT), np.cos(angle_WT)], 1).reshape(-1, 1, 640)/320/LOUD).astype(np.float32)  # a loud word has 1
-    pair = np.kron(np.concatenate([np.zeros((len(WORDS), 1)), np.diag(20*heard)], 1), np.ones((2, 1))).astype(np.float32)
+    pair = np.kron(np.concatenate([np.zeros((len(WORDS), 1)), np.diag(100*heard)], 1), np.ones((2, 1))).astype(np.float32)
     nodes = [("Unsqueeze", "audio one", "a", {}), ("Conv", "a waves", "c", dict(strides=[640])), ("Mul", "c c", "e", {}), ("Transpose", "e", "t", dict(perm=[0, 2, 1])),
              ("MatMul", "t pair", "s", {}), ("Add", "s bias", "b", {}), ("LogSoftmax", "b", "log_probs", dict(axis=-1))]
     _graph(folder/"model.offline.onnx", dict(audio=(1, (1, "samples"))), dict(log_probs=(1, (1, "frames", V))), nodes,
-           dict(one=np.array([1]), waves=waves, pair=pair, bias=bias_V + np.array([4.] + [0.]*(V - 1), np.float32)), {})
+           dict(one=np.array([1]), waves=waves, pair=pair, bias=bias_V + np.array([20.] + [0.]*(V - 1), np.float32)), {})
     (folder/"tokens.txt").write_text("".join(f"{s} {i}\n" for i,s in enumerate(symbols)), encoding="utf-8")
     config = dict(format=1, name=name, chunk_size=chunk, num_left_chunks=left_chunks, sample_rate=SAMPLE_RATE, vocab_size=V, right_context=6, frame_seconds=0.04, normaliser=NORMALISER_VERSION,
                   features=dict(bins=80), offline=dict(min_samples=640), wer={})
