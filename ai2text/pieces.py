@@ -45,7 +45,7 @@ def _resampled(blocks, rate:int, seconds:float):
     up, down = Fraction(SAMPLE_RATE, rate).limit_denominator(1 << 30).as_integer_ratio()
     if up > MAX_UP: down, up = Fraction(rate, SAMPLE_RATE).limit_denominator(MAX_UP).as_integer_ratio()
     resample = torchaudio.transforms.Resample(down, up)
-    edge, held = down*-(-resample.width//down), []  # `edge` and all cuts are multiples of `down`, so that they fall on samples of ours
+    edge = down*-(-resample.width//down)  # `edge` and all cuts are multiples of `down`, so that they fall on samples of ours
     def cut(x_T, end): return resample(torch.from_numpy(x_T)).numpy()[edge*up//down:end]
     x_T = np.zeros(edge, np.float32)
     for block in blocks:
