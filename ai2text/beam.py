@@ -7,8 +7,9 @@ __all__ = ['MOST_CELLS', 'SHIFT', 'SPACE', 'DEFAULTS', 'MARGIN', 'SURENESS', 'ST
            'WordScorer', 'Letters', 'letter_tree', 'hotword_automaton', 'Prefixes', 'tuned_weights', 'save_weights',
            'Decoder', 'Word', 'word_errors', 'tune']
 
-# %% ../nbs/57_beam.ipynb #965d89a3
+# %% ../nbs/57_beam.ipynb #96f65f7c
 import math
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -45,8 +46,8 @@ def read_symbols(
     if inside := [s for s in tokens[1:] if WORD_START in s[1:]]: raise ConfigError(f"{where}: {inside[0]!r} has {WORD_START} inside; a piece belongs to one word")
     return tokens
 
-# %% ../nbs/57_beam.ipynb #47f29093
-MOST_CELLS = 500_000_000
+# %% ../nbs/57_beam.ipynb #01d07c86
+MOST_CELLS = 500_000_000 # bytes, of an alignment's way back
 
 def align_tokens(
     log_probs_NV,  # natural logs
@@ -58,7 +59,7 @@ def align_tokens(
     if N*(2*L + 1) > MOST_CELLS: raise ValueError(f"{N:,} frames and {L:,} tokens are too much for one alignment; cut the recording at its pauses")
     labels_S = np.full(2*L + 1, BLANK)
     labels_S[1::2] = tokens
-    emitted_NS = np.asarray(log_probs_NV)[:,labels_S]
+    x_NV = np.asarray(log_probs_NV)
     leap_S = np.zeros(2*L + 1, bool) # from one token to another without a blank
     leap_S[3::2] = labels_S[3::2] != labels_S[1:-2:2]
     forbidden_S = np.where(leap_S, 0., -np.inf)
@@ -73,7 +74,7 @@ def align_tokens(
             two = leap > best
             best = np.where(two, leap, best)
             back_NS[t] = np.where(two, 2, one)
-        past[2:] = best + emitted_NS[t]
+        past[2:] = best + x_NV[t].take(labels_S)
     s = 2*L if past[-1] >= past[-2] else 2*L - 1
     if past[2 + s] == -np.inf: raise ValueError(f"{N} frames cannot hold these {L} tokens")
     spans = np.zeros((L, 2), dtype=np.int64)
@@ -81,7 +82,7 @@ def align_tokens(
         if s % 2:
             spans[s//2, 0] = t
             spans[s//2, 1] = max(spans[s//2, 1], t + 1)
-        s -= back_NS[t,s]
+        s -= int(back_NS[t,s])
     return spans
 
 # %% ../nbs/57_beam.ipynb #b163bbfc
@@ -99,8 +100,17 @@ class WordScorer:
         self.phrases = {tuple(ids[w] for w in phrase) for phrase in hotwords}
         self.begun = {phrase[:n] for phrase in self.phrases for n in range(1, len(phrase))}
         self.longest = max(map(len, self.phrases), default=0)
+        self._forget()
+
+    def _forget(self):
         self.states, self.numbers, self.steps = [], {}, {}
-        self._number((lm.start() if lm else None, (), ()))
+        self._number((self.lm.start() if self.lm else None, (), ()))
+
+    def fresh(self)->'WordScorer':
+        "One that remembers nothing yet: each search has its own, so that threads share no memory and it never grows without bound."
+        other = copy(self)
+        other._forget()
+        return other
 
     def _number(self, state)->int:
         if state not in self.numbers:
@@ -329,7 +339,7 @@ class Decoder:
         x = np.asarray(log_probs_NV)
         if x.ndim != 2 or x.shape[1] != len(self.symbols): raise ValueError(f"log probabilities of shape {x.shape}; give (frames, {len(self.symbols)}), one utterance and this vocabulary")
         if x.dtype.kind != "f": raise ValueError(f"log probabilities of type {x.dtype}; give floating point numbers")
-        x = x.astype(np.float64)
+        x = x.astype(np.float64, copy=False)
         if len(x) and not (x.max() <= 1e-3): raise ValueError("not log probabilities: " + ("NaN among them" if np.isnan(x).any() else f"{x.max():.3g} is above 0; apply log_softmax"))
         return x
 
@@ -341,13 +351,13 @@ def _walk(table, node, columns):
     return node
 
 @patch
-def _close(self:Decoder, p:Prefixes):
+def _close(self:Decoder, p:Prefixes, scorer:WordScorer):
     "Ask for the scores of the unfinished words of all prefixes."
     for i in np.flatnonzero(p.open & np.isnan(p.close)).tolist():
-        p.closed[i], p.close[i] = self.scorer.step(int(p.state[i]), int(self.word_at[p.tree[i]]))
+        p.closed[i], p.close[i] = scorer.step(int(p.state[i]), int(self.word_at[p.tree[i]]))
 
 @patch
-def _advance(self:Decoder, p:Prefixes, y_V, tokens_E, history:list)->Prefixes:
+def _advance(self:Decoder, p:Prefixes, y_V, tokens_E, history:list, scorer:WordScorer|None)->Prefixes:
     "The best prefixes after a frame in which `tokens_E` may come."
     K, E, starts = len(p.last), len(tokens_E), self.starts[tokens_E]
     total = np.logaddexp(p.blank, p.token)
@@ -357,8 +367,8 @@ def _advance(self:Decoder, p:Prefixes, y_V, tokens_E, history:list)->Prefixes:
     closing = p.open[:,None] & starts
     hash = np.where(closing, (p.hash*SHIFT + SPACE)[:,None], p.hash[:,None])*self.shift.take(tokens_E) + self.add.take(tokens_E)
     worth, stay_worth = np.zeros((K, E)), np.zeros(K)
-    if self.scorer is not None:
-        if starts.any(): self._close(p)
+    if scorer is not None:
+        if starts.any(): self._close(p, scorer)
         score = np.where(closing, (p.score + p.close)[:,None], p.score[:,None])
         columns = self.spelled[tokens_E, :self.lengths[tokens_E].max()]
         tree = _walk(self.tree, np.where(starts, 0, p.tree[:,None]), columns)
@@ -390,7 +400,7 @@ def _advance(self:Decoder, p:Prefixes, y_V, tokens_E, history:list)->Prefixes:
     q.blank, q.token, added, shut = blank.take(best), token.take(best), tokens_E.take(pair % E), closing.take(pair)
     q.hash[new], q.last[new] = hash.take(pair), added
     q.open[new] = (q.open[new] & ~shut) | self.filled[added]
-    if self.scorer is not None:
+    if scorer is not None:
         q.score[new], q.state[new] = score.take(pair), np.where(shut, q.closed[new], q.state[new])
         q.close[new], q.tree[new] = np.nan, tree.take(pair)
         if self.hot is not None: q.hot[new] = hot.take(pair)
@@ -414,22 +424,22 @@ def nbest(self:Decoder,
     p = Prefixes(one(0, np.uint64), one(BLANK), one(-1), one(False, bool), blank=one(0., float), token=one(-np.inf, float))
     if self.scorer is not None: p.score, p.state, p.close, p.closed, p.tree = one(0., float), one(0), one(np.nan, float), one(0), one(0)
     if self.hot is not None: p.hot = one(self.hot[0, self.letters.columns[" "]]) # a text begins as after a space
-    history = []
+    history, scorer = [], self.scorer and self.scorer.fresh()
     for t in range(len(x)):
         if ends[t] == ends[t+1]: p.blank, p.token = np.logaddexp(p.blank, p.token) + x[t,BLANK], p.token + x[t].take(p.last)
-        else: p = self._advance(p, x[t], tokens[ends[t]:ends[t+1]], history)
-    return self._texts(p, history)
+        else: p = self._advance(p, x[t], tokens[ends[t]:ends[t+1]], history, scorer)
+    return self._texts(p, history, scorer)
 
 # %% ../nbs/57_beam.ipynb #35d7c06e
 @patch
-def _texts(self:Decoder, p:Prefixes, history:list)->list:
+def _texts(self:Decoder, p:Prefixes, history:list, scorer:WordScorer|None)->list:
     "The texts of the last prefixes as (score, tokens), the best first: words finished, the same letters summed."
     total, hash = np.logaddexp(p.blank, p.token), np.where(p.open, p.hash*SHIFT + SPACE, p.hash)
     score = np.zeros(len(total))
-    if self.scorer is not None:
-        self._close(p)
+    if scorer is not None:
+        self._close(p, scorer)
         state = np.where(p.open, p.closed, p.state)
-        score = p.score + np.where(p.open, p.close, 0.) + np.array([self.scorer.finish(s) for s in state.tolist()])
+        score = p.score + np.where(p.open, p.close, 0.) + np.array([scorer.finish(s) for s in state.tolist()])
     groups = {}
     for i,h in enumerate(hash.tolist()): groups.setdefault(h, []).append(i)
     texts = []

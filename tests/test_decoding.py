@@ -4,6 +4,7 @@ import math
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
 import numpy as np
@@ -149,6 +150,15 @@ def test_modules_are_light():
     "A client that decodes what a bundle computed waits for no training code."
     code = "import sys; from ai2text.lm import load_lm; print(*sorted({'torchaudio', 'webdataset', 'dvc', 'matplotlib', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+def test_threads_share_a_decoder(files):
+    tokenizer = CharTokenizer()
+    decoder = Decoder(tokenizer, files/"lm", hotwords=["nhà lê"])
+    utterances = [spoken(tokenizer, t, i, noise=2.5) for i, t in enumerate(TEXTS)]
+    with ThreadPoolExecutor(4) as pool: together = list(pool.map(decoder.decode, utterances*2))
+    assert together == decoder.decode_all(utterances)*2
+    assert len(decoder.scorer.states) == 1 # a service that runs for weeks remembers nothing of them
 
 
 # Hotwords
