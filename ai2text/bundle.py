@@ -63,9 +63,9 @@ def read_graph(
 ):        # inputs, outputs: {name: (type, sizes)}, metadata: {name: text}
     "What a graph says of itself; refuses data outside of the file and operators of others."
     import onnx
-    from google.protobuf.message import DecodeError
     try: model = onnx.load(str(path), load_external_data=False)
-    except DecodeError as e: raise BundleError(f"{path}: not readable as ONNX ({e}); {MEND}") from None
+    except OSError: raise
+    except Exception as e: raise BundleError(f"{path}: not readable as ONNX ({e}); {MEND}") from None # protobuf's own kind, and that is not ours to import
     graphs = [model.graph]
     for graph in graphs:
         tensors = [*graph.initializer, *(v for s in graph.sparse_initializer for v in (s.values, s.indices))]

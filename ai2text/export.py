@@ -346,7 +346,7 @@ print(recognizer.get_result(stream))
 A whole utterance, with onnxruntime alone; the features are in the graph:
 
 ```python
-import numpy, onnxruntime, soundfile
+import onnxruntime, soundfile
 symbols = [line.rsplit(" ", 1)[0] for line in open("tokens.txt", encoding="utf-8")]
 wave, rate = soundfile.read("speech.wav", dtype="float32")  # mono, {config['sample_rate']} Hz, at least {config['offline']['min_samples']} samples
 scores, = onnxruntime.InferenceSession("model.offline.onnx").run(None, {{"audio": wave[None]}})
@@ -410,8 +410,8 @@ def export_bundle(
 class ExportConfig:
     "The section `export` of params.yaml."
     model:str = opt("conformer_ctc", "a name in `models`")
-    chunk:int = opt(8, "frames of the encoder in a chunk, 40 ms each", ge=1, le=100)
-    left_chunks:int = opt(8, "chunks of the past that a stream keeps", ge=1, le=100)
+    chunk:int = opt(16, "frames of the encoder in a chunk, 40 ms each", ge=1, le=100)
+    left_chunks:int = opt(4, "chunks of the past that a stream keeps", ge=1, le=100)
     utterances:int = opt(1000, "of test that everything is measured on; 0 = all", ge=0)
     runtime_utterances:int = opt(100, "of these that sherpa-onnx hears, three times each; 0 = all", ge=0)
     min_utterances:int = opt(100, "fewer than this prove nothing", ge=1)
@@ -510,7 +510,7 @@ def recommended(
     "Whether the comparison of models would export this one, too."
     path = layout.root/"comparison/compare.json"
     if not path.exists(): return f"{config.model} is exported; models were not compared."
-    best = read_json(path).get("recommended")
+    best = read_json(path)["recommendation"]["model"]
     if best == config.model: return f"{config.model} is exported, as the comparison recommends."
     return f"{config.model} is exported, but the comparison recommends {best or 'none'}: set export.model, or read {path.relative_to(layout.root)} for why."
 

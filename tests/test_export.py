@@ -1,0 +1,225 @@
+"A checkpoint becomes a bundle that others can run: the graphs, the card's own commands, the runtime, and what is refused."
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import soundfile
+import torch
+
+from ai2text import export as exporting
+from ai2text.audio import read_audio
+from ai2text.batch import collate
+from ai2text.bundle import INPUTS, BundleError, check_bundle, seal
+from ai2text.checkpoint import save_model
+from ai2text.config import ConfigError, Layout, read_json, read_jsonl, write_json
+from ai2text.conformer import Conformer
+from ai2text.export import ExportConfig, ExportError, export, listen, recommended, run_stream, session, with_silence
+from ai2text.text import load_tokenizer
+from ai2text.tiny import tiny_workspace
+
+CHUNK, LEFT = 4, 2
+
+
+@pytest.fixture(scope="module")
+def layout():
+    "A workspace with a published model that says something, whatever it is."
+    layout = Layout(tiny_workspace("shards"))
+    tokenizer = load_tokenizer(layout.tokenizer)
+    torch.manual_seed(1)
+    for name, share in (("m", 0.5), ("whole", 0.)):
+        model = Conformer.from_config(dict(size="tiny", layers=1, chunk_share=share), tokenizer)
+        for p in model.parameters():
+            if p.ndim > 1: torch.nn.init.normal_(p, std=2/p[0].numel()**0.5)
+        waves = [read_audio(layout.prepared/row["audio_filepath"]) for row in read_jsonl(layout.manifest("test"))]
+        model.fit_features([collate(waves, [""]*len(waves), list(map(str, range(len(waves)))))])
+        save_model(layout.model(name), model, beside=lambda part: tokenizer.save(part/"tokenizer"), family="conformer")
+    return layout
+
+
+CONFIG = dict(model="m", chunk=CHUNK, left_chunks=LEFT, min_utterances=6, runtime_utterances=3, chunks=[CHUNK], pasts=[LEFT], max_wer_gap=1., max_int8_gap=1., threads=1)
+
+
+@pytest.fixture(scope="module")
+def made(layout):
+    "Its bundle, and the rows of what it heard."
+    rows = export(ExportConfig(**CONFIG), layout)
+    return SimpleNamespace(bundle=check_bundle(layout.model("export")), rows=rows, report=read_json(layout.results("export")/"export.json"), model=exporting.load_model(layout.model("m")))
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    "A copy to spoil."
+    return Path(shutil.copytree(made.bundle.folder, tmp_path/"bundle"))
+
+
+def speech(layout, row=0): return read_audio(layout.prepared/read_jsonl(layout.manifest("test"))[row]["audio_filepath"])
+
+
+def test_contract(made):
+    graph = onnx.load(made.bundle.model()).graph
+    assert [o.name for o in graph.input] == list(INPUTS)
+    assert not any(o.doc_string or o.metadata_props for o in (*graph.node, *graph.initializer, graph)), "says where it was made"
+    for name in ("model.onnx", "model.int8.onnx", "model.offline.onnx"): assert str(Path.cwd()).encode() not in (made.bundle.folder/name).read_bytes()
+    assert {o.key: o.value for o in onnx.load(made.bundle.model(int8=True)).metadata_props}["right_context"] == "6"
+    assert made.bundle.model(int8=True).stat().st_size < made.bundle.model().stat().st_size
+    assert made.bundle.symbols == made.model.tokenizer.symbols
+    done = subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=made.bundle.folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_gate_measured_what_it_says(made, layout):
+    report, config = made.report, made.bundle.config
+    assert report["utterances"] == 6 == len(made.rows) and report["runtime"] == dict(utterances=3, differ={"20": 0, "100": 0, "333": 0})
+    assert 0 < max(o["apart"] for o in report["graphs"].values()) < 1e-3 and not any(o["texts_differ"] for o in report["graphs"].values())
+    assert sum(len(o["hypothesis"]) for o in made.rows) > 20, "silence agrees with silence"
+    assert report["curve"][0]["wer"] == report["wer"]["stream"]["wer"] and config["wer"] == report["wer"]
+    assert config["speech"]["synthetic"] == ["demo"] and set(config["revisions"]) == {"weights", "train", "test", "tokenizer", "code", "commit"}
+
+
+def test_graph_equals_the_model_step_by_step(made, layout):
+    "Not by the gate's own way: against the caches of `Streaming`."
+    heard = with_silence(collate([speech(layout)], [""], ["u"]), CHUNK)
+    features, frames = made.model.features(heard.audio, heard.lengths)
+    wanted, n = exporting.Streaming(made.model, CHUNK, LEFT).stream(features, frames)
+    found = run_stream(session(made.bundle.model()), features[0].numpy())
+    assert len(found) == n and np.abs(found - wanted[0].numpy()).max() < 1e-3
+
+
+def blocks(folder, language): return re.findall(rf"```{language}\n(.*?)```", (folder/"README.md").read_text("utf-8"), re.S)
+
+
+def test_the_card_runs(made, layout, copy):
+    "Every program in the card, as a stranger would copy it."
+    wave = speech(layout)
+    soundfile.write(copy/"speech.wav", wave, 16_000)
+    batch = collate([wave], [""], ["u"])
+    stream, whole = made.model.transcribe(with_silence(batch, CHUNK), chunk=CHUNK, left_chunks=LEFT)[0], made.model.transcribe(batch)[0]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(PYTHONIOENCODING="utf-8")
+    said = [subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, env=env) for code in blocks(copy, "python")]
+    assert [o.returncode for o in said] == [0, 0], said[0].stderr + said[1].stderr
+    assert said[0].stdout.strip() == stream.text and " ".join(said[1].stdout.split()) == whole.text
+    command = blocks(copy, "bash")[0].splitlines()[0].split()
+    program = Path(sys.executable).with_name(command[0])
+    done = subprocess.run([program if program.exists() else command[0], *command[1:]], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    heard = json.loads(next(o for o in done.stderr.splitlines() if o.startswith("{")))
+    assert len(heard["tokens"]) > 5 and heard["text"] == "".join(heard["tokens"]).strip(), "it adds silence of its own, in which this model talks: no text to compare"
+
+
+@pytest.mark.parametrize("piece_ms", [20, 100, 333])
+def test_runtime_hears_what_the_model_hears(made, layout, piece_ms):
+    import sherpa_onnx
+    b = made.bundle
+    runtime = sherpa_onnx.OnlineRecognizer.from_wenet_ctc(tokens=str(b.tokens), model=str(b.model()), chunk_size=b.chunk_size, num_left_chunks=b.num_left_chunks, num_threads=1)
+    for row in range(2):
+        wave = speech(layout, row)
+        h = made.model.transcribe(with_silence(collate([wave], [""], ["u"]), CHUNK), chunk=CHUNK, left_chunks=LEFT)[0]
+        tokens, times = listen(runtime, np.pad(wave, (0, b.window)), piece_ms*16)
+        n = len(h.tokens) # more silence than a chunk's window may add a chunk, and this model talks in silence
+        assert n > 5 and tokens[:n] == [b.symbols[i].replace("▁", " ", 1) for i in h.tokens] and np.allclose(times[:n], h.times, atol=1e-3)
+
+
+def test_first_chunk_comes_with_the_sample_that_the_bundle_counts(made):
+    import sherpa_onnx
+    b = made.bundle
+    runtime = sherpa_onnx.OnlineRecognizer.from_wenet_ctc(tokens=str(b.tokens), model=str(b.model()), chunk_size=b.chunk_size, num_left_chunks=b.num_left_chunks, num_threads=1)
+    stream = runtime.create_stream()
+    stream.accept_waveform(16_000, np.zeros(b.window - 1, np.float32))
+    assert not runtime.is_ready(stream)
+    stream.accept_waveform(16_000, np.zeros(1, np.float32))
+    assert runtime.is_ready(stream)
+
+
+# What is refused
+
+def spoil(folder, name, change):
+    path = folder/name
+    path.write_bytes(change(path.read_bytes()))
+
+
+def resealed(folder, name, change):
+    spoil(folder, name, change)
+    seal(folder)
+
+
+def with_settings(**values): return lambda data: json.dumps(json.loads(data) | values).encode()
+
+
+@pytest.mark.parametrize("how, name, change, text", [
+    (spoil, "model.onnx", lambda d: d[:-1] + bytes([d[-1] ^ 1]), "model.onnx: its content is not what SHA256SUMS says"),
+    (resealed, "model.int8.onnx", lambda d: d[:1000], "model.int8.onnx: not readable as ONNX"),
+    (resealed, "config.json", with_settings(chunk_size=8), "model.onnx: input x, type and sizes: (1, (1, 19, 80)) instead of (1, (1, 35, 80))"),
+    (resealed, "config.json", with_settings(num_left_chunks=4), "model.onnx: input attn_cache"),
+    (resealed, "config.json", with_settings(format=99), "config.json: format 99, this code reads 1"),
+    (resealed, "config.json", lambda d: b"{", "config.json: cannot be read as JSON"),
+    (resealed, "tokens.txt", lambda d: d[:d.rstrip().rindex(b"\n") + 1], "symbols for a model with"),
+    (resealed, "tokens.txt", lambda d: d + "ngoài 999\n".encode(), "is not a symbol, a space and"),
+])
+def test_spoiled_bundle_is_refused(copy, how, name, change, text):
+    how(copy, name, change)
+    with pytest.raises(ConfigError, match=re.escape(text)): check_bundle(copy)
+
+
+def test_missing_file_is_refused(copy):
+    (copy/"model.offline.onnx").unlink()
+    with pytest.raises(BundleError, match="model.offline.onnx: missing; copy the whole folder"): check_bundle(copy)
+
+
+def test_runtime_mistakes_the_tokens_that_are_refused(made, layout, copy):
+    "The reason for the rule of the byte 0xC6: if the runtime mends it, this tells."
+    import sherpa_onnx
+    n = made.bundle.config["vocab_size"]
+    (copy/"tokens.txt").write_text("".join(f"{s} {i}\n" for i, s in enumerate(["<blk>", "ơ", *(f"▁{i}" for i in range(2, n))])), "utf-8")
+    seal(copy)
+    with pytest.raises(BundleError, match="largest byte is 0xC6"): check_bundle(copy)
+    runtime = sherpa_onnx.OnlineRecognizer.from_wenet_ctc(tokens=str(copy/"tokens.txt"), model=str(copy/"model.onnx"), chunk_size=CHUNK, num_left_chunks=LEFT, num_threads=1)
+    tokens, _ = listen(runtime, np.pad(speech(layout), (0, 16_000)), 1600)
+    assert any(t.startswith("▁") for t in tokens), "a good table has a space there"
+
+
+def test_a_model_that_fails_leaves_the_bundle_as_it_was(made, layout, monkeypatch, tmp_path):
+    before, config = (made.bundle.folder/"SHA256SUMS").read_bytes(), ExportConfig(**CONFIG | dict(min_utterances=1000))
+    kept = shutil.copytree(made.bundle.folder, tmp_path/"graphs")
+    monkeypatch.setattr(exporting, "write_graphs", lambda model, folder, *_: [shutil.copy(p, folder) for p in kept.glob("*.onnx")])
+    with pytest.raises(ExportError, match=r"no bundle is written. \(1\) 6 utterances are fewer than min_utterances \(1000\)"): export(config, layout)
+    assert (made.bundle.folder/"SHA256SUMS").read_bytes() == before and check_bundle(made.bundle.folder)
+    assert read_json(layout.results("export")/"export.json")["utterances"] == 6, "the figures are there to see why"
+
+
+def test_a_model_that_cannot_stream_is_refused(layout, monkeypatch):
+    with pytest.raises(ConfigError, match=r"models/whole: was trained without chunks \(chunk_share 0\)"): exporting.streaming_model(ExportConfig(model="whole"), layout)
+    assert exporting.streaming_model(ExportConfig(model="whole", untrained_chunks=True), layout).shape.chunk_share == 0
+    monkeypatch.setattr(exporting, "load_model", lambda folder: torch.nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="m: a Linear hears whole utterances only and cannot be a stream"): exporting.streaming_model(ExportConfig(model="m"), layout)
+
+
+def test_other_recommendation_is_told(layout):
+    assert "models were not compared" in recommended(ExportConfig(model="m"), layout)
+    write_json(layout.root/"comparison/compare.json", dict(recommendation=dict(model="whole"), models=[]))
+    assert "m is exported, but the comparison recommends whole" in recommended(ExportConfig(model="m"), layout)
+    assert "as the comparison recommends" in recommended(ExportConfig(model="whole"), layout)
+
+
+AGAIN = """
+import sys
+from pathlib import Path
+from ai2text.export import write_graphs
+from ai2text.recipe import load_model
+write_graphs(load_model(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+"""
+
+
+@pytest.mark.slow
+def test_same_weights_same_bytes(made, layout, tmp_path):
+    "In another process, with other hash seeds and in another folder."
+    done = subprocess.run([sys.executable, "-c", AGAIN, layout.model("m"), tmp_path, str(CHUNK), str(LEFT)], capture_output=True, text=True, env=os.environ | dict(PYTHONHASHSEED="7"))
+    assert done.returncode == 0, done.stderr
+    for name in ("model.onnx", "model.int8.onnx", "model.offline.onnx"): assert (tmp_path/name).read_bytes() == (made.bundle.folder/name).read_bytes(), name
