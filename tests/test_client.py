@@ -41,7 +41,7 @@ def talk(turns, seed=0):
     return np.concatenate(waves), spans
 
 
-def same(words, spans, within=0.06):
+def same(words, spans, within=0.08):
     assert [w.word for w in words] == [w for w, *_ in spans]
     assert max(max(abs(w.start - a), abs(w.end - b)) for w, (_, a, b) in zip(words, spans)) < within
 
@@ -56,7 +56,7 @@ def test_words_and_times_of_a_joined_file_at_any_rate_and_format(toy, tmp_path, 
     (found, error), = recognise(Recogniser(toy), [tmp_path/name], processes=1)
     assert not error and len(found.lines) > found.duration/LONGEST
     if rate < 16_000: spans = [s for s in spans if WORDS[s[0]] < rate/2 - 500]  # the others do not fit into it
-    same([w for w in found.words if WORDS[w.word] < rate/2 - 500], spans, 0.1 if name in ("a.mp3", "a.ogg") else 0.06)  # a codec smears
+    same([w for w in found.words if WORDS[w.word] < rate/2 - 500], spans, 0.1 if name in ("a.mp3", "a.ogg") else 0.08)  # frames of 0.04 s; a codec smears
 
 
 def test_bad_files_among_good_ones(toy, tmp_path, capsys):
