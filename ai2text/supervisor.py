@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEW_USER', 'NEW_NET', 'SET_FLAGS', 'UP', 'PARENT_DEATH', 'PORT', 'SAMPLE_RATE', 'FIRST', 'LAST', 'SETTLED', 'START',
-           'WORDS', 'isolate', 'keep', 'command', 'Runtime', 'toy_bundle', 'spoken']
+           'isolate', 'keep', 'command', 'Runtime']
 
 # %% ../nbs/93_supervisor.ipynb #afec770f
 import asyncio, contextlib, ctypes, fcntl, json, os, select, shutil, signal, socket, struct, subprocess, sys, time
@@ -195,61 +195,3 @@ class Runtime:
 # %% ../nbs/93_supervisor.ipynb #e407cf13
 #| eval: false
 if __name__ == "__main__": sys.exit(keep(socket.socket(fileno=int(sys.argv[1])), sys.argv[2] == "1", sys.argv[3:]))
-
-# %% ../nbs/93_supervisor.ipynb #6aa30cb8
-WORDS = {"một": 300, "hai": 1000, "ba": 3000} # Hz of the tone that is heard as the word
-
-def _graph(path:Path, nodes:list, inputs:dict, outputs:dict, constants:dict, metadata:dict):
-    "Write an ONNX graph; values are {name: (type, sizes)}."
-    import onnx
-    import numpy as np
-    value = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph([onnx.helper.make_node(op, a.split(), b.split(), **more) for op,a,b,more in nodes], "toy", [value(k, *v) for k,v in inputs.items()],
-                                   [value(k, *v) for k,v in outputs.items()], [onnx.numpy_helper.from_array(np.asarray(v), k) for k,v in constants.items()])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
-    onnx.helper.set_model_props(model, {k: str(v) for k,v in metadata.items()})
-    onnx.checker.check_model(model)
-    path.write_bytes(model.SerializeToString())
-
-def toy_bundle(
-    folder,      # made
-    chunk:int=8, # encoder frames of a chunk
-    left:int=8,  # chunks of the past
-)->Path:         # the folder
-    "Write a bundle that hears tones as the words of `WORDS`."
-    import numpy as np
-    from ai2text.bundle import BOOL, FLOAT, FORMAT, INPUTS, INT64, MODEL_TYPE, N_BINS, OUTPUTS, seal
-    (folder := Path(folder)).mkdir(parents=True)
-    symbols, past, window = ["<blk>", *(f"▁{w}" for w in WORDS), "▁ế"], chunk*left, 4*chunk + 3
-    V, shape = len(symbols), dict(head=1, num_blocks=1, output_size=2, cnn_module_kernel=2, right_context=6, subsampling_factor=4, vocab_size=len(symbols))
-    bands = np.zeros((4*N_BINS, V), np.float32)
-    for i in range(len(WORDS)): bands.reshape(4, N_BINS, V)[:,20*i:20*(i+1),i+1] = 4/80
-    threshold = np.array([40.] + [0.]*len(WORDS) + [-9.], np.float32)
-    sizes = [(FLOAT, (1, window, N_BINS)), (INT64, (1,)), (INT64, (1,)), (FLOAT, (1, 1, past, 4)), (FLOAT, (1, 1, 2, 1)), (BOOL, (1, 1, past + chunk))]
-    unused = [("Cast", name, f"{name}_f", dict(to=FLOAT)) for name in ("offset", "required_cache_size", "attn_mask")] + [("ReduceSum", f"{name}_f", f"{name}_s", dict(keepdims=0)) for name in ("offset", "required_cache_size", "attn_mask")]
-    nodes = [("Slice", "x zero end one", "frames", {}), ("Clip", "frames floor", "heard", {}), ("Reshape", "heard four", "fours", {}), ("MatMul", "fours bands", "loud", {}), ("Add", "loud threshold", "scores", {}), *unused,
-             ("Sum", "offset_s required_cache_size_s attn_mask_s", "sum", {}), ("Mul", "sum nothing", "none", {}), ("Add", "scores none", "all", {}), ("LogSoftmax", "all", "log_probs", dict(axis=-1)),
-             ("Identity", "attn_cache", "next_attn_cache", {}), ("Identity", "conv_cache", "next_conv_cache", {})]
-    constants = dict(zero=np.array([0]), end=np.array([4*chunk]), one=np.array([1]), floor=np.float32(4.852), four=np.array([1, chunk, 4*N_BINS]), bands=bands, threshold=threshold, nothing=np.float32(0))
-    for name in ("model.onnx", "model.int8.onnx"):
-        _graph(folder/name, nodes, dict(zip(INPUTS, sizes)), dict(zip(OUTPUTS, [(FLOAT, (1, chunk, V)), sizes[3], sizes[4]])), constants, dict(shape, model_type=MODEL_TYPE))
-    # the whole utterance: a frame of 40 ms is one word or none, by its power alone; enough to have probabilities
-    _graph(folder/"model.offline.onnx", [("Mul", "audio audio", "square", {}), ("Unsqueeze", "square one", "wide", {}), ("AveragePool", "wide", "power", dict(kernel_shape=[640], strides=[640])), ("Transpose", "power", "tall", dict(perm=[0, 2, 1])),
-           ("MatMul", "tall slope", "loud", {}), ("Add", "loud threshold", "scores", {}), ("LogSoftmax", "scores", "log_probs", dict(axis=-1))], dict(audio=(FLOAT, (1, "samples"))), dict(log_probs=(FLOAT, (1, "frames", V))),
-           dict(one=np.array([1]), slope=np.array([[0, 1000] + [0]*(V - 2)], np.float32), threshold=np.array([3.] + [0.]*(V - 1), np.float32)), {})
-    (folder/"tokens.txt").write_text("".join(f"{s} {i}\n" for i,s in enumerate(symbols)), encoding="utf-8")
-    config = dict(format=FORMAT, name="toy", chunk_size=chunk, num_left_chunks=left, sample_rate=SAMPLE_RATE, vocab_size=V, right_context=6, normaliser="none", features=dict(kind="kaldi fbank"), offline=dict(min_samples=640), wer={})
-    (folder/"config.json").write_text(json.dumps(config), encoding="utf-8")
-    (folder/"README.md").write_text("# toy\n", encoding="utf-8")
-    seal(folder)
-    return folder
-
-def spoken(
-    text:str,        # of `WORDS`
-    seconds:float=.2,# of a word, and of the silence before and after it
-):                   # (T,) float32
-    "Tones that a toy bundle hears as a text."
-    import numpy as np
-    at = np.arange(round(seconds*SAMPLE_RATE))/SAMPLE_RATE
-    swell, rest = np.sin(np.pi*at/seconds)**0.5, np.zeros(len(at))
-    return np.concatenate([rest, *(part for w in text.split() for part in (0.3*swell*np.sin(2*np.pi*WORDS[w]*at), rest))]).astype("<f4")

@@ -11,7 +11,7 @@ import pytest
 import soundfile as sf
 
 from ai2text.serve import running
-from ai2text.supervisor import spoken, toy_bundle
+from ai2text.toy import toy_bundle, whistle
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run", "--disable-sync", "--disable-quic"]
@@ -29,7 +29,7 @@ def browser():
 async def opened(tmp_path, words="một hai", scheme="light", **settings):
     "A service, and its page in a browser whose microphone hears `words` once."
     from playwright.async_api import async_playwright
-    sf.write(tmp_path/"microphone.wav", np.concatenate([np.zeros(8000), spoken(words), np.zeros(48_000)]), 16_000, subtype="PCM_16")
+    sf.write(tmp_path/"microphone.wav", np.concatenate([np.zeros(8000), whistle(words)[0], np.zeros(48_000)]), 16_000, subtype="PCM_16")
     flags = [*FLAGS, "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream", f"--use-file-for-fake-audio-capture={tmp_path/'microphone.wav'}%noloop"]
     async with running(toy_bundle(tmp_path/"bundle"), **settings) as service, async_playwright() as playwright:
         context = await playwright.chromium.launch_persistent_context(tmp_path/"profile", executable_path=CHROMIUM, headless=True, args=flags, color_scheme=scheme, permissions=["microphone"])
@@ -76,7 +76,7 @@ def test_microphone(tmp_path):
 
 def test_file_correction_and_token(tmp_path):
     "A recording of another rate and two channels, with a token; what was kept is corrected."
-    wave = np.repeat(spoken("ba một"), 3) # 48 kHz
+    wave = np.repeat(whistle("ba một")[0], 3) # 48 kHz
     sf.write(tmp_path/"talk.flac", np.stack([wave, wave*0.5], 1), 48_000)
     (tmp_path/"letter.txt").write_text("no audio")
     async def main():
@@ -105,7 +105,7 @@ def test_file_correction_and_token(tmp_path):
 
 def test_dropped_and_restarted(tmp_path):
     "A file that is dropped; a runtime that dies while the page speaks is said, and the next try works."
-    sf.write(tmp_path/"talk.wav", spoken("hai"), 16_000)
+    sf.write(tmp_path/"talk.wav", whistle("hai")[0], 16_000)
     async def main():
         async with opened(tmp_path) as (service, page, errors):
             await page.evaluate("""async bytes => {

@@ -18,7 +18,7 @@ from ai2text.config import ConfigError, read_jsonl
 from ai2text.corpus import CorpusConfig, make_corpus
 from ai2text.serve import AHEAD, FRAME_BYTES, SAMPLE_RATE, Service, running
 from ai2text.serve_faults import Target, ended, flood, frames, killed, lies, processes, serving, strangers, talk, vanishing
-from ai2text.supervisor import spoken, toy_bundle
+from ai2text.toy import toy_bundle, whistle
 
 TOKEN = "a token of the service's tests"
 
@@ -32,7 +32,7 @@ def here(service): return Target(service.url, os.getpid(), service.token)
 
 def test_foreign_client_works_as_it_is(bundle, tmp_path):
     "sherpa-onnx's own client, at 16 chunks as well: what it hears last is the whole text."
-    sf.write(tmp_path/"talk.wav", spoken("hai một ba"), SAMPLE_RATE)
+    sf.write(tmp_path/"talk.wav", whistle("hai một ba")[0], SAMPLE_RATE)
     client = Path(sys.executable).with_name("sherpa-onnx-online-websocket-client")
     async def main(folder):
         async with running(folder) as service:
@@ -40,7 +40,7 @@ def test_foreign_client_works_as_it_is(bundle, tmp_path):
             process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             out, _ = await asyncio.wait_for(process.communicate(), 30)
             return out.decode()
-    for folder in (bundle, toy_bundle(tmp_path/"other", chunk=32, left=2)):
+    for folder in (bundle, toy_bundle(tmp_path/"other", chunk=32, left_chunks=2)):
         out = asyncio.run(main(folder))
         assert "hai một ba" in out, out
 
@@ -50,7 +50,7 @@ def test_signals_leave_nothing(bundle):
     async def main():
         rows = [await ended(bundle, signal.SIGKILL)]
         async with serving(bundle, token=TOKEN) as target:
-            below, client = processes(target.pid), asyncio.create_task(talk(target, frames(spoken("một")), done=False))
+            below, client = processes(target.pid), asyncio.create_task(talk(target, frames(whistle("một")[0]), done=False))
             await target.until("streams_open", 1)
             os.kill(target.pid, signal.SIGTERM)
             told = await client
@@ -63,7 +63,7 @@ def test_signals_leave_nothing(bundle):
 
 def test_faults(bundle):
     "Ten streams under a runtime that is killed; vanishing, lying and strange clients, several times."
-    wave, text = spoken("ba một"), "ba một"
+    wave, text = whistle("ba một")[0], "ba một"
     async def main():
         async with running(bundle, token=TOKEN) as service:
             target = here(service)
@@ -77,7 +77,7 @@ def test_faults(bundle):
 
 def test_back_pressure(bundle):
     "While the runtime stands still, little is taken; when it goes on, all arrives. Five minutes are in memory at no time."
-    wave, times = spoken("hai ba"), 120
+    wave, times = whistle("hai ba")[0], 120
     def pieces(runtime):
         for i in range(times):
             if i == 5: os.kill(runtime, signal.SIGSTOP)
@@ -110,14 +110,14 @@ def test_hanging_runtime_is_replaced(bundle):
         await service.start(port=0)
         try:
             old = service.runtime.pid
-            client = asyncio.create_task(talk(service, frames(spoken("một")), done=False))
+            client = asyncio.create_task(talk(service, frames(whistle("một")[0]), done=False))
             while not service.streams: await asyncio.sleep(0.05)
             os.kill(old, signal.SIGSTOP)
             told = await asyncio.wait_for(client, 60)
             await service.runtime.ready.wait()
             assert (told.code, told.reason) == (1012, "the recogniser was restarted; connect again")
             assert service.runtime.pid != old and not Path(f"/proc/{old}").exists()
-            assert (await talk(service, frames(spoken("ba")))).text == "ba"
+            assert (await talk(service, frames(whistle("ba")[0]))).text == "ba"
         finally: await service.stop()
     asyncio.run(main())
 
@@ -125,9 +125,9 @@ def test_hanging_runtime_is_replaced(bundle):
 def test_limits(bundle):
     async def main():
         async with running(bundle, seconds=1., idle=0.5) as service:
-            long = await talk(service, frames(spoken("một hai ba")))
+            long = await talk(service, frames(whistle("một hai ba")[0]))
             assert (long.code, long.reason) == (1008, "more than 1 s of audio; open a new stream")
-            idle = await talk(service, frames(spoken("một")), done=False)
+            idle = await talk(service, frames(whistle("một")[0]), done=False)
             assert (idle.code, idle.reason, idle.text) == (1008, "no audio for 0.5 s; send Done at the end", "một")
             nothing = await talk(service, [])
             assert (nothing.code, nothing.text, len(nothing.results)) == (1000, "", 1)
@@ -145,7 +145,7 @@ def test_limits(bundle):
 def test_without_a_network_of_its_own_it_says_so(bundle):
     async def main():
         async with running(bundle, alone=False) as service:
-            assert (await talk(service, frames(spoken("ba")))).text == "ba"
+            assert (await talk(service, frames(whistle("ba")[0]))).text == "ba"
             assert f"LISTENS ON EVERY INTERFACE at port {service.runtime.port}, WITHOUT A LOGIN" in service.about()
     asyncio.run(main())
 
@@ -169,7 +169,7 @@ def test_tampered_bundle_and_wrong_settings(bundle, tmp_path):
 
 def test_feedback_goes_back_to_training(bundle, tmp_path):
     "Stream, keep, correct, import: two segments, of which one is corrected, and their very samples."
-    first, second = spoken("một hai"), spoken("ba")
+    first, second = whistle("một hai")[0], whistle("ba")[0]
     rest = np.zeros(2*SAMPLE_RATE, np.float32)
     async def main():
         async with running(bundle, token=TOKEN, keep=str(tmp_path/"kept")) as service:
