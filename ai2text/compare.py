@@ -146,7 +146,7 @@ def plot_comparison(
         for c,wer in m["streams"].items(): quality.plot(100*wer, y + .18, marker="|", markersize=11, color=look["color"]); quality.annotate(f"{40*c} ms", (100*wer, y + .22), fontsize=7, ha="center", va="bottom")
         curve.plot([60*h["hours"] for h in m["curve"]], [100*h["wer"] for h in m["curve"]], label=m["model"], markersize=4, **look)
         wait.plot([row["audio_seconds"] for row in m["latency"]], [row["seconds"] for row in m["latency"]], label=m["model"], **look)
-    quality.set(yticks=range(len(models)), yticklabels=[m["model"] for m in models], ylim=(-.5, len(models) - .3), xlabel="WER on test, % (95% interval; bars: as a stream)")
+    quality.set(yticks=range(len(models)), yticklabels=[m["model"] for m in models], ylim=(-.5, len(models) - .3), xlabel="WER on test, % (95% interval; bars: as a stream)"); quality.margins(x=.12)
     curve.set(xlabel="minutes of training, evaluation included", ylabel="WER on dev, %"); curve.legend(frameon=False, fontsize=8)
     wait.set(xlabel="length of the utterance, s", ylabel="seconds to its text"); wait.legend(frameon=False, fontsize=8); wait.set_ylim(0, None)
     known = [(i, m, _middle(m["latency"])) for i,m in enumerate(models) if m["latency"]]

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 M = "conformer_ctc"
 SMOKE = dict(
     corpora=dict(demo=dict(sentences=60, dev_sentences=8, test_sentences=8)), prepare=dict(tokenizer="char"), shards=dict(shard_size=20),
-    train=dict(max_steps=240, batch_seconds=8., warmup_steps=5, evaluate_every_steps=60, checkpoint_minutes=0.01, threads=1, seed=3))
+    train=dict(max_steps=240, batch_seconds=8., warmup_steps=5, evaluate_every_steps=60, checkpoint_minutes=0.01, threads=1, seed=3),
+    export=dict(min_utterances=1, runtime_utterances=2, max_wer_gap=1., max_int8_gap=1., chunks=[8], pasts=[8], untrained_chunks=True, threads=1))
 
 
 def environment(**changes)->dict:
@@ -83,7 +84,7 @@ class Workspace:
 def workspace(tmp_path_factory):
     "A workspace in which the pipeline ran once."
     w = Workspace(tmp_path_factory.mktemp("pipeline"))
-    assert w.repro() == {"corpus@demo", "prepare", "shards", f"train@{M}", f"evaluate@{M}"}
+    assert w.repro() == {"corpus@demo", "prepare", "shards", f"init@{M}", f"train@{M}", f"evaluate@{M}", "compare", "export"}
     return w
 
 
@@ -95,6 +96,8 @@ def test_results_answer(workspace):
     assert log["finished"] and len(log["history"]) == 4 and metrics["steps"] == 240
     assert "val_wer" in workspace.run("dvc", "metrics", "show") and "wer" in workspace.run("dvc", "metrics", "show")
     assert "WER on test" in workspace.run("ai2text", "summary")
+    assert f"recommended: {M}" in workspace.run("ai2text", "compare")
+    assert (workspace.root/"models/export/SHA256SUMS").exists()
     assert workspace.run("dvc", "plots", "show", f"results/{M}/learning_curve.csv")
     workspace.run("dvc", "plots", "show", f"results/{M}/live")
     assert "val_wer.tsv" in (workspace.root/"dvc_plots/index.html").read_text("utf-8")
@@ -117,11 +120,11 @@ def test_lost_report_is_drawn_again_without_training(workspace):
 def test_changed_back_returns_without_training(workspace):
     before, runs = workspace.metrics(), workspace.runs()
     workspace.change(dict(train=dict(lr=1e-3)))
-    assert f"train@{M}" in workspace.repro()
+    assert f"train@{M}" in workspace.repro(f"evaluate@{M}")
     assert workspace.metrics() != before and len(workspace.runs()) == len(runs) + 1
     assert "lr" in workspace.run("dvc", "params", "diff") and "train_loss" in workspace.run("dvc", "metrics", "diff")
     workspace.change(dict(train=dict(lr=SMOKE["train"].get("lr", YAML().load(ROOT/"params.yaml")["train"]["lr"]))))
-    workspace.repro()
+    workspace.repro(f"evaluate@{M}")
     assert workspace.metrics() == before and len(workspace.runs()) == len(runs) + 1
 
 
@@ -136,7 +139,7 @@ def test_killed_training_goes_on(workspace, what):
     else: os.kill(alive.pid, signal.SIGKILL)
     alive.wait()
     assert not (killed/"result.json").exists(), "training was over before it could be killed"
-    workspace.repro()
+    workspace.repro(f"evaluate@{M}")
     log = workspace.log()
     entries = [json.loads(line) for line in (killed/"ttq_log.jsonl").read_text().splitlines()]
     resumed = [e["step"] for e in entries if e["kind"] == "resume"]
