@@ -173,7 +173,7 @@ class Stream:
             if message.type is WSMsgType.TEXT:
                 if message.data != "Done": raise Ended(1003, "text", "a text other than Done; audio goes in binary frames of float32, 16 kHz")
                 self.done = time.monotonic()
-                return await self._ask(self.runtime.send_str("Done"))
+                return await self._end()
             if message.type is not WSMsgType.BINARY: raise Ended(1006, "frame too big" if self.client.close_code == 1009 else "client gone", "the client is gone")
             wave = samples(message.data)
             if not len(wave): continue
@@ -189,6 +189,15 @@ class Stream:
                 await self._ask(self.runtime.send_bytes(piece.tobytes()))
             service.audio.inc(len(wave)/SAMPLE_RATE)
             last = time.monotonic()
+
+    async def _end(self):
+        "Let the runtime hear the end, once it has answered for all that was said."
+        wanted = -(-self.received//self.shift)
+        if wanted: await self._ask(self.runtime.send_bytes(bytes(4*max(0, (wanted - 1)*self.shift + self.bundle.window - self.received))))
+        while self.results < wanted:
+            self.moved.clear()
+            await self.moved.wait()
+        await self._ask(self.runtime.send_str("Done"))
 
     async def _next(self,
         last:float, # when audio came last

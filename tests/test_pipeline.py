@@ -31,7 +31,7 @@ class Workspace:
         self.root = root
         names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
         for name in filter(None, names):
-            if name.startswith(("papermill_runs/", "results/")) or name == "dvc.lock" or not (ROOT/name).is_file(): continue
+            if {"papermill_runs", "results", "comparison", "dvc.lock"} & set(Path(name).parts) or not (ROOT/name).is_file(): continue
             (root/name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT/name, root/name)
         self.change(SMOKE)

@@ -45,6 +45,15 @@ def test_foreign_client_works_as_it_is(bundle, tmp_path):
         assert "hai một ba" in out, out
 
 
+def test_the_last_chunk_is_heard(bundle):
+    "Whatever the runtime is doing when a client says Done: the last result speaks for all of its audio."
+    waves = [np.concatenate([np.zeros(641*i % 5120, np.float32), whistle("ba một")[0]]) for i in range(32)]
+    async def main():
+        async with running(bundle) as service: return await asyncio.gather(*(talk(service, frames(w), pace=0.01) for w in waves))
+    for wave, heard in zip(waves, asyncio.run(main()), strict=True):
+        assert heard.text == "ba một" and abs(heard.results[-1]["decoded"] - len(wave)/SAMPLE_RATE) < 0.001
+
+
 def test_signals_leave_nothing(bundle):
     "A service that is killed, and one that is asked to stop; their streams learn of the latter."
     async def main():
