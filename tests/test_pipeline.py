@@ -3,81 +3,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
-ROOT = Path(__file__).resolve().parent.parent
-M = "conformer_ctc"
-SMOKE = dict(
-    corpora=dict(demo=dict(sentences=60, dev_sentences=8, test_sentences=8)), prepare=dict(tokenizer="char"), shards=dict(shard_size=20),
-    train=dict(max_steps=240, batch_seconds=8., warmup_steps=5, evaluate_every_steps=60, checkpoint_minutes=0.01, threads=1, seed=3),
-    export=dict(min_utterances=1, runtime_utterances=2, max_wer_gap=1., max_int8_gap=1., chunks=[8], pasts=[8], untrained_chunks=True, threads=1))
-
-
-def environment(**changes)->dict:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1", "PYTHONPATH": "", **changes}
-    return {k: v for k, v in env.items() if v is not None}
-
-
-class Workspace:
-    "A copy of the project's files with small parameters, in a git repository of its own."
-    def __init__(self, root:Path):
-        self.root = root
-        names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-        for name in filter(None, names):
-            if {"papermill_runs", "results", "comparison", "dvc.lock"} & set(Path(name).parts) or not (ROOT/name).is_file(): continue
-            (root/name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT/name, root/name)
-        self.change(SMOKE)
-        self.change(dict(models={M: dict(size="tiny")}))
-        self.run("git", "init", "-q")
-
-    def change(self, values:dict):
-        "Write values into params.yaml; None takes a key out."
-        yaml, path = YAML(), self.root/"params.yaml"
-        params = yaml.load(path)
-        def merge(old, new):
-            for k, v in new.items():
-                if isinstance(v, dict): merge(old.setdefault(k, {}), v)
-                elif v is None: del old[k]
-                else: old[k] = v
-        merge(params, values)
-        with open(path, "w", encoding="utf-8") as f: yaml.dump(params, f)
-
-    def run(self, *command, ok=True, stderr=False, **changes)->str:
-        done = subprocess.run(command, cwd=self.root, capture_output=True, text=True, env=environment(**changes), stdin=subprocess.DEVNULL)
-        assert done.returncode == 0 or not ok, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        return done.stdout + done.stderr*stderr
-
-    def repro(self, *targets:str)->set:
-        "Run the pipeline, or a part of it; the names of the stages that ran."
-        return {line.split("'")[1] for line in self.run("dvc", "repro", *targets).splitlines() if line.startswith("Running stage")}
-
-    def start(self, **changes)->subprocess.Popen:
-        return subprocess.Popen(["dvc", "repro"], cwd=self.root, env=environment(**changes), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-
-    def folders(self)->set: return set(self.root.glob(f".runs/{M}/*/*/"))
-
-    def wait_for_checkpoint(self, known:set, seconds:float=120.)->tuple:
-        "Wait until a run that is not `known` has saved a step; its folder and the step."
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            for folder in self.folders() - known:
-                steps = [int(p.parent.name[5:]) for p in folder.glob("checkpoints/step-*/checkpoint.json")]
-                if steps: return folder, max(steps)
-            time.sleep(0.05)
-        raise AssertionError(f"no checkpoint within {seconds} s")
-
-    def log(self)->dict: return json.loads((self.root/f"results/{M}/ttq_log.json").read_text())
-    def metrics(self)->bytes: return (self.root/f"results/{M}/metrics.json").read_bytes()
-    def runs(self)->list: return sorted(p.parent.as_posix() for p in self.root.glob(f".runs/{M}/*/*/result.json"))
-    def report(self, name:str)->Path: return self.root/f"papermill_runs/{name}.ipynb"
+from workspace import ROOT, SMOKE, M, Workspace
 
 
 @pytest.fixture(scope="module")
