@@ -24,7 +24,7 @@ from ai2text.loader import create_webdataset_loader
 from ai2text.prepare import SPLITS, PrepareConfig, prepare
 from ai2text.shard_index import load_index
 from ai2text.shards import ShardsConfig, verify, write_shards
-from test_pipeline import ROOT, M, Workspace, environment
+from workspace import ROOT, M, Workspace, environment
 
 DIGITS = "không một hai ba bốn năm sáu bảy tám chín".split()
 JUNK = b"RIFF, but no audio"

@@ -5,7 +5,7 @@ import pytest
 from papermill import inspect_notebook
 from conftest import ROOT
 from ruamel.yaml import YAML
-from test_pipeline import Workspace
+from workspace import Workspace
 
 from ai2text.config import load_params
 from ai2text.stage import EACH, STAGES, stage_parameters
