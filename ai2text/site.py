@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['POLICY', 'GENERATOR', 'TAGS', 'PARTS', 'INSIDE', 'STYLES', 'CLEANER', 'REMOVED', 'PICTURES', 'EMPTY_TABLE',
-           'HIGHLIGHT', 'TITLE', 'WIDTH', 'HEIGHT', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'STATES', 'FAILED', 'page', 'esc',
-           'clean', 'Report', 'naming', 'convert', 'ticks', 'chart', 'percent', 'duration', 'table', 'facts',
-           'intervals', 'compared', 'learning', 'board', 'exported', 'Pipeline', 'pipelines', 'key_figures',
+           'HIGHLIGHT', 'PARAMETERS', 'TITLE', 'WIDTH', 'HEIGHT', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'STATES', 'FAILED',
+           'page', 'esc', 'clean', 'Report', 'naming', 'convert', 'ticks', 'chart', 'percent', 'duration', 'table',
+           'facts', 'intervals', 'compared', 'learning', 'board', 'exported', 'Pipeline', 'pipelines', 'key_figures',
            'front_page', 'report_page', 'site']
 
 # %% ../nbs/81_site.ipynb #fcbdc66a
@@ -81,7 +81,7 @@ def clean(
         path = re.sub(r"\.ipynb$", ".html", posixpath.normpath(posixpath.join(posixpath.dirname(here), to.split("#")[0])))
         return f' href="{esc(posixpath.relpath(path, posixpath.dirname(here) or "."))}"' if path in pages else ""
     text = CLEANER.clean(REMOVED.sub("", text))
-    text = re.sub(r'(<a[^>]*?) href="([^"]*)"', lambda m: m[1] + link(m[2]), text)
+    text = re.sub(r'(<a\b[^>]*?) href="([^"]*)"', lambda m: m[1] + link(m[2]), text)
     return re.sub(r"<img(?![^>]* src=)[^>]*>|<audio(?![^>]* src=)[^>]*></audio>", "", text)
 
 # %% ../nbs/81_site.ipynb #627df843
@@ -128,9 +128,14 @@ def _markdown(text:str)->str: return MarkdownWithMath(renderer=IPythonRenderer(e
 
 HIGHLIGHT = Highlight2HTML(pygments_lexer="ipython3")
 
-def _code(source:str, tags)->str:
-    "Code behind a line that opens it."
-    name = "Parameters of this run" if "injected-parameters" in tags else "Parameters that it has by itself" if "parameters" in tags else f"Code, {source.count(chr(10)) + 1} lines" if chr(10) in source else "Code"
+PARAMETERS = {"parameters": "Parameters that it has by itself", "injected-parameters": "Parameters of this run"}
+
+def _code(sources:list, tags=())->str:
+    "Code of cells that follow each other, behind a line that opens it."
+    if not sources: return ""
+    source = "\n\n".join(sources)
+    lines = source.count("\n") + 1
+    name = next((PARAMETERS[t] for t in tags if t in PARAMETERS), f"Code, {lines} lines" if lines > 1 else "Code")
     return f"<details><summary>{name}</summary>{HIGHLIGHT(source)}</details>"
 
 # %% ../nbs/81_site.ipynb #95fb77f6
@@ -153,19 +158,24 @@ def convert(
     render = lambda text: clean(text, here, pages)
     nb = read_json(path)
     with naming(path):
-        title, about, under, parts, pictures, failed = "", "", "", [], 0, False
+        title, about, under, parts, code, pictures, failed = "", "", "", [], [], 0, False
         for cell in nb["cells"]:
             source = _text(cell["source"])
             if cell["cell_type"] == "markdown":
+                parts.append(_code(code)); code = []
                 if not title and (found := TITLE.match(source)): title, about, source = found[1], found[2] or "", source[found.end():]
                 parts.append(_tables(render(_markdown(source)), under or title))
                 if headings := re.findall(r"^#+ +(.+)", source, re.M): under = headings[-1]
             elif cell["cell_type"] == "code":
-                if source.strip(): parts.append(_code(source, cell["metadata"].get("tags", ())))
+                tags = cell["metadata"].get("tags", ())
+                if set(tags) & set(PARAMETERS): parts += [_code(code), _code([source], tags)]; code = []
+                elif source.strip(): code.append(source)
+                if cell["outputs"]: parts.append(_code(code)); code = []
                 for output in cell["outputs"]:
                     pictures += bool(output.get("data", {}).keys() & PICTURES.keys())
                     failed |= output["output_type"] == "error"
                     parts.append(f'<div class="output">{_output(output, f"figure {pictures}, {under or title}", render)}</div>')
+        parts.append(_code(code))
     _, _, key = path.stem.partition("-")
     body, contents = _sections("\n".join(p for p in parts if p.strip()))
     return Report(here, f"{title or path.stem}{f': {key}' if title and key else ''}", about, failed, body, contents)
@@ -271,7 +281,8 @@ def compared(
     doubts = "".join(f"<li>{esc(d)}</li>" for d in said["doubts"])
     picture = f"<figure>{intervals(models)}<figcaption>Word error rate on test; the line is the 95% interval.</figcaption></figure>" if len(models) > 1 else ""
     words = f'<div><p class="lead">{lead}</p>{f"<p>What may be doubted:</p><ul>{doubts}</ul>" if doubts else ""}</div>'
-    return f'<div class="pair">{words}{picture}</div>' + table("The models side by side", heads, rows, "compared")
+    side = table("The models side by side", heads, rows, "compared")
+    return f'<div class="pair">{words}{picture}</div>{side}' if picture else f'<div class="pair">{words}{side}</div>'
 
 # %% ../nbs/81_site.ipynb #6de28703
 STATES = {"achieved within budget": "good", "achieved late": "warn", "missed": "bad"}
