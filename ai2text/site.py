@@ -311,7 +311,7 @@ def learning(
 def _milestone(m:dict)->tuple[str,list]:
     "A row of the table of milestones."
     reached = m.get("elapsed_hours") is not None
-    return f"{100*m['wer']:g}%", [f'<span class="{STATES.get(m["state"], "quiet")}">{esc(m["state"])}</span>', duration(m["budget_hours"]), duration(m["elapsed_hours"]) if reached else "", percent(m["achieved_wer"]) if reached else ""]
+    return f"{100*m['wer']:g}%", [f'<span class="{STATES.get(m["state"], "quiet")}">{esc(m["state"])}</span>', duration(m["budget_hours"]), f"{duration(m['elapsed_hours'])}, with {percent(m['achieved_wer'])}" if reached else ""]
 
 def board(
     name:str,       # of the model
@@ -325,7 +325,7 @@ def board(
     test = f"{percent(quality['wer'])} <span class='quiet'>({_within(quality)})</span>" if quality else "not evaluated yet"
     figure = learning(log)
     figure = f"<figure>{figure}<figcaption>Error rate on dev with its 95% interval. Dashed: a milestone, up to the end of its budget. Ringed dot: reached.</figcaption></figure>" if figure else '<p class="none">Not evaluated on dev yet.</p>'
-    goals = table("Milestones on dev", ["WER", "state", "budget", "reached after", "with"], [_milestone(m) for m in log["milestones"]]) if log["milestones"] else '<p class="quiet">No milestones were set.</p>'
+    goals = table("Milestones on dev", ["WER", "state", "budget", "reached after"], [_milestone(m) for m in log["milestones"]]) if log["milestones"] else '<p class="quiet">No milestones were set.</p>'
     numbers = facts([("WER on test", test), ("best on dev", totals["best_wer"] is not None and percent(totals["best_wer"])), ("hours of the run", duration(totals["elapsed_hours"])), ("of them evaluating", spent.get("evaluation") is not None and duration(spent["evaluation"])),
                      ("lost to crashes", totals.get("lost_hours") and duration(totals["lost_hours"])), ("speech heard", totals.get("audio_hours") and duration(totals["audio_hours"])), ("steps", totals.get("step") and f"{totals['step']:,}"),
                      ("cost", totals.get("cost") is not None and f"{totals['cost']:.2f}")])
