@@ -73,6 +73,7 @@ def visit(browser, files, width=1200, scheme="light", **settings):
     "What the browser sees of each page; nothing asked elsewhere, nothing complained of."
     context = browser.new_context(viewport=dict(width=width, height=900), color_scheme=scheme, offline=True, **settings)
     tab, requests, complaints, seen = context.new_page(), [], [], {}
+    tab.set_default_timeout(120_000)
     tab.on("request", lambda r: requests.append(r.url))
     tab.on("console", lambda m: complaints.append(f"{tab.url}: {m.text}"))
     tab.on("pageerror", lambda e: complaints.append(f"{tab.url}: {e}"))
