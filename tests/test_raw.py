@@ -49,7 +49,7 @@ def dvc(what, *arguments, **more):
     with Repo() as repo: return getattr(repo, what)(*arguments, **more)
 
 
-def repro(): return [stage.addressing for stage in dvc("reproduce", ["prepare"])]
+def repro(): return sorted(stage.addressing for stage in dvc("reproduce", ["prepare"]) if not stage.addressing.endswith(".dvc"))
 def outdated(): return sorted(dvc("status", [*STAGES, "data/raw/mine.dvc"]))
 
 
@@ -67,8 +67,8 @@ def test_a_clip_changed_removed_and_back(workspace):
     # One clip is quieter: its corpus, and what follows; not the demo, which is older than it
     clip(raw/"speaker1/u01", 1, loud=0.5)
     assert outdated() == ["corpus@mine", "data/raw/mine.dvc"]
-    assert [name for name in repro() if not name.endswith(".dvc")] == ["corpus@mine", "prepare"]
-    assert seen(w) == ["data/raw/mine.dvc", "dvc.lock"] and not outdated() # DVC has noted the new content by itself
+    assert repro() == ["corpus@mine", "prepare"]
+    assert {"data/raw/mine.dvc", "dvc.lock"} <= set(seen(w)) and not outdated() # DVC has noted the new content by itself
     after = files[0].read_bytes()
     assert after != before[0] and len(after.splitlines()) == 40
     commit(w, "two")
