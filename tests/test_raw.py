@@ -1,0 +1,120 @@
+"A user's recordings under DVC: what a changed clip runs again, and how all comes back; recordings that lie in a bucket."
+import os
+
+import numpy as np
+import pytest
+import soundfile as sf
+from dvc.repo import Repo
+
+from ai2text.faults import KEY, SECRET
+from ai2text.s3 import client
+from workspace import Workspace, environment
+
+STAGES = "corpus@demo", "corpus@mine", "prepare"
+
+
+def clip(path, number, loud=1.):
+    "A recording of four words, and its transcript; an old file is replaced, not written into, for it may be a link to DVC's cache."
+    text = " ".join("một hai ba bốn năm sáu".split()[(number + k*(1 + number//6)) % 6] for k in range(4))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in (".wav", ".txt"): path.with_suffix(suffix).unlink(missing_ok=True)
+    sf.write(path.with_suffix(".wav"), np.sin(np.arange(25_600)*(0.1 + 0.01*number))*0.3*loud, 16_000)
+    path.with_suffix(".txt").write_text(text, encoding="utf-8")
+
+
+# What a stage does, without the notebook around it, which has tests of its own: a fifth of the time.
+RUNNER = """
+import sys
+from pathlib import Path
+from ai2text.config import Layout, load_params, make
+params, layout, stage = load_params("params.yaml"), Layout("."), sys.argv[2]
+if stage == "corpus":
+    from ai2text.corpus import CorpusConfig, make_corpus
+    make_corpus(make(CorpusConfig, params["corpora"][sys.argv[4]], "corpora"), sys.argv[4], layout.corpus(sys.argv[4]), layout.root)
+else:
+    from ai2text.prepare import PrepareConfig, prepare
+    prepare(make(PrepareConfig, params["prepare"], "prepare"), layout.corpora, layout.prepared, list(params["corpora"]), root=".")
+report = layout.reports/f"{'-'.join([stage, *sys.argv[4:]])}.ipynb"
+report.parent.mkdir(exist_ok=True)
+report.write_text("{}")
+"""
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    for name, value in environment(GIT_CONFIG_GLOBAL=os.devnull, GIT_CONFIG_SYSTEM=os.devnull).items(): monkeypatch.setenv(name, value)
+    w = Workspace(tmp_path/"w")
+    (w.root/"ai2text/cli.py").write_text(RUNNER)
+    w.change(dict(corpora=dict(demo=dict(sentences=12, dev_sentences=2, test_sentences=2), mine=dict(source="folder", path="data/raw/mine"))))
+    monkeypatch.chdir(w.root)
+    return w
+
+
+def commit(w, message): w.run("git", "add", "-A"), w.run("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", message)
+def seen(w): return sorted(w.run("git", "status", "--short", "-uall").split()[1::2])
+
+
+def dvc(what, *arguments, **more):
+    "A command of DVC, in this process."
+    with Repo() as repo: return getattr(repo, what)(*arguments, **more)
+
+
+def repro(): return sorted(stage.addressing for stage in dvc("reproduce", ["prepare"]) if not stage.addressing.endswith(".dvc"))
+def outdated(): return sorted(dvc("status", [*STAGES, "data/raw/mine.dvc"]))
+
+
+def test_a_clip_changed_removed_and_back(workspace):
+    w, raw = workspace, workspace.root/"data/raw/mine"
+    for i in range(40): clip(raw/f"speaker{i % 8}/u{i:02}", i)
+    dvc("add", ["data/raw/mine"])
+    assert repro() == [*STAGES]
+    assert "data/raw/mine.dvc" in seen(w) and not [name for name in seen(w) if name.startswith("data/") and name != "data/raw/mine.dvc"]
+    commit(w, "one")
+    assert not outdated() and repro() == []
+    files = [w.root/"data/corpus/mine/manifest.jsonl", w.root/"data/prepared/train.jsonl", raw/"speaker1/u01.wav"]
+    before = [path.read_bytes() for path in files]
+
+    # One clip is quieter: its corpus, and what follows; not the demo, which is older than it
+    clip(raw/"speaker1/u01", 1, loud=0.5)
+    assert outdated() == ["corpus@mine", "data/raw/mine.dvc"]
+    assert repro() == ["corpus@mine", "prepare"]
+    assert {"data/raw/mine.dvc", "dvc.lock"} <= set(seen(w)) and not outdated() # DVC has noted the new content by itself
+    after = files[0].read_bytes()
+    assert after != before[0] and len(after.splitlines()) == 40
+    commit(w, "two")
+
+    # One clip is gone
+    for suffix in (".wav", ".txt"): (raw/"speaker2/u02").with_suffix(suffix).unlink()
+    assert outdated() == ["corpus@mine", "data/raw/mine.dvc"]
+
+    # Back to the first commit: everything returns, and nothing runs
+    w.run("git", "checkout", "-q", "HEAD~1")
+    dvc("checkout", [*STAGES, "data/raw/mine.dvc"], force=True)
+    assert [path.read_bytes() for path in files] == before and (raw/"speaker2/u02.wav").is_file()
+    assert not outdated() and repro() == []
+
+
+def test_recordings_in_a_bucket(workspace, store, monkeypatch):
+    "They are fetched once, pinned by what the bucket calls them, followed on demand; or they go straight to DVC's remote."
+    w, raw, s3 = workspace, workspace.root/"data/raw/mine", client(store.server)
+    def put(name, loud=1.):
+        clip(w.root/"local"/name, int(name[-2:]), loud)
+        for suffix in (".wav", ".txt"): s3.put_object(Bucket="bucket", Key=f"recordings/{name}{suffix}", Body=(w.root/"local"/name).with_suffix(suffix).read_bytes())
+    for i in range(4): put(f"speaker{i % 2}/u{i:02}")
+    (w.root/".dvc/config.local").write_text("".join(f"['remote \"{name}\"']\n    url = s3://bucket/{folder}\n    endpointurl = {store.url}\n    access_key_id = {KEY}\n    secret_access_key = {SECRET}\n"
+                                                    for name, folder in (("recordings", "recordings"), ("far", "dvc"))))
+    raw.parent.mkdir(parents=True)
+    dvc("imp_url", "remote://recordings/", "data/raw/mine")
+    names = sorted(path.relative_to(raw).as_posix() for path in raw.rglob("*.wav"))
+    assert names == [f"speaker{i % 2}/u{i:02}.wav" for i in (0, 2, 1, 3)] and "data/raw/mine.dvc" in seen(w)
+    pinned = (w.root/"data/raw/mine.dvc").read_text()
+    put("speaker0/u00", loud=0.5)
+    assert (w.root/"data/raw/mine.dvc").read_text() == pinned
+    dvc("update", ["data/raw/mine.dvc"])
+    assert (w.root/"data/raw/mine.dvc").read_text() != pinned
+    assert (raw/"speaker0/u00.wav").read_bytes() == (w.root/"local/speaker0/u00.wav").read_bytes()
+
+    dvc("imp_url", "remote://recordings/", "data/raw/other", to_remote=True, remote="far")
+    assert not (w.root/"data/raw/other").exists() and (store.folder/"bucket/dvc/files/md5").is_dir()
+    dvc("pull", ["data/raw/other.dvc"], remote="far")
+    assert (w.root/"data/raw/other/speaker0/u00.wav").read_bytes() == (raw/"speaker0/u00.wav").read_bytes()
