@@ -28,7 +28,7 @@ RULES = [
     rule("AWS key id of a session", b"ASIA", rb"\bASIA[0-9A-Z]{16}\b"),
     rule("AWS secret key", b"secret", rb"(?i)secret[\w ]{0,20}[\"']?\s*[=:]\s*[\"']?[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+])"),
     rule("S3 secret in code", b"secret", rb"(?i)secret(?:_access)?_?key(?:\\?[\"'])?\s*[=:]\s*\\?[\"'][^\s\"'\\$<>{}()]{6,}\\?[\"']"),
-    rule("S3 secret of a shell", b"secret", rb"\bAWS_SECRET_ACCESS_KEY=[\"']?[^\s\"'\\$<>{}(),`]{6,}"),
+    rule("S3 secret of a shell", b"secret", rb"\bAWS_SECRET_ACCESS_KEY=[\"']?[^\s\"'\\$<>{}(),`]{6,}(?=[\s\"'\\`]|\Z)"),
     rule("S3 secret of a shell", b"remote modify", rb"remote modify[^\n]* (?:secret_access_key|password)[ =][\"']?[^\s\"'\\$<>{}(),`]{6,}"),
     rule("password of a setting", b"", rb"(?i)^[ \t]*(?:export[ \t]+)?[\w.-]*(?:access_key_id|access_key|account_key|secret|token|password|connection_string)[ \t]*[=:][ \t]*(?!\$)[^\s#]+",
          r"(^|/)\.dvc/|(^|/)(\.env[^/]*|\.netrc|\.pypirc|credentials|config|config\.local|rclone\.conf)$"),
@@ -169,7 +169,7 @@ def test_development_keys_and_names_are_none(repository):
         export AWS_SECRET_ACCESS_KEY="$SECRET"
         dvc remote modify --local minio secret_access_key minio123
         dvc remote modify --local s3 secret_access_key <yours>
-        client(aws_secret_access_key=server.secret)
+        client(aws_secret_access_key=server.secret) dict(AWS_SECRET_ACCESS_KEY=SECRET, more=1)
         http://minio:minio123@localhost:9000 https://user:$PASSWORD@host https://user@host
     """)
     assert in_tree(repository) == []
