@@ -12,6 +12,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import islice
+from types import SimpleNamespace
 from tqdm import tqdm
 from .config import ConfigError
 
@@ -86,6 +87,7 @@ def cluster(
     with client:
         threads = sum(client.nthreads().values())
         if not threads: raise ConfigError(f"scheduler {address}: has no workers; start some with `dask worker {address}`")
-        try: yield client.get_executor(pure=False), threads
+        try: yield SimpleNamespace(submit=partial(client.submit, pure=False)), threads # Dask's own executor fetches each result as soon as it is there
+        except ModuleNotFoundError as e: raise ConfigError(f"scheduler {address}: a worker has no module {e.name}; start `dask worker` in the project's folder, from its environment") from e
         except KilledWorker as e: raise ConfigError(f"scheduler {address}: workers were killed, perhaps for want of memory; run again with fewer") from e
         except (CancelledError, concurrent.futures.CancelledError) as e: raise ConfigError(f"scheduler {address}: was lost; start it again, and run again") from e
