@@ -344,7 +344,7 @@ def encode_shard(
 ):        # the note without its recipe, and the bytes as (N,) uint8, which travel without a copy
     "Make one shard from the recordings of this machine's own working tree, in memory."
     if differ := [f"{k} {v}, not {task.writer[k]}" for k,v in versions().items() if v != task.writer[k]]:
-        raise ShardError(f"worker on {socket.gethostname()} in {os.getcwd()}: has {', '.join(differ)}; check out the commit of this run there and install its versions")
+        raise ShardError(f"worker on {socket.gethostname()} in {os.getcwd()}: has {', '.join(differ)}; check out the commit of this run there, install its versions, and start the worker again")
     have_recordings(task.rows, task.root)
     buffer = io.BytesIO()
     note = _fill(task, buffer.write)
