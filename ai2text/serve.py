@@ -298,7 +298,7 @@ PATIENCE = 5. # s that a new stream waits for a runtime that is just starting
 
 class Service:
     "A recogniser behind a door."
-    def __init__(self,
+    def __init__(self, # nosec B107 # no token is the empty one
         bundle,               # folder of an exported model
         token:str="",         # that every request must show; empty: none, and only this machine is served
         int8:bool=False,      # the graph with weights of 8 bits
@@ -458,7 +458,7 @@ async def running(
     finally: await service.stop()
 
 # %% ../nbs/94_serve.ipynb #280bfa69
-def read_token(
+def read_token( # nosec B107 # the name of a file, not a token
     token_file:str="", # the file; empty: AI2TEXT_TOKEN of the environment
 )->str:                # empty: there is none
     "The token that clients must show."
@@ -468,7 +468,7 @@ def read_token(
     if not token: raise ConfigError(f"--token-file {token_file}: is empty; write a token into it, as from `openssl rand -hex 16`")
     return token
 
-def serve(
+def serve( # nosec B107 # the name of a file, not a token
     bundle:Path,          # folder of an exported model, as models/export
     host:str="127.0.0.1", # address to listen on; another than this machine's own needs a token
     port:int=8000,        # 0 = any that is free

@@ -160,7 +160,7 @@ async def lies(
     seed:int=0,
 )->list[dict]:     # a row a lie
     "Garbage, integers, half a sample, text, frames that are too big; beside each one a good stream."
-    rng, good, rows, few = random.Random(seed), next(frames(wave)), [], asyncio.Semaphore(4)
+    rng, good, rows, few = random.Random(seed), next(frames(wave)), [], asyncio.Semaphore(4) # nosec B311 # lies that can be repeated
     kinds = {
         "random bytes":           ({1007}, lambda: [good, rng.randbytes(4000)]),
         "16-bit integers":        ({1007}, lambda: [good, (32767*np.sin(np.arange(1600))).astype("<f4").tobytes()]),
@@ -183,7 +183,7 @@ async def strangers(
 )->dict:
     "Wrong tokens."
     async def knock():
-        try: return (await talk(target, [], token="a token of somebody else's")).code
+        try: return (await talk(target, [], token="a token of somebody else's")).code # nosec B106 # made up, to be refused
         except aiohttp.WSServerHandshakeError as e: return e.status
     answers = {await knock() for _ in range(times)}
     return row("wrong token", times, f"HTTP {sorted(answers)}", answers == {401})

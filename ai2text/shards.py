@@ -6,11 +6,12 @@
 __all__ = ['plain_key', 'ZEROS', 'ROLLOFF', 'MAX_SECONDS', 'PIECE', 'TWICE', 'UNKNOWN', 'RECORD', 'BEFORE_SIZE', 'BEFORE_SUM',
            'AFTER_SUM', 'FIXED_SUM', 'NOT_IN_SHARD', 'as_json', 'TRIAL', 'STRIDE', 'ShardsConfig', 'safe_key', 'spread',
            'resample_exact', 'read_pcm', 'encode', 'tar_header', 'tar_end', 'utterance_block', 'plan_shards',
-           'ShardTask', 'recipe', 'write_shard', 'locked', 'write_shards', 'read_transcripts', 'find_audio',
-           'create_shards', 'Problem', 'verify', 'check_shards', 'shard_rows', 'plot_spread']
+           'versions', 'ShardTask', 'recipe', 'write_shard', 'locked', 'have_recordings', 'encode_shard',
+           'collect_shards', 'write_shards', 'read_transcripts', 'find_audio', 'create_shards', 'Problem', 'verify',
+           'check_shards', 'shard_rows', 'plot_spread']
 
 # %% ../nbs/40_shards.ipynb #31d6b7ab
-import contextlib, fcntl, hashlib, io, json, marshal, math, os, re, shutil, stat, struct, tarfile, time, zlib
+import contextlib, fcntl, hashlib, io, json, marshal, math, os, re, shutil, socket, stat, struct, tarfile, time, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import soundfile as sf
 
-from .config import atomic_write, make, opt, read_json, sha256
+from .config import atomic_write, import_closure, make, opt, read_json, sha256
 from .parallel import cluster, in_parallel
 from .shard_index import (AUDIO, AUDIO_SUFFIXES, BLOCK, COLUMNS, FORMAT, Index, ShardError, load_index, members, numbered, plain_pcm, printable,
                                  reject_summary, save_index)
@@ -216,16 +217,24 @@ def plan_shards(
     return parts
 
 def _tried(row, root, config): # bytes and seconds of an utterance; neither, if it cannot be read
+    if config.scheduler: have_recordings([row], root)
     try: block, seconds = utterance_block(row, root, config.sample_rate, config.codec)
     except ValueError: return 0, 0.
     return len(block), seconds
 
-def _length(row, root)->float: # seconds, from the file's header if the manifest does not tell
+def _length(row, root, config)->float: # seconds, from the file's header if the manifest does not tell
     if row.get("duration"): return row["duration"]
+    if config.scheduler: have_recordings([row], root)
     try: return sf.info(os.path.join(root, row["audio_filepath"])).duration
     except (sf.LibsndfileError, OSError, ValueError): return 0.
 
 # %% ../nbs/40_shards.ipynb #e1627500
+@lru_cache(1)
+def versions()->dict:
+    "The versions that the bytes of a shard depend on, besides its recordings; `code` is this package's."
+    code = b"".join(p.read_bytes() for p in import_closure("shards"))
+    return dict(format=FORMAT, libsndfile=sf.__libsndfile_version__, numpy=np.__version__, code=sha256(code)[:16])
+
 class ShardTask(NamedTuple):
     "All that a process needs to write one shard."
     path:str         # the shard
@@ -234,7 +243,7 @@ class ShardTask(NamedTuple):
     root:str         # folder that `audio_filepath` is relative to
     sample_rate:int
     codec:str
-    writer:tuple=(FORMAT, sf.__libsndfile_version__) # of whoever plans: a worker elsewhere must have the same
+    writer:dict      # `versions()` of whoever plans: a worker elsewhere must have the same
 
 def recipe(
     task:ShardTask,
@@ -254,28 +263,39 @@ def write_shard(
     task:ShardTask,
 )->dict:  # the note: recipe, shard, utterances, rejected
     "Write one shard whole, or find that it has been written."
-    if task.writer != (here := (FORMAT, sf.__libsndfile_version__)):
-        raise ShardError(f"{task.path}: a worker has format and libsndfile {here}, the run {task.writer}; install the same versions everywhere")
     wanted = recipe(task)
     if (note := _finished(task, wanted)) is not None: return note
-    columns, rejected = {c: [] for c in ("key", *COLUMNS) if c != "shard"}, [] # the corpus by its name
-    digest, at, asked = hashlib.sha256(), 0, 0
     with atomic_write(task.path, "wb") as f, ThreadPoolExecutor(1) as behind:
-        for row in task.rows:
-            try: block, seconds = utterance_block(row, task.root, task.sample_rate, task.codec)
-            except ValueError as e:
-                rejected.append(dict(id=row["id"], reason=str(e)))
-                continue
-            f.write(block); digest.update(block)
-            values = (safe_key(row["id"]), at, len(block), seconds, len(row["text"]), zlib.crc32(block), row.get("corpus", ""))
-            for column,value in zip(columns.values(), values): column.append(value)
-            at += len(block)
-            if at - asked > STRIDE: behind.submit(os.fdatasync, f.fileno()); asked = at
-        end = tar_end(at)
-        f.write(end); digest.update(end)
+        asked = 0
+        def write(block):
+            nonlocal asked
+            f.write(block)
+            if f.tell() - asked > STRIDE: behind.submit(os.fdatasync, f.fileno()); asked = f.tell()
+        note = _fill(task, write)
+    return _noted(task, wanted, note)
+
+def _fill(task:ShardTask, write)->dict:
+    "Give the bytes of a shard to `write`, an utterance at a time; the note, without its recipe."
+    columns, rejected = {c: [] for c in ("key", *COLUMNS) if c != "shard"}, [] # the corpus by its name
+    digest, at = hashlib.sha256(), 0
+    for row in task.rows:
+        try: block, seconds = utterance_block(row, task.root, task.sample_rate, task.codec)
+        except ValueError as e:
+            rejected.append(dict(id=row["id"], reason=str(e)))
+            continue
+        write(block); digest.update(block)
+        values = (safe_key(row["id"]), at, len(block), seconds, len(row["text"]), zlib.crc32(block), row.get("corpus", ""))
+        for column,value in zip(columns.values(), values): column.append(value)
+        at += len(block)
+    end = tar_end(at)
+    write(end); digest.update(end)
     shard = dict(file=Path(task.path).name, samples=len(columns["key"]), seconds=round(sum(columns["duration"]), 3),
                  bytes=at + len(end), sha256=digest.hexdigest())
-    note = dict(recipe=wanted, shard=shard, utterances=columns, rejected=rejected)
+    return dict(shard=shard, utterances=columns, rejected=rejected)
+
+def _noted(task:ShardTask, wanted:str, note:dict)->dict:
+    "Leave word that a shard is whole."
+    note = dict(recipe=wanted, **note)
     Path(task.note).parent.mkdir(parents=True, exist_ok=True)
     Path(task.note).write_text(json.dumps(note), "utf-8") # a torn note is no JSON, and then the shard is written again
     return note
@@ -306,6 +326,46 @@ def locked(
         yield
     finally: os.close(handle)
 
+# %% ../nbs/40_shards.ipynb #069d3978
+def have_recordings(
+    rows:list, # of the manifest; with `bytes` and `sha256`, or only the names count
+    root,      # folder that `audio_filepath` is relative to
+):
+    "Refuse recordings that this machine lacks or has in another form; `ShardError` names machine, folder, file and mend."
+    where = f"worker on {socket.gethostname()} in {os.getcwd()}"
+    for row in rows:
+        path = os.path.join(root, row["audio_filepath"])
+        if not os.path.isfile(path): raise ShardError(f"{where}: {path}: no such recording; start workers in the project's folder, at the commit of this run, after `dvc pull`")
+        if (size := os.path.getsize(path)) != row.get("bytes", size) or row.get("sha256") not in (None, sha256(path)):
+            raise ShardError(f"{where}: {path}: {size} bytes that are not those of the manifest; check out the commit of this run there, then `dvc pull --force`")
+
+def encode_shard(
+    task:ShardTask,
+):        # the note without its recipe, and the bytes as (N,) uint8, which travel without a copy
+    "Make one shard from the recordings of this machine's own working tree, in memory."
+    if differ := [f"{k} {v}, not {task.writer[k]}" for k,v in versions().items() if v != task.writer[k]]:
+        raise ShardError(f"worker on {socket.gethostname()} in {os.getcwd()}: has {', '.join(differ)}; check out the commit of this run there, install its versions, and start the worker again")
+    have_recordings(task.rows, task.root)
+    buffer = io.BytesIO()
+    note = _fill(task, buffer.write)
+    return note, np.frombuffer(buffer.getbuffer(), np.uint8)
+
+def collect_shards(
+    tasks:list, # of `ShardTask`s, whose shards and notes go here
+    work,       # `in_parallel` on workers that have other folders: takes a function and tasks, gives results in their order
+):              # an iterator of notes, one a task
+    "Have shards made elsewhere, check and write them here; those that are there already are not made again."
+    recipes = [recipe(task) for task in tasks]
+    notes = [_finished(task, wanted) for task,wanted in zip(tasks, recipes)]
+    coming = work(encode_shard, [task for task,note in zip(tasks, notes) if note is None])
+    for task,wanted,note in zip(tasks, recipes, notes):
+        if note is None:
+            made, data = next(coming)
+            if sha256(memoryview(data)) != made["shard"]["sha256"]: raise ShardError(f"{task.path}: came back from a worker with other bytes than were sent; run again, finished shards are kept")
+            with atomic_write(task.path, "wb") as f: f.write(data)
+            note = _noted(task, wanted, made)
+        yield note
+
 # %% ../nbs/40_shards.ipynb #84f32d30
 def write_shards(
     rows:list,          # rows of a manifest
@@ -323,13 +383,15 @@ def write_shards(
     rows = spread(rows, config.seed)
     with locked(out_dir), cluster(config.scheduler) as (workers, threads):
         parallel = partial(in_parallel, processes=threads or config.processes, executor=executor or workers)
-        if executor or workers: out_dir, index_path, audio_root = (Path(p).absolute() for p in (out_dir, index_path, audio_root)) # workers have folders of their own
+        if executor: out_dir, index_path, audio_root = (Path(p).absolute() for p in (out_dir, index_path, audio_root)) # it may have another current folder
+        if workers: rows, audio_root = [row | dict(audio_filepath=os.path.normpath(os.path.join(audio_root, row["audio_filepath"]))) for row in rows], "" # from where each of them was started
         index_path.unlink(missing_ok=True)
         _clear(out_dir, ".*.part")
         _clear(index_path.parent, f".{index_path.name}.*.part") # of a run that was killed as it wrote its index
         tasks = _tasks(rows, out_dir, index_path, config, audio_root, parallel)
         notes, lost, limit = [], list(rejected), config.max_reject_share*(len(rows) + len(rejected))
-        for note in parallel(write_shard, tasks, label=out_dir.name, weigh=lambda task: len(task.rows), group=1):
+        work = partial(parallel, label=out_dir.name, weigh=lambda task: len(task.rows), group=1)
+        for note in collect_shards(tasks, work) if workers else work(write_shard, tasks):
             notes.append(note); lost += note["rejected"]
             if len(lost) > limit: raise ShardError(_too_many(lost, len(rows) + len(rejected), config.max_reject_share))
         index = _joined(notes, lost, config)
@@ -348,8 +410,8 @@ def _tasks(rows, out_dir, index_path, config, audio_root, parallel)->list:
     if config.shard_mb:
         sizes, lengths = zip(*parallel(partial(_tried, root=root, config=config), rows[:TRIAL], label="try"))
         rate = sum(sizes)/(sum(lengths) or 1)
-        seconds = list(parallel(partial(_length, root=root), rows, label="look"))
-    return [ShardTask(str(out_dir/f"shard-{i:06d}.tar"), str(_notes(index_path)/f"shard-{i:06d}.json"), part, root, config.sample_rate, config.codec)
+        seconds = list(parallel(partial(_length, root=root, config=config), rows, label="look"))
+    return [ShardTask(str(out_dir/f"shard-{i:06d}.tar"), str(_notes(index_path)/f"shard-{i:06d}.json"), part, root, config.sample_rate, config.codec, versions())
             for i,part in enumerate(plan_shards(rows, seconds, config, rate))]
 
 def _too_many(lost, total, share)->str:
@@ -420,7 +482,9 @@ def create_shards(
             if not isinstance(raw, str): raise ValueError(f"its transcript is a {type(raw).__name__}, not text")
             text = normalise(raw)
             if not text: raise ValueError("has an empty transcript")
-            rows.append(dict(id=id, audio_filepath=str(find_audio(audio_dir, id)), text=text, text_raw=raw, speaker=""))
+            path = find_audio(audio_dir, id)
+            same = dict(sha256=sha256(Path(audio_dir)/path)) if scheduler else {} # workers may have another file of this name
+            rows.append(dict(id=id, audio_filepath=str(path), text=text, text_raw=raw, speaker="") | same)
         except ValueError as e: rejected.append(dict(id=id, reason=str(e)))
     config = make(ShardsConfig, dict(shard_size=shard_size, shard_mb=shard_mb, codec=codec, sample_rate=sample_rate, seed=seed, processes=processes,
                                      scheduler=scheduler, max_reject_share=max_reject_share), "shards")

@@ -53,7 +53,7 @@ def keep(
     "Run a program, and make sockets where it runs."
     private = alone and isolate()
     port = PORT if private else _free_port()
-    with subprocess.Popen([*command, f"--port={port}"], stdin=subprocess.DEVNULL, preexec_fn=_with_parent) as program:
+    with subprocess.Popen([*command, f"--port={port}"], stdin=subprocess.DEVNULL, preexec_fn=_with_parent) as program: # nosec B603 # what the command line of this process says, no shell
         try:
             line.sendall(json.dumps(dict(pid=program.pid, port=port, private=private)).encode())
             while program.poll() is None:

@@ -62,7 +62,7 @@ class ReleasedText:
     @classmethod
     def load(cls, folder)->'ReleasedText':
         from transformers import WhisperTokenizer
-        return cls(WhisperTokenizer.from_pretrained(str(folder), local_files_only=True))
+        return cls(WhisperTokenizer.from_pretrained(str(folder), local_files_only=True)) # nosec B615 # a folder of this machine
 
 class WhisperTokens:
     "Text tokens and Whisper's special ones."
@@ -481,7 +481,7 @@ def released(
         pickled = any(folder.glob("*.bin"))
         raise ConfigError(f"{folder}/model.safetensors: no such file" + ("; weights in .bin files can run code and are never read: name a revision that has safetensors" if pickled else f"; {mend}"))
     try:
-        with quiet(): net, loaded = WhisperForConditionalGeneration.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True, dropout=c.dropout)
+        with quiet(): net, loaded = WhisperForConditionalGeneration.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True, dropout=c.dropout) # nosec B615 # a folder of this machine
     except (SafetensorError, RuntimeError, OSError, ValueError) as e: raise ConfigError(f"{folder}/model.safetensors: cannot be read ({' '.join(str(e).split())[:300]}); delete it, and {mend}") from e
     wrong = sorted(set(loaded["missing_keys"]) - {"proj_out.weight"})
     if wrong: raise ConfigError(f"{folder}/model.safetensors: lacks {len(wrong)} parameters, such as {wrong[0]}; {mend}")

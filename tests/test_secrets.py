@@ -1,0 +1,186 @@
+"No key is tracked: neither in a file that git has or would take, nor in any commit that it can still reach."
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from conftest import ROOT
+from workspace import environment
+
+
+class Rule(NamedTuple):
+    "A kind of key: a word that is in each of its kind, and what it looks like; or only where, in files of such names."
+    kind: str
+    word: bytes
+    pattern: re.Pattern
+    files: str = ""
+
+
+def rule(kind, word, pattern, files=""): return Rule(kind, word, re.compile(pattern, re.MULTILINE), files)
+
+
+# Entropy finds no keys here, only hashes, cell ids and pictures; so these are the forms that keys have.
+RULES = [
+    rule("AWS key id", b"AKIA", rb"\bAKIA[0-9A-Z]{16}\b"),
+    rule("AWS key id of a session", b"ASIA", rb"\bASIA[0-9A-Z]{16}\b"),
+    rule("AWS secret key", b"secret", rb"(?i)secret[\w ]{0,20}[\"']?\s*[=:]\s*[\"']?[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+])"),
+    rule("S3 secret in code", b"secret", rb"(?i)secret(?:_access)?_?key(?:\\?[\"'])?\s*[=:]\s*\\?[\"'][^\s\"'\\$<>{}()]{6,}\\?[\"']"),
+    rule("S3 secret of a shell", b"secret", rb"\bAWS_SECRET_ACCESS_KEY=[\"']?[^\s\"'\\$<>{}(),`]{6,}(?=[\s\"'\\`]|\Z)"),
+    rule("S3 secret of a shell", b"remote modify", rb"remote modify[^\n]* (?:secret_access_key|password)[ =][\"']?[^\s\"'\\$<>{}(),`]{6,}"),
+    rule("password of a setting", b"", rb"(?i)^[ \t]*(?:export[ \t]+)?[\w.-]*(?:access_key_id|access_key|account_key|secret|token|password|connection_string)[ \t]*[=:][ \t]*(?!\$)[^\s#]+",
+         r"(^|/)\.dvc/|(^|/)(\.env[^/]*|\.netrc|\.pypirc|credentials|config|config\.local|rclone\.conf)$"),
+    rule("private key", b"PRIVATE KEY", rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----"),
+    rule("GitHub token", b"gh", rb"\bgh[pousr]_[A-Za-z0-9]{30,}"),
+    rule("GitHub token", b"github_pat_", rb"\bgithub_pat_[A-Za-z0-9_]{30,}"),
+    rule("GitLab token", b"glpat-", rb"\bglpat-[A-Za-z0-9_-]{20,}"),
+    rule("Hugging Face token", b"hf_", rb"\bhf_[A-Za-z0-9]{30,}"),
+    rule("Slack token", b"xox", rb"\bxox[a-z]-[A-Za-z0-9-]{10,}"),
+    rule("PyPI token", b"pypi-", rb"\bpypi-[A-Za-z0-9_-]{50,}"),
+    rule("Google key", b"AIza", rb"\bAIza[A-Za-z0-9_-]{35}\b"),
+    rule("signed token", b"eyJ", rb"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}"),
+    rule("password in a URL", b"://", rb"\b[a-z][a-z0-9+.-]*://[^\s/:@\"'<>{}$*]+:[^\s/:@\"'<>{}$*]{3,}@"),
+]
+NEVER = re.compile(r"(^|/)(config\.local|\.env|\.netrc|\.pypirc|credentials|id_(rsa|dsa|ecdsa|ed25519))$|\.(pem|key|p12|pfx|jks|ppk)$")
+# The keys of the S3 server that tests start on this machine, and that the documentation gives to MinIO on localhost: they open nothing else.
+ALLOWED = re.compile(rb"(?:[=: ][ \t]*\\?[\"']?|://)(?:minio|minio123|minio:minio123@)\\?[\"']?$")
+
+
+def git(folder, *words, **more)->bytes:
+    return subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True, **more).stdout
+
+
+def keys(name:str, data:bytes)->list:
+    "The kinds of key that a file has, each with its line; what was found is never shown."
+    found = [f"{name}: a file of this name holds keys"] if NEVER.search(name) else []
+    low = data.lower()
+    for r in RULES:
+        if r.word.lower() not in low or r.files and not re.search(r.files, name): continue
+        for hit in r.pattern.finditer(data):
+            if not ALLOWED.search(hit[0].strip()): found.append(f"{name}, line {data.count(10, 0, hit.start()) + 1}: {r.kind}")
+    return found
+
+
+def in_tree(folder)->list:
+    "Keys in the files that git has or would take."
+    names = git(folder, "ls-files", "-z", "-co", "--exclude-standard").decode("utf-8", "surrogateescape").split("\0")
+    return [k for name in dict.fromkeys(filter(None, names)) if (path := Path(folder)/name).is_file() and not path.is_symlink() for k in keys(name, path.read_bytes())]
+
+
+def in_history(folder)->list:
+    "Keys in every commit, tag and file that git can reach from a branch, a tag or a stash, however old; a shallow clone has what it has."
+    listed = git(folder, "rev-list", "--objects", "--all").decode("utf-8", "surrogateescape").splitlines()
+    names = dict(line.partition(" ")[::2] for line in listed)
+    once = {name for name in git(folder, "log", "--all", "--format=", "--name-only", "-z", "--diff-merges=separate").decode("utf-8", "surrogateescape").replace("\n", "\0").split("\0")}
+    found, at = [f"{name}: a file of this name holds keys" for name in sorted(once) if NEVER.search(name)], 0
+    objects = git(folder, "cat-file", "--batch", input="\n".join(names).encode())
+    while at < len(objects):
+        end = objects.index(b"\n", at)
+        id, kind, size = objects[at:end].decode().split()
+        if kind != "tree": found += [f"{kind} {id[:12]} {k}" for k in keys(names[id], objects[end + 1:end + 1 + int(size)])]
+        at = end + int(size) + 2
+    return found
+
+
+MEND = "revoke them, then take them out: keys belong in the environment, a profile, or .dvc/config.local (`dvc remote modify --local`)"
+
+
+def test_no_key_is_tracked():
+    assert not (found := in_tree(ROOT)), f"keys in {found}: {MEND}"
+
+
+def test_no_key_is_in_the_history():
+    assert not (found := in_history(ROOT)), f"keys in {found}: {MEND}; the commits need `git filter-repo`"
+
+
+# The scan itself
+
+@pytest.fixture
+def repository(tmp_path):
+    "A git repository with one commit, and the project's own settings of DVC and of what git ignores."
+    for name in (".gitignore", ".dvc/config", ".dvc/.gitignore"):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT/name, tmp_path/name)
+    git(tmp_path, "init", "-q")
+    commit(tmp_path)
+    return tmp_path
+
+
+def commit(folder):
+    git(folder, "add", "-A")
+    git(folder, "-c", "user.name=n", "-c", "user.email=e@x.invalid", "commit", "-q", "--allow-empty", "-m", "a change")
+
+
+# Made here from parts, or this file itself would be found.
+LONG = "Ab1Cd2Ef3Gh4Ij5Kl6Mn7Op8Qr9St0Uv1Wx2Yz3A"
+PLANTED = {
+    "AWS key id": ("a.py", "key = 'AK" + "IAABCDEFGHIJ234567'"),
+    "AWS key id of a session": ("a.md", "AS" + "IAABCDEFGHIJ234567"),
+    "AWS secret key": ("a.json", '{"Secret' + f'AccessKey": "{LONG}"}}'),
+    "S3 secret in code": ("a.ipynb", '{"source": ["s3(secret_access' + '_key=\\"not-minio\\")"]}'),
+    "S3 secret of a shell": ("a.sh", "export AWS_SECRET_ACCESS" + "_KEY=not-minio"),
+    "S3 secret of DVC": ("README.md", "dvc remote" + " modify s3 secret_access_key not-minio"),
+    "password of DVC": (".dvc/config", "['remote \"s3\"']\n    pass" + "word = x"),
+    "password of a setting": ("deploy/.env.prod", "export AI2TEXT_TO" + "KEN=x"),
+    "private key": ("a.txt", "-----BEGIN OPENSSH PRIV" + "ATE KEY-----"),
+    "GitHub token": ("a.yml", "gh" + f"p_{LONG}"),
+    "GitHub token, fine": ("a.yml", "github" + f"_pat_{LONG}"),
+    "GitLab token": ("a.yml", "glp" + f"at-{LONG}"),
+    "Hugging Face token": ("a.py", "h" + f"f_{LONG}"),
+    "Slack token": ("a.py", "xo" + "xb-1234567890-abc"),
+    "PyPI token": ("a.cfg", "py" + f"pi-{LONG}{LONG}"),
+    "Google key": ("a.js", "AI" + f"za{LONG[:35]}"),
+    "signed token": ("a.txt", ".".join(["ey" + f"J{LONG}"]*2 + [LONG])),
+    "password in a URL": ("a.yaml", "s3: https://minio:another" + "@10.0.0.1:9000"),
+    "a file of keys": ("deploy/server.key", "some text"),
+    "the local settings of DVC": (".dvc/config.local", "some text"),
+}
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_a_planted_key_is_found(kind, repository):
+    "In the tree, in the index, and in the history after it is gone; what is said names place and kind, not the key."
+    name, text = PLANTED[kind]
+    assert in_tree(repository) == in_history(repository) == []
+    path = repository/name
+    before = path.read_bytes() if path.exists() else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"one line\n{text}\n")
+    git(repository, "add", "-f", name)
+    found = in_tree(repository)
+    assert found and found[0].startswith(name) and not any(text in o for o in found), found
+    commit(repository)
+    path.unlink() if before is None else path.write_bytes(before)
+    commit(repository)
+    assert in_tree(repository) == [] and (found := in_history(repository)) and any(name in o for o in found)
+
+
+def test_a_key_in_a_message_or_a_tag_is_found(repository):
+    git(repository, "-c", "user.name=n", "-c", "user.email=e@x.invalid", "tag", "-a", "v1", "-m", PLANTED["GitHub token"][1])
+    assert [o.split()[0] for o in in_history(repository)] == ["tag"]
+
+
+def test_development_keys_and_names_are_none(repository):
+    "The keys of the local server, variables, and placeholders."
+    (repository/"README.md").write_text("""
+        AWS_ACCESS_KEY_ID=minio AWS_SECRET_ACCESS_KEY=minio123 dvc push
+        export AWS_SECRET_ACCESS_KEY="$SECRET"
+        dvc remote modify --local minio secret_access_key minio123
+        dvc remote modify --local s3 secret_access_key <yours>
+        client(aws_secret_access_key=server.secret) dict(AWS_SECRET_ACCESS_KEY=SECRET, more=1)
+        http://minio:minio123@localhost:9000 https://user:$PASSWORD@host https://user@host
+    """)
+    assert in_tree(repository) == []
+
+
+def test_a_key_for_dvc_goes_where_git_does_not_look(repository):
+    "`dvc remote modify --local` leaves nothing to track; without --local the key is found."
+    def modify(*how): subprocess.run(["dvc", "remote", "modify", *how, "s3", "secret_access_key", "not-minio"], cwd=repository, check=True, capture_output=True, env=environment())
+    modify("--local")
+    assert "not-minio" in (repository/".dvc/config.local").read_text()
+    assert git(repository, "status", "--porcelain") == b"" and in_tree(repository) == []
+    modify()
+    [found] = in_tree(repository)
+    assert found.startswith(".dvc/config, line ") and found.endswith(": password of a setting")
