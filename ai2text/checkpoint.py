@@ -236,7 +236,9 @@ def unpack_run(
         recipe = read_json(part/"recipe.json") if "recipe.json" in files else {}
         if _short(recipe) != top.name: raise ConfigError(f"recipe.json: is of {_short(recipe)}, not of {top.name}; nothing was taken")
         (part/"recipe.json").replace(top/"recipe.json")
-    return (top/".arrived").rename(top/budget) # fails when there is something under that name
+    if any((top/budget).glob("checkpoints/*/checkpoint.json")): raise ConfigError(f"{top/budget}: is there already; nothing was taken")
+    with Lock(top/budget, wait=0): shutil.rmtree(top/budget) # empty, or of a process that ended before its first checkpoint
+    return (top/".arrived").rename(top/budget)
 
 # %% ../nbs/78_checkpoint.ipynb #188833e7
 def runs(

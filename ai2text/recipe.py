@@ -10,7 +10,7 @@ __all__ = ['POLICIES', 'BUDGET_ONLY', 'FAMILIES', 'OWN_SECTIONS', 'LIBRARIES', '
            'read_again', 'train', 'summary', 'plot_curve']
 
 # %% ../nbs/88_recipe.ipynb #ae2fed4b
-import dataclasses, importlib.metadata, importlib.util, json, math, os, platform, resource, shutil, subprocess, sys, time
+import dataclasses, hashlib, importlib.metadata, importlib.util, json, math, os, platform, resource, shutil, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -319,7 +319,7 @@ def kept_by_dvc(
     folder:Path, # an output of a stage; need not be there
 )->dict:         # name -> MD5, and a function that gives blocks of bytes
     "The files of a folder as the workspace's `dvc.lock` names them, in DVC's cache or its remote; raises `OutOfReach`."
-    folder = Path(folder).resolve()
+    folder = Path(folder).absolute()
     root = next((p for p in folder.parents if (p/".dvc").is_dir()), None)
     if root is None: raise OutOfReach("this is no repository of DVC")
     if not any(f"path: {folder.relative_to(p).as_posix()}\n" in (p/"dvc.lock").read_text("utf-8") for p in folder.parents if (p/"dvc.lock").is_file()): raise OutOfReach("no `dvc.lock` names one")
@@ -346,6 +346,7 @@ def kept_by_dvc(
                 if entry.isdir or not entry.hash_info: continue
                 fs, path = place(index.storage_map, entry)
                 files["/".join(k[len(key):])] = entry.hash_info.value, lambda fs=fs, path=path: blocks(fs, path)
+    except KeyError as e: raise OutOfReach("it is no output of a stage any more") from e
     except (DvcException, SCMError, DataIndexDirError, OSError, BotoCoreError) as e: raise OutOfReach(" ".join(f"{e}{f', {e.__cause__}' if e.__cause__ else ''}".split())) from e
     return files
 
@@ -366,11 +367,11 @@ def bring(
         if any(top.glob("*/checkpoints/*/checkpoint.json")): return
         try:
             files = kept_by_dvc(packed(layout, name))
-            theirs = json.loads(b"".join(files["recipe.json"][1]())) if "recipe.json" in files else {}
+            if "recipe.json" not in files: return tell("starts from the beginning; what DVC keeps as its run has no recipe")
+            digest, text = files["recipe.json"][0], b"".join(files["recipe.json"][1]())
         except OutOfReach as e: return tell(f"starts from the beginning; there is no earlier run to go on with ({e})")
-        except ValueError as e: raise ConfigError(f"{packed(layout, name)}/recipe.json: {e}; {SPOILT}") from e
-        if not theirs: return tell("starts from the beginning; what DVC keeps as its run has no recipe")
-        if other := unlike(theirs, read_json(top/"recipe.json")): return tell(f"starts from the beginning; the run that `dvc.lock` names differs in {other}")
+        if hashlib.md5(text, usedforsecurity=False).hexdigest() != digest: raise ConfigError(f"{packed(layout, name)}/recipe.json: {SPOILT}")
+        if other := unlike(json.loads(text), read_json(top/"recipe.json")): return tell(f"starts from the beginning; the run that `dvc.lock` names differs in {other}")
         try: run = unpack_run(files, top)
         except OutOfReach as e: raise ConfigError(f"{packed(layout, name)}: a run to go on with, but not all of it arrives ({e}); try again when it does, or push it from where it was trained; {OR_NOT}") from e
         except ConfigError as e: raise ConfigError(f"{packed(layout, name)}/{e}; {SPOILT}") from e
