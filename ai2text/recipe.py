@@ -327,7 +327,6 @@ def kept_by_dvc(
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
     from dvc.scm import SCMError
-    from dvc_data.index import DataIndexDirError, StorageKeyError
     def blocks(fs, path):
         if fs is None: raise OutOfReach(f"{path}: not in DVC's cache, and there is no remote")
         try:
@@ -337,17 +336,19 @@ def kept_by_dvc(
     def place(storage, entry):
         fs, path = storage.get_cache(entry)
         try: return (fs, path) if fs.exists(path) else storage.get_remote(entry)
-        except StorageKeyError: return None, path
+        except KeyError: return None, path
+    def lost(entry, e): raise OutOfReach(" ".join(f"{e}, {e.__cause__}".split())) from e
     files, key = {}, folder.relative_to(root).parts
     try:
         with Repo.open(str(root)) as repo:
             index = repo.index.data["repo"]
+            index.onerror = lost # a folder's list of files that cannot be had
             for k,entry in index.iteritems(key):
                 if entry.isdir or not entry.hash_info: continue
                 fs, path = place(index.storage_map, entry)
                 files["/".join(k[len(key):])] = entry.hash_info.value, lambda fs=fs, path=path: blocks(fs, path)
     except KeyError as e: raise OutOfReach("it is no output of a stage any more") from e
-    except (DvcException, SCMError, DataIndexDirError, OSError, BotoCoreError) as e: raise OutOfReach(" ".join(f"{e}{f', {e.__cause__}' if e.__cause__ else ''}".split())) from e
+    except (DvcException, SCMError, OSError, BotoCoreError) as e: raise OutOfReach(" ".join(str(e).split())) from e
     return files
 
 def unlike(a:dict, b:dict)->str:
