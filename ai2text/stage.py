@@ -40,8 +40,8 @@ def check_names(
 ):
     "Refuse a name of a corpus or a model that could not be a part of ids, paths and names of stages."
     for name in params.get("models") or {}:
-        if name in ("init", "export") or not re.fullmatch(r"\w[\w.-]*", str(name)) or str(name).endswith("-eval"):
-            raise ConfigError(f"params.yaml: models: {name!r} is no name for a model; init, export and what ends with -eval name other folders, and only letters, digits, _, . and - may be in it")
+        if name in ("init", "runs", "export") or not re.fullmatch(r"\w[\w.-]*", str(name)) or str(name).endswith("-eval"):
+            raise ConfigError(f"params.yaml: models: {name!r} is no name for a model; init, runs, export and what ends with -eval name other folders, and only letters, digits, _, . and - may be in it")
     for name in params.get("corpora") or {}:
         if not re.fullmatch(r"[a-z0-9_]+", str(name)): raise ConfigError(f"params.yaml: corpora: {name!r} is no name for a corpus; write a-z, 0-9 and _ alone")
 

@@ -88,7 +88,7 @@ def same_end(a:Path, b:Path):
     def ends(folder):
         path = latest(folder/"checkpoints")
         rows = [{k: v for k,v in row.items() if k != "hours"} for row in csv.DictReader(open(folder/"learning_curve.csv"))]
-        state = torch.load(path/"state.pt", weights_only=True)
+        state = load_checkpoint(path)[1]
         moments = [v.tolist() for s in state["optimizer"]["state"].values() for v in s.values()]
         return path.name, (path/"model.safetensors").read_bytes(), (path/"ema.safetensors").read_bytes(), rows, moments, state["scaler"], state["run"]["loader"]
     for x,y in zip(ends(a), ends(b)): assert x == y
