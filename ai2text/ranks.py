@@ -93,8 +93,12 @@ def same(self:Ranks, value):
     "Rank 0's value, for all: numbers, texts, None, tensors on the CPU, and lists, tuples and dicts of them."
     if self.world == 1: return value
     held = []
-    def mark(t): held.append(t.contiguous()); return torch.empty_like(held[-1], device="meta")
-    def fill(t): held.append(torch.empty_like(t, device="cpu")); return held[-1]
+    def flat(t): held.append(t.as_strided((t.numel(),), (1,))); return t # in the order of memory: a fused optimizer pairs that, so strides stay as they are
+    def mark(t):
+        like = torch.empty_like(t, device="meta")
+        flat(t if t.stride() == like.stride() else torch.empty_like(t).copy_(t))
+        return like
+    def fill(t): return flat(torch.empty_like(t, device="cpu"))
     values = [_with_tensors(mark, value)]
     with self._together(): dist.broadcast_object_list(values, src=0)
     if not self.main: value = _with_tensors(fill, values[0])
