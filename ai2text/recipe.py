@@ -6,8 +6,8 @@
 __all__ = ['POLICIES', 'BUDGET_ONLY', 'FAMILIES', 'OWN_SECTIONS', 'LIBRARIES', 'MADE', 'FEATURE_BATCHES', 'OR_NOT', 'SPOILT',
            'TrainConfig', 'model_class', 'build_model', 'load_model', 'InitConfig', 'init', 'transcribe_split',
            'split_loader', 'measure', 'run_recipe', 'environment', 'set_up', 'peak_memory', 'why_stop', 'StopWhen',
-           'LiveCurve', 'packed', 'OutOfReach', 'kept_by_dvc', 'unlike', 'bring', 'train_rank', 'fit', 'publish',
-           'read_again', 'train', 'summary', 'plot_curve']
+           'LiveCurve', 'packed', 'OutOfReach', 'kept_by_dvc', 'unlike', 'bring', 'train_rank', 'fit', 'made_of',
+           'train_together', 'join', 'publish', 'read_again', 'train', 'summary', 'plot_curve']
 
 # %% ../nbs/88_recipe.ipynb #ae2fed4b
 import dataclasses, hashlib, importlib.metadata, importlib.util, json, math, os, platform, resource, shutil, subprocess, sys, time
@@ -24,7 +24,7 @@ from .config import ConfigError, Layout, find_root, import_closure, load_params,
 from .loader import create_webdataset_loader
 from .metrics import score_rows, utterance_rows
 from .optimizer import OPTIMIZERS, make_optimizer
-from .ranks import Ranks, launch
+from .ranks import MINUTES, LostMachine, Ranks, launch
 from .text import NORMALISER_VERSION, load_tokenizer
 from .trainer import Progress, TrainerOptimized, dtypes
 from .ttq import Books, TTQObserver, TTQTracker, load_log, read_entries, read_milestones, spell_hours, summary as milestone_rows, to_target
@@ -59,7 +59,9 @@ class TrainConfig:
     shuffle_buffer:int = opt(10_000, "utterances in a window of the shuffle", ge=1)
     num_workers:int = opt(1, "threads that read ahead", ge=0)
     threads:int = opt(0, "processor threads of each process; the same number gives the same bits; 0 = as torch likes", ge=0)
-    nproc:int = opt(1, "processes that train together, one for each GPU", ge=1)
+    nproc:int = opt(1, "processes that train together, one for each GPU of a machine", ge=1)
+    machines:int = opt(1, "machines that train together, each with `nproc` processes", ge=1)
+    master:str = opt("127.0.0.1:29400", "address of the first machine for the others, host:port; whoever reaches it is trusted, so on a private network")
     memory_gb:float = opt(0., "memory of a GPU that may be used; micro-batches are split to fit into it; 0 = all", ge=0)
     checkpointing:bool = opt(False, "compute activations again in the backward pass instead of keeping them: less memory, more time")
     compile:bool = opt(False, "compile the model for a GPU")
@@ -74,7 +76,7 @@ class TrainConfig:
     @property
     def budget(self)->Budget: return Budget(self.max_steps, self.max_hours, self.max_audio_hours)
 
-BUDGET_ONLY = ('milestones', 'max_steps', 'max_hours', 'max_audio_hours', 'checkpoint_minutes', 'num_workers', 'stop_when', 'min_probability', 'price_per_hour')  # change no weight before the decay
+BUDGET_ONLY = ('milestones', 'max_steps', 'max_hours', 'max_audio_hours', 'checkpoint_minutes', 'num_workers', 'master', 'stop_when', 'min_probability', 'price_per_hour')  # change no weight before the decay
 
 # %% ../nbs/88_recipe.ipynb #02639d06
 FAMILIES = dict(conformer="Conformer", whisper="Whisper", wav2vec="Wav2Vec2")  # module and its class
@@ -426,9 +428,55 @@ def fit(
     go_on = bool(done.get("stopped")) and not why_stop(read_again(folder/"ttq_log.jsonl", milestones), config.stop_when, config.min_probability)
     if done and not go_on: return folder
     run = dict(name=name, train=dataclasses.asdict(config), milestones=milestones, root=str(layout.root), folder=str(folder), go_on=go_on, born=born)
-    if config.nproc > 1 and "WORLD_SIZE" not in os.environ: launch("ai2text.recipe:train_rank", run, config.nproc, config.threads); return folder
+    if config.nproc*config.machines > 1 and "WORLD_SIZE" not in os.environ: train_together(name, config, layout, run); return folder
     with Ranks.here() as ranks: train_rank(ranks, **run)
     return folder
+
+# %% ../nbs/88_recipe.ipynb #b2c3e4d5
+def made_of(
+    name:str,            # of the model, M
+    config:TrainConfig,
+    layout:Layout,
+)->dict:                 # parameters and their values, files and their SHA-256
+    "What decides the weights of a run and its end."
+    recipe, files = run_recipe(name, config, layout)
+    return dict(torch=torch.__version__, budget=config.budget.name, **{f"train.{k}": v for k,v in recipe["train"].items()}, **{f"{f.parent.name}/{f.name}": sha256(f) for f in [*files, layout.manifest("dev")]})
+
+def train_together(
+    name:str,            # of the model, M
+    config:TrainConfig,
+    layout:Layout,
+    run:dict,            # what `train_rank` takes
+    machine:int=0,       # this one's number
+):
+    "Train in several processes of one machine or of several, to the common end; when another machine is lost, wait for it and go on from the last checkpoint."
+    met, meeting = time.monotonic(), None
+    if config.machines > 1: meeting = dict(machine=machine, machines=config.machines, master=config.master, made_of=made_of(name, config, layout), join=f"ai2text join {name} --machine")
+    while True:
+        try: return launch("ai2text.recipe:train_rank", run, config.nproc, config.threads, meeting)
+        except LostMachine as e:
+            now = time.monotonic()
+            if e.met: met = now
+            elif meeting is None or now - met > 60*MINUTES: raise # those who never get together do not try for ever
+            print(f"machine {machine} of {config.machines}: {e}; waits for it, and goes on from the last checkpoint", file=sys.stderr, flush=True)
+        run = run | dict(born=time.monotonic())
+
+def join(
+    model:str,      # name in `models` of params.yaml
+    machine:int,    # number of this machine, from 1; the first one, which runs `dvc repro`, is 0
+    root:Path=None, # folder with params.yaml; found from here when left out
+)->str:
+    "Take part in a training run as a further machine, to the run's end."
+    layout = Layout(root or find_root())
+    values = load_params(layout.root/"params.yaml")
+    if model not in values["models"]: raise ConfigError(f"params.yaml: models: no {model}; there are {', '.join(values['models'])}")
+    config = make(TrainConfig, values["train"] | values["models"][model].get("train", {}), "train")
+    if not 0 < machine < config.machines: raise ConfigError(f"--machine {machine}: params.yaml says train.machines: {config.machines}; machine 0 runs `dvc repro`, " + (f"the others are 1 to {config.machines - 1}" if config.machines > 1 else "and nobody joins it"))
+    for path in (layout.split_index("train"), layout.split_index("dev"), layout.manifest("dev"), layout.tokenizer, layout.init(model)):
+        if not path.exists(): raise ConfigError(f"{path}: not here; `dvc pull data/index data/prepared models/init/{model}` and come again")
+    run = dict(name=model, train=dataclasses.asdict(config), milestones=[], root=str(layout.root), folder="")
+    train_together(model, config, layout, run, machine)
+    return f"machine {machine} of {config.machines}: the run is finished, its results are on the first machine"
 
 # %% ../nbs/88_recipe.ipynb #821aad8f
 def publish(

@@ -536,9 +536,8 @@ BEAT_SECONDS = 5
 ELSEWHERE = "a signal to another rank"
 
 @patch
-def _restore(self:TrainerOptimized, path:Path, loader):
-    "Take over a checkpoint."
-    weights, state = load_checkpoint(path)
+def _restore(self:TrainerOptimized, weights:dict, state:dict, loader=None):
+    "Take over what `load_checkpoint` gives."
     self.model.load_state_dict(weights["model"])
     if self.ema: self.ema.load(weights["ema"])
     self.optimizer.load_state_dict(state["optimizer"])
@@ -546,7 +545,6 @@ def _restore(self:TrainerOptimized, path:Path, loader):
     self.state = State(**state["run"])
     self.count_names = list(self.state.counts) # a rank may have nothing in its first window
     if loader is not None: loader.load_state_dict(self.state.loader)
-    return state
 
 @patch
 def _donor(self:TrainerOptimized)->Path|None:
@@ -561,21 +559,25 @@ def _donor(self:TrainerOptimized)->Path|None:
 each_its_own = "give each budget a folder of its own (run_folder(..., budget=budget.name))"
 
 @patch
-def _resume(self:TrainerOptimized, loader):
-    "Go on from the folder's last checkpoint, from another budget's, or start."
+def _saved(self:TrainerOptimized)->tuple[dict,dict]|None:
+    "The folder's last checkpoint, or another budget's, and what the run has lived; for the first rank."
     own, beat = latest(self.folder/"checkpoints"), self.folder/"clocks.json"
-    path = own or self._donor()
-    self.continued_from = path
+    path = self.continued_from = own or self._donor()
     if own and (theirs := about(own)["budget"]) != self.budget.name:
         raise ValueError(f"{self.folder}: holds a run with the budget {theirs}, not {self.budget.name}; {each_its_own}")
-    saved = self._restore(path, loader)["clocks"] if path else {}
-    alive = read_json(beat) if beat.exists() else {}
-    self.clocks.restore(saved, alive)
-    if not own: self.state.best = {} # those weights are in the other folder
-    if not self.ranks.main: return
-    for p in steps(path.parent, "evaluated") if path and not own and self.average_last > 1 else ():
-        if step_of(p) <= self.state.step: name_checkpoint(p, self.folder/"checkpoints"/p.name)
-    if self.state.curve: write_curve(self.folder/"learning_curve.csv", self.state.curve)
+    weights, state = load_checkpoint(path) if path else ({}, {})
+    self.clocks.restore(state.get("clocks", {}), read_json(beat) if beat.exists() else {})
+    if not path: return None
+    if not own: state["run"]["best"] = {} # those weights are in the other folder
+    for p in steps(path.parent, "evaluated") if not own and self.average_last > 1 else ():
+        if step_of(p) <= state["run"]["step"]: name_checkpoint(p, self.folder/"checkpoints"/p.name)
+    return weights, state
+
+@patch
+def _resume(self:TrainerOptimized, loader):
+    "Go on from a checkpoint, if there is one: the first rank reads it, all take it over."
+    if saved := self.ranks.same(self._saved() if self.folder else None): self._restore(*saved, loader)
+    if self.folder and self.state.curve: write_curve(self.folder/"learning_curve.csv", self.state.curve)
 
 # %% ../nbs/80_trainer.ipynb #ec4545eb
 @contextlib.contextmanager
@@ -655,7 +657,7 @@ def fit(self:TrainerOptimized,
     loader,                     # iterating gives the rest of an epoch, then the next one; `state_dict`, `load_state_dict`
     budget:Budget,              # when to stop
     observers=(),               # see `Observer`
-    run_folder:Path|None=None,  # where the run is kept; None: nowhere
+    run_folder:Path|None=None,  # where the run is kept, on the first rank; None: nowhere
     *,
     evaluate=None,                      # `evaluate(model)` gives a dict of measures, on all ranks the same
     evaluate_every:Every=Every(),       # the end counts too
@@ -664,20 +666,20 @@ def fit(self:TrainerOptimized,
     keep:int=2,                         # step checkpoints that stay
     go_on:bool=False,                   # with a run that `enough` had ended, too
 )->dict:                                # what `result.json` holds
-    "Train until the budget is used up, from where the run folder stands, which all ranks can read; a finished run only gives its result."
-    self.budget, self.observers, self.folder = budget, list(observers) if self.ranks.main else [], Path(run_folder) if run_folder else None
+    "Train until the budget is used up, from where the run folder stands; a finished run only gives its result."
+    self.budget, self.observers, self.folder = budget, list(observers) if self.ranks.main else [], Path(run_folder) if run_folder and self.ranks.main else None
     self.evaluate, self.evaluate_every, self.checkpoint_every, self.monitor, self.keep = evaluate, evaluate_every, checkpoint_every, monitor, keep
     self.stop, self.stopped, self.continued_from, self._beat = "", "", None, 0.
     if self.folder and not hasattr(loader, "state_dict"):
         raise TypeError(f"{type(loader).__name__} has no state_dict: a run kept in {self.folder} could not go on")
     with contextlib.ExitStack() as stack:
-        if self.folder:
-            if self.ranks.main: stack.enter_context(Lock(self.folder))
-            if self.ranks.same(self._is_finished(go_on)): return self._finished()
+        if self.folder: stack.enter_context(Lock(self.folder))
+        if end := self.ranks.same(self._finished(go_on) if self.folder else None):
+            result, *saved = end
+            self._restore(*saved)
+            return result
         stack.enter_context(_handled(self._on_signal))
-        if self.folder: self._resume(loader)
-        self.ranks.wait() # until all have read, before the first writes
-        if not self.ranks.main: self.folder = None
+        self._resume(loader)
         self.ranks.spread([*self.model.state_dict().values(), *(self.ema.average.values() if self.ema else ())])
         self.model.train()
         if self.folder and not self.state.loader: self.state.loader = loader.state_dict()
@@ -706,25 +708,18 @@ def _finish(self:TrainerOptimized)->dict:
     result = _finite(dict(step=s.step, epoch=s.epoch, units=s.units, audio_hours=self.audio_hours, hours=self.clocks.hours, seconds=self.clocks.read(),
         budget=self.budget.name, stopped=self.stopped, final=s.curve[-1] if s.curve else {}, best=best, skipped=s.skipped, spikes=s.spikes, overflows=s.overflows,
         counts=s.counts, dtype=str(self.dtype)[6:], effective_batch_size=self.effective_batch_size))
+    result = self.ranks.same(result) # before it is written: a run that says it is finished needs nobody any more
     if self.folder: write_json(self.folder/"result.json", result)
-    return self.ranks.same(result)
+    return result
 
 @patch
-def _is_finished(self:TrainerOptimized, go_on:bool)->bool:
-    "Is there nothing left to do? The first rank says so."
-    end = self.folder/"result.json"
-    if not self.ranks.main or not end.exists(): return False
-    if not (go_on and read_json(end).get("stopped")): return True
-    end.unlink()
-    return False
-
-@patch
-def _finished(self:TrainerOptimized)->dict:
-    "The result and the weights of a finished run."
-    result = read_json(self.folder/"result.json")
+def _finished(self:TrainerOptimized, go_on:bool)->tuple[dict,dict,dict]|None:
+    "The result and the last checkpoint of a run that has nothing left to do; for the first rank."
+    if not (end := self.folder/"result.json").exists(): return None
+    result = read_json(end)
+    if go_on and result.get("stopped"): end.unlink(); return None
     if result["budget"] != self.budget.name:
         raise ValueError(f"{self.folder}: finished with the budget {result['budget']}, not {self.budget.name}; {each_its_own}")
     path = latest(self.folder/"checkpoints")
     if path is None: raise ValueError(f"{self.folder}: says that it is finished but has no checkpoint; delete the folder to train again")
-    self._restore(path, None)
-    return result
+    return result, *load_checkpoint(path)
