@@ -21,7 +21,8 @@ import pytest
 
 from ai2text.faults import KEY, SECRET, Faults, bad_line, serve_s3
 
-for name in ("dvc.commands.add", "dvc.commands.checkout", "dvc.commands.data_sync", "dvc.commands.gc", "dvc.repo", "dvc_s3", "s3fs"): importlib.import_module(name) # once, here, and not in each process below
+for name in ("configobj", "dulwich.repo", "dvc.cachemgr", "dvc.cli.parser", "dvc.data_cloud", "dvc.lock", "dvc.repo", "dvc_data.index", "dvc_render.vega", "dvc_s3", "psutil", "s3fs", "scmrepo.git"):
+    importlib.import_module(name) # once, here, and not in each process below
 fork = multiprocessing.get_context("fork")
 FILES, SIZE = 12, 100_000 # of a commit, and bytes of each
 CONFIG = """[core]
@@ -42,7 +43,7 @@ def _dvc(arguments, folder, environment, out, limit):
     with open(out, "wb", 0) as f: os.dup2(f.fileno(), 1), os.dup2(f.fileno(), 2)
     sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))
     if limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    logging.getLogger("dvc").handlers.clear()
+    for name in ("dvc", "dvc_data", "dvc_objects"): logging.getLogger(name).handlers.clear()
     dvc.logger.setup()
     code = dvc.cli.main(list(arguments))
     sys.stdout.flush(), sys.stderr.flush()
@@ -150,30 +151,21 @@ def wait_for(count, folder, process):
 
 # Refused
 
-def test_wrong_keys(a, store):
-    nobody, wrong, nothing = dict(AWS_ACCESS_KEY_ID="nobody"), dict(AWS_SECRET_ACCESS_KEY="wrong"), dict(AWS_ACCESS_KEY_ID=None, AWS_SECRET_ACCESS_KEY=None)
-    assert "Forbidden" in a.dvc("push", ok=False, **nobody)
-    assert "Unable to locate credentials" in a.dvc("push", ok=False, **nothing)
-    assert not objects(store.folder)
-    a.dvc("push")
-    b = clone(a)
-    assert "Forbidden" in b.dvc("pull", ok=False, **wrong) and not objects(b.cache)
-    b.dvc("pull")
-    assert b.data() == a.data() and objects(b.cache) == objects(store.folder) == objects(a.cache)
-
-
-def test_no_bucket(a, store):
-    """A push says that the bucket is not there. A pull does not: it takes the bucket for an empty one and speaks of missing
-    files, as for data that were never pushed. Both end with an error, and make no bucket."""
-    a.use(store.url, "missing")
-    assert "The specified bucket does not exist" in a.dvc("push", ok=False)
+def test_wrong_key_and_no_bucket(a, store):
+    """Nothing comes, nothing is made, and with the right settings all is well. Of a missing bucket a push says so. A pull does
+    not: it takes the bucket for an empty one, and speaks of missing files as for data that were never pushed."""
+    assert "Forbidden" in a.dvc("push", ok=False, AWS_ACCESS_KEY_ID="nobody")
+    assert "Unable to locate credentials" in a.dvc("push", ok=False, AWS_ACCESS_KEY_ID=None, AWS_SECRET_ACCESS_KEY=None)
+    assert "The specified bucket does not exist" in a.use(store.url, "missing").dvc("push", ok=False)
+    assert [p.name for p in store.folder.rglob("*")] == ["bucket"]
     a.use(store.url).dvc("push")
-    b = clone(a).use(store.url, "missing")
-    said = b.dvc("pull", ok=False)
+    b = clone(a)
+    assert "Forbidden" in b.dvc("pull", ok=False, AWS_SECRET_ACCESS_KEY="wrong")
+    said = b.use(store.url, "missing").dvc("pull", ok=False)
     assert "neither locally nor on remote" in said and "failed to pull" in said
-    assert [p.name for p in store.folder.iterdir()] == ["bucket"]
+    assert not objects(b.cache)
     b.use(store.url).dvc("pull")
-    assert b.data() == a.data() and objects(b.cache) == objects(store.folder)
+    assert b.data() == a.data() and objects(b.cache) == objects(store.folder) == objects(a.cache)
 
 
 # Broken
@@ -182,20 +174,20 @@ def test_cut_while_pushing(a, store):
     "DVC tries each object again by itself; what a push did not bring, the next one does."
     with bad_line(store.url, Faults(every=1000, most=40, seed=1)) as line:
         a.use(line.url)
-        while a.end(a.start("push")): assert "ERROR" in a.said and objects(store.folder) <= objects(a.cache)
+        assert any(a.end(a.start("push")) == 0 for _ in range(10))
         assert line.cuts.value >= 5
     assert objects(store.folder) == objects(a.cache)
 
 
 def test_cut_while_pulling(a, store):
-    """What has come is whole, the rest is named, and a second pull brings it. This server sends the checksum of the whole with a
-    part of it, too, which AWS and MinIO do not: only if checksums are left out does DVC take up an object where it was cut."""
+    """What has come is whole, the rest is named, and the next pull brings it. This server sends the checksum of the whole with a
+    part of it, too: only if checksums that need not be are not checked does DVC take up an object where it was cut."""
     a.dvc("push")
     with bad_line(store.url, Faults(every=100_000, seed=2)) as line:
         b = clone(a).use(line.url)
         assert "failed to transfer" in b.dvc("pull", ok=False)
         assert objects(b.cache) < objects(store.folder) and line.cuts.value >= 5
-        while b.end(b.start("pull", AWS_RESPONSE_CHECKSUM_VALIDATION="when_required")): assert objects(b.cache) < objects(store.folder)
+        assert any(b.end(b.start("pull", AWS_RESPONSE_CHECKSUM_VALIDATION="when_required")) == 0 for _ in range(10))
     assert b.data() == a.data() and objects(b.cache) == objects(store.folder)
 
 
@@ -255,7 +247,7 @@ def test_full_disk(a, store):
 # Two at once
 
 def test_two_push_at_once(a, store):
-    "They share half of their files, and neither waits for the other."
+    "They share files and have files of their own; neither waits for the other."
     older, b = {name for name in objects(a.cache) if name.endswith(".dir")}, clone(a)
     b.write("one"), b.write("two", 6), b.commit("two")
     a.write("three", 6), a.commit("three")
@@ -273,7 +265,7 @@ def test_two_push_at_once(a, store):
 def test_gc_and_an_older_commit(a, store):
     """`gc -w` empties a cache of what other commits need: they come back from the remote. `gc -w -c` does the same to the
     remote, for everybody: then only a machine that still has the data can bring them back, with a push from that commit. So
-    no `-c` without `-A` (all commits) on a remote that is shared."""
+    on a remote that is shared there is no `-c` without `-A` (all commits), which keeps them."""
     one = a.data()
     a.dvc("push")
     b = clone(a)
