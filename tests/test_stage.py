@@ -92,7 +92,7 @@ def start(root:Path, *command:str)->subprocess.Popen:
 def alive(pid:int)->bool: return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def wait_for(holds, seconds=60):
+def wait_for(holds, seconds=180):
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it did not happen in time"
@@ -205,7 +205,7 @@ def test_processes_of_a_stage_end_with_it(tmp_path, signum):
     root = project(tmp_path, "from ai2text.ranks import launch\nlaunch('boiling:boil', {}, 2, threads=1)")
     (root/"boiling.py").write_text(BOIL)
     process = start(root)
-    wait_for((root/"started").exists, seconds=60)
+    wait_for((root/"started").exists, seconds=180)
     pids = started(root)
     process.send_signal(signum)
     assert process.wait(30) == (143 if signum == signal.SIGTERM else -signal.SIGKILL)
