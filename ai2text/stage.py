@@ -202,8 +202,15 @@ class StageError(RuntimeError):
         super().__init__(text)
         self.code = code
 
+def _parent()->int:
+    "The process that started this one; -1 if that is gone. DVC's children are of its session, and who takes in orphans is not."
+    pid = os.getppid()
+    try: gone = "DVC_STAGE" in os.environ and pid > 0 and os.getsid(pid) != os.getsid(0) != os.getpid()
+    except ProcessLookupError: gone = True
+    return -1 if gone else pid
+
 class Watch:
-    "A context that passes signals and the death of the parent on to the process `pid`, as one interrupt."
+    "A context that passes signals and the death of the parent on to the process `pid`, as one interrupt. As long as there is none, they end this process."
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     def __init__(self,
         grace:float=120, # seconds from the interrupt to the kill
@@ -211,7 +218,7 @@ class Watch:
         self.grace, self.pid, self.signum, self.sent, self.over = grace, None, None, None, threading.Event()
 
     def __enter__(self):
-        self.parent, self.thread = os.getppid(), threading.Thread(target=self._poll, daemon=True)
+        self.parent, self.thread = _parent(), threading.Thread(target=self._poll, daemon=True)
         self.before = {s: signal.signal(s, self._handle) for s in self.signals if signal.getsignal(s) != signal.SIG_IGN} # nohup ignores SIGHUP
         self.thread.start()
         return self
@@ -223,11 +230,15 @@ class Watch:
         if self.pid: # what the kernel may have left: loader workers, pools
             with contextlib.suppress(ProcessLookupError): os.killpg(self.pid, signal.SIGKILL)
 
-    def _handle(self, signum, frame): self.signum = self.signum or signum
+    def _handle(self, signum, frame):
+        self.signum = self.signum or signum
+        if self.pid is None: self.check()
 
     def _poll(self):
         while not self.over.wait(POLL_S):
-            if os.getppid() != self.parent: self._handle(signal.SIGTERM, None)
+            gone = os.getppid() != self.parent
+            if self.pid is None and gone: os._exit(128 + signal.SIGTERM) # a kernel that is just starting follows
+            if gone: self._handle(signal.SIGTERM, None)
             if self.signum is None or self.pid is None: continue
             with contextlib.suppress(ProcessLookupError):
                 if self.sent is None:
@@ -317,11 +328,13 @@ def run_stage(
     root=None,        # the project's folder; found from the current one by default
 )->Path:              # the report
     "Run a stage: check its parameters, execute its notebook, write its report; raises `StageError` if it did not finish."
+    sys.modules.setdefault("rfc3987_syntax", None) # comes with nbformat and builds a grammar of URLs for seconds; a notebook has no use for it, and does without
     root = find_root(root)
-    notebook = _notebook(name, root)
-    values = _values(name, root, notebook, dict(model=model, corpus=corpus), list(set))
     report = Layout(root).reports/f"{'-'.join(filter(None, [name, model or corpus]))}.ipynb"
-    with Watch() as watch: nb, error = _execute(notebook, values, root, watch)
+    with Watch() as watch: # before the imports of seconds, in which a parent may die
+        notebook = _notebook(name, root)
+        values = _values(name, root, notebook, dict(model=model, corpus=corpus), list(set))
+        nb, error = _execute(notebook, values, root, watch)
     if error is None:
         write_report(normalise(nb), report)
         return report.relative_to(root)

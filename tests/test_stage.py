@@ -92,7 +92,7 @@ def start(root:Path, *command:str)->subprocess.Popen:
 def alive(pid:int)->bool: return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def wait_for(holds, seconds=20):
+def wait_for(holds, seconds=180):
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it did not happen in time"
@@ -177,6 +177,19 @@ def test_death_of_the_parent_is_an_interrupt(tmp_path):
     assert "interrupted by SIGTERM" in failure(root)
 
 
+@pytest.mark.parametrize("moment", ["in its imports", "before its first line"])
+def test_an_orphan_begins_nothing(tmp_path, moment):
+    root = project(tmp_path, TRAIN)
+    (root/"kitchen.py").write_text("import os, pathlib, time\npathlib.Path('importing').write_text(str(os.getpid()))\ntime.sleep(60)" + KITCHEN)
+    command = [sys.executable, "-c", "import subprocess, sys; subprocess.run([sys.executable, 'runner.py'])"]
+    if moment == "before its first line": command = ["sh", "-c", f"DVC_STAGE=pour {sys.executable} runner.py & echo $! > importing"]
+    parent = start(root, *command)
+    wait_for(lambda: (root/"importing").exists() and (root/"importing").read_text())
+    parent.kill()
+    wait_for(lambda: not alive(int((root/"importing").read_text())))
+    assert not (root/"started").exists() and not (root/"papermill_runs").exists()
+
+
 def test_kernel_ends_with_a_killed_runner(tmp_path):
     root = project(tmp_path, TRAIN)
     process = start(root)
@@ -192,7 +205,7 @@ def test_processes_of_a_stage_end_with_it(tmp_path, signum):
     root = project(tmp_path, "from ai2text.ranks import launch\nlaunch('boiling:boil', {}, 2, threads=1)")
     (root/"boiling.py").write_text(BOIL)
     process = start(root)
-    wait_for((root/"started").exists, seconds=60)
+    wait_for((root/"started").exists, seconds=180)
     pids = started(root)
     process.send_signal(signum)
     assert process.wait(30) == (143 if signum == signal.SIGTERM else -signal.SIGKILL)

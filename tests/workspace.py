@@ -16,6 +16,12 @@ SMOKE = dict(
     train=dict(max_steps=240, batch_seconds=8., warmup_steps=5, evaluate_every_steps=60, checkpoint_minutes=0.01, threads=1, seed=3),
     export=dict(min_utterances=1, runtime_utterances=2, max_wer_gap=1., max_int8_gap=1., chunks=[8], pasts=[8], untrained_chunks=True, threads=1))
 
+# Every stage as short as it can be: for tests that run the whole pipeline again and again.
+KILLS = dict(
+    corpora=dict(demo=dict(sentences=24, dev_sentences=4, test_sentences=4, processes=1)), prepare=dict(tokenizer="char", processes=1), shards=dict(shard_size=20, processes=1),
+    train=dict(SMOKE["train"], max_steps=30, evaluate_every_steps=15), evaluate=dict(chunks=[8], threads=1),
+    export=dict(SMOKE["export"], utterances=2, runtime_utterances=1))
+
 
 def environment(**changes)->dict:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -25,14 +31,14 @@ def environment(**changes)->dict:
 
 class Workspace:
     "A copy of the project's files with small parameters, in a git repository of its own."
-    def __init__(self, root:Path):
+    def __init__(self, root:Path, smoke:dict=SMOKE):
         self.root = root
         names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
         for name in filter(None, names):
             if {"papermill_runs", "results", "comparison", "dvc.lock"} & set(Path(name).parts) or not (ROOT/name).is_file(): continue
             (root/name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT/name, root/name)
-        self.change(SMOKE)
+        self.change(smoke)
         self.change(dict(models={M: dict(size="tiny")}))
         self.run("git", "init", "-q")
 

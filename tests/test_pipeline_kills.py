@@ -1,0 +1,223 @@
+"`dvc repro` killed at random moments, from the first stage to the last: the next one ends in the same result."
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from workspace import KILLS, M, Workspace, environment
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by their environment, as Linux shows it")
+
+STAGES = ("corpus@demo", "prepare", "shards", f"init@{M}", f"train@{M}", f"evaluate@{M}", "compare", "export")
+VICTIMS = ("kernel", "runner", "dvc", "group") # innermost first
+MADE = ("dvc.lock", ".dvc/cache", ".runs", "data", "models", "results", "comparison", "papermill_runs")
+CUT = {"dvc.lock": ("dvc.lock' validation failed", "dvc.lock' is invalid", "unable to read: 'dvc.lock'"), ".dvc/tmp/rwlock": ("Unable to read RWLock-file",)}
+MARK = "AI2TEXT_KILLS" # in the environment of all that a workspace's `dvc repro` starts
+WAIT = 120             # seconds until what was not killed must have ended by itself
+# What a run's clock, memory or the machine's load is in: files that hold nothing else, and keys of others.
+CLOCK_FILES = {f"results/{M}/ttq_log.json", f"results/{M}/live/hours.tsv", f"results/{M}-eval/timing.json", "comparison/export_timing.json",
+               *(f"papermill_runs/{name}.ipynb" for name in (f"train-{M}", f"evaluate-{M}", "compare", "export"))}
+CLOCK_KEYS = {"hours", "cost", "memory_bytes", "training_memory", "memory", "real_time_factor", "seconds", "slowest", "claim"}
+
+
+@dataclass(frozen=True)
+class Kill:
+    "What a kill hit: the stage by the log of dvc, who, by which signal, and how much later the last process was gone."
+    stage: str
+    victim: str
+    signal: str
+    seconds: float
+
+
+def processes(root:Path)->dict:
+    "Who works for a workspace, and as what."
+    found = {}
+    for p in psutil.process_iter():
+        try:
+            if p.environ().get(MARK) != str(root) or p.status() == psutil.STATUS_ZOMBIE: continue
+            words = " ".join(p.cmdline())
+        except (psutil.NoSuchProcess, psutil.AccessDenied): continue
+        found[p] = "runner" if "ai2text.cli stage" in words else "kernel" if "kernel_main" in words else "dvc" if words.endswith("repro") or "dvc repro " in words else words[:80]
+    return found
+
+
+class Ended(AssertionError):
+    "A `dvc repro` that failed before anybody killed it."
+
+
+class Repro:
+    "A `dvc repro` under way."
+    def __init__(self, w:Workspace, *targets:str):
+        self.root, self.path = w.root, w.root.with_suffix(".log")
+        with open(self.path, "w") as log:
+            self.process = psutil.Popen(["dvc", "repro", *targets], cwd=w.root, env=environment(PYTHONUNBUFFERED="1", **{MARK: str(w.root)}), stdin=subprocess.DEVNULL,
+                                        stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                                        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # as in a terminal, also where these tests run behind `&`, which has it ignored
+
+    @property
+    def log(self)->str: return self.path.read_text(errors="replace")
+
+    @property
+    def stage(self)->str: return ("start", *re.findall(r"^Running stage '(.+)':", self.log, flags=re.M))[-1]
+
+    @property
+    def over(self)->bool: return self.process.poll() is not None
+
+    @property
+    def worked(self)->float:
+        "Seconds of a processor that it has used so far, with all whom it started: other than hours, they do not depend on how busy the machine is."
+        seconds = 0.
+        with suppress(psutil.NoSuchProcess):
+            for p in (self.process, *self.process.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess): seconds += sum(p.cpu_times()[:4])
+        return seconds
+
+    def wait(self, holds):
+        "Until something is so, or all is over; raises `Ended` where dvc failed."
+        while not self.over and not holds(): time.sleep(.1)
+        if self.over and self.process.returncode: raise Ended(self.log[-5000:])
+
+    def finish(self)->dict:
+        "Let it run to its end; the seconds of a processor that went into each stage."
+        marks = []
+        def note():
+            if not marks or marks[-1][0] != self.stage: marks.append((self.stage, self.worked))
+            self.last = self.worked or self.last
+        self.last = 0.
+        self.wait(note)
+        return {stage: end - start for (stage, start), (_, end) in zip(marks, [*marks[1:], ("", self.last)])}
+
+    def kill(self, stage:str, delay:float, victim:str, signum)->Kill:
+        "Send a signal `delay` seconds of work into a stage, or into what runs in its place; None if all was over before."
+        order = ("start", *STAGES)
+        self.wait(lambda: order.index(self.stage) >= order.index(stage))
+        begun = self.worked if stage != "start" else 0.
+        self.wait(lambda: self.worked - begun >= delay)
+        if self.over: return None
+        hit = self.stage
+        if victim == "group": os.killpg(self.process.pid, signum)
+        else:
+            alive = {what: p for p, what in processes(self.root).items()} | dict(dvc=self.process)
+            victim = next(v for v in VICTIMS[VICTIMS.index(victim):] if v in alive) # who is not there yet, or any more, leaves it to the next
+            with suppress(psutil.NoSuchProcess): alive[victim].send_signal(signum)
+        sent = time.monotonic()
+        while (left := processes(self.root)) or not self.over:
+            assert time.monotonic() < sent + WAIT, f"{victim} got {signal.Signals(signum).name} in {hit}; {WAIT} s later there are {({p.pid: what for p, what in left.items()})}: {self.log[-2000:]}"
+            time.sleep(.2)
+        return Kill(hit, victim, signal.Signals(signum).name, time.monotonic() - sent)
+
+
+def mended(root:Path, said:str)->str:
+    "The file that a kill cut while dvc was writing it, named by dvc's own words and taken away, as it advises; empty for any other failure."
+    for name, words in CUT.items():
+        if any(w in said for w in words):
+            (root/name).unlink()
+            return name
+    return ""
+
+
+def repro(act, mends:list, w:Workspace, *targets:str):
+    "Start `dvc repro`, and again where dvc cannot read one of the two files that it does not write in one piece."
+    try: return act(Repro(w, *targets))
+    except Ended as e:
+        if not (name := mended(w.root, str(e))): raise
+        print(f"    {name} was cut: {str(e)[-300:]}", flush=True)
+        mends.append(name)
+        return act(Repro(w, *targets))
+
+
+def corrupt(root:Path)->list:
+    "Objects of the cache that are not what their names say."
+    cache = root/".dvc/cache/files/md5"
+    objects = [p for p in cache.rglob("*") if p.is_file() and p.suffix != ".tmp"] # a copy that was not finished has another name
+    return [str(p) for p in objects if hashlib.md5(p.read_bytes()).hexdigest() != (p.parent.name + p.name).removesuffix(".dir")]
+
+
+def timeless(value):
+    "A value without what clocks and the machine put into it."
+    if isinstance(value, dict): return {k: timeless(v) for k, v in value.items() if k not in CLOCK_KEYS}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+def digest(path:Path)->str:
+    "A file by its content, the clocks apart."
+    text = path.read_bytes()
+    if path.suffix == ".json": text = json.dumps(timeless(json.loads(text))).encode()
+    if path.suffix == ".csv":
+        head, *rows = [line.split(",") for line in text.decode().splitlines()]
+        text = "\n".join(",".join(v for k, v in zip(head, row) if k not in CLOCK_KEYS) for row in [head, *rows]).encode()
+    return hashlib.sha256(text).hexdigest()
+
+
+def results(root:Path)->dict:
+    "All that a pipeline made, in short."
+    paths = {p.relative_to(root).as_posix(): p for top in MADE[3:] for p in (root/top).rglob("*") if p.is_file()}
+    return {name: digest(p) if name not in CLOCK_FILES else "clocks" for name, p in sorted(paths.items())}
+
+
+def wipe(root:Path):
+    "As if nothing had ever run; what dvc keeps for itself in .dvc/tmp stays as the last kill left it."
+    for name in MADE: shutil.rmtree(root/name) if (root/name).is_dir() else (root/name).unlink(missing_ok=True)
+
+
+def chances(rng:random.Random, kills:int, spent:dict)->list:
+    "Where to kill, whom, and how: each stage as often as any other, at any of its moments, in the pipeline's order."
+    stages = list(spent)
+    chosen = sorted(rng.randrange(len(stages)) for _ in range(kills))
+    whom = [rng.choice(VICTIMS) for _ in chosen]
+    how = [rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]) if v == "group" else signal.SIGKILL for v in whom]
+    return [(stages[i], rng.uniform(0, 1.1*spent[stages[i]]), v, s) for i, v, s in zip(chosen, whom, how)]
+
+
+def killed_round(w:Workspace, rng, kills:int, spent:dict, expected:dict, done:list, mends:list, *targets:str):
+    "From nothing to the end through some kills, added to `done`; raises where anything differs from a run that nobody disturbed."
+    wipe(w.root)
+    for stage, delay, victim, signum in chances(rng, kills, spent):
+        kill = repro(partial(Repro.kill, stage=stage, delay=delay, victim=victim, signum=signum), mends, w, *targets)
+        if kill is None: break # the last moment was after the end
+        done.append(kill)
+        print(f"{len(done):3d} {kill.victim:6s} {kill.signal:7s} {kill.stage:22s} gone after {kill.seconds:.1f} s", flush=True)
+        assert not corrupt(w.root), kill
+    repro(Repro.finish, mends, w, *targets)
+    found = results(w.root)
+    assert {k: (found.get(k), v) for k, v in expected.items() if found.get(k) != v} == {} and found.keys() == expected.keys(), "another result"
+    assert not corrupt(w.root)
+    assert w.repro(*targets) == set(), "a second run has nothing to do"
+    assert "up to date" in w.run("dvc", "status", *(("--with-deps", *targets) if targets else ["dvc.yaml"]))
+    for split in ("train", "dev", "test"): w.run("ai2text", "verify", f"data/shards/{split}", "--index", f"data/index/{split}.json")
+
+
+def table(kills:list)->str:
+    "Kills by stage and victim, by signal, and how long the rest of the processes lived."
+    count = Counter((k.stage, f"{k.victim} {k.signal[3:]}") for k in kills)
+    columns = sorted({v for _, v in count})
+    lines = [f"{'':24s}" + "".join(f"{c:>13s}" for c in columns) + f"{'all':>6s}"]
+    for stage in ("start", *STAGES):
+        row = [count[stage, c] for c in columns]
+        if sum(row): lines.append(f"{stage:24s}" + "".join(f"{n or '':>13}" for n in row) + f"{sum(row):>6d}")
+    lines.append(f"{'all':24s}" + "".join(f"{sum(n for (_, v), n in count.items() if v == c):>13d}" for c in columns) + f"{len(kills):>6d}")
+    slowest = max(kills, key=lambda k: k.seconds)
+    return "\n".join([*lines, f"the last process was gone after {slowest.seconds:.1f} s at most ({slowest.victim} {slowest.signal} in {slowest.stage})"])
+
+
+@pytest.mark.parametrize("kills, targets", [(5, (f"train@{M}",)), pytest.param(100, (), marks=pytest.mark.slow)], ids=["5", "100"])
+def test_killed_at_random_moments(tmp_path, kills, targets):
+    w, rng, done, mends = Workspace(tmp_path/"w", KILLS), random.Random(kills), [], []
+    spent = Repro(w, *targets).finish()
+    expected = results(w.root)
+    while len(done) < kills: killed_round(w, rng, min(25, kills - len(done)), spent, expected, done, mends, *targets)
+    print(table(done))
+    print(f"cut while dvc was writing them: {mends or 'none'}; seconds of a processor: { {k: round(v, 1) for k, v in spent.items()} }")
