@@ -3,6 +3,8 @@
 #   make demo   run the whole pipeline and print what came out
 #   make test   every check and every test
 #   make compare  train three families of models on equal terms, five minutes each, and say which to take
+#   make report  all reports, the comparison and the milestones as pages, in _site
+#   make s3     a real S3 server on this machine, for the remote `minio`
 #   make lab    JupyterLab with this project's kernel
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -20,6 +22,8 @@ unexport PYTHONPATH PYTHONHOME
 export PYTHONNOUSERSITE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
+# DVC unpickles what it finds there: a folder of this user alone.
+export DVC_SITE_CACHE_DIR := $(CURDIR)/.dvc/tmp/site
 export JUPYTER_PREFER_ENV_PATH := 1
 # Jupyter, DVC and matplotlib keep small files under HOME: give them one where the machine has none.
 ifneq ($(shell test -d "$$HOME" -a -w "$$HOME" && echo writable),writable)
@@ -27,7 +31,7 @@ export HOME := $(CURDIR)/$(VENV)/home
 export PIP_NO_CACHE_DIR := 1
 endif
 
-.PHONY: help demo compare test check notebooks pytest lab setup
+.PHONY: help demo compare report test check notebooks pytest s3 lab setup
 .NOTPARALLEL:
 
 help:
@@ -42,12 +46,18 @@ compare: $(STAMP)
 	@$(BIN)/dvc repro compare/dvc.yaml
 	@cd compare && $(CURDIR)/$(BIN)/ai2text compare
 
+# Pages that need nothing but a browser.
+report: $(STAMP)
+	@$(BIN)/ai2text report
+
 test: check notebooks pytest
 
 # The rules of the house: seconds, so they come first.
 check: $(STAMP)
 	@echo "--- ruff"
 	@$(BIN)/ruff check ai2text nbs tests setup.py
+	@echo "--- bandit"
+	@$(BIN)/bandit -q -c pyproject.toml -r ai2text
 	@echo "--- house rules"
 	@$(BIN)/python -m pytest -q tests/test_house.py
 
@@ -62,6 +72,12 @@ pytest: export OMP_NUM_THREADS := 1
 pytest: $(STAMP)
 	@echo "--- pytest"
 	@$(BIN)/python -m pytest -q --ignore=tests/test_house.py --cov --flags "$(FLAGS)"
+
+# The bucket of the remote `minio`, in .s3/; the keys are of this server alone. Ctrl-C ends it.
+s3: $(STAMP)
+	@mkdir -p .s3/ai2text
+	@echo "export AWS_ACCESS_KEY_ID=minio AWS_SECRET_ACCESS_KEY=minio123    # in another shell; then: dvc push -r minio"
+	@$(BIN)/rclone serve s3 --config /dev/null --addr 127.0.0.1:9000 --auth-key minio,minio123 .s3
 
 lab: $(STAMP)
 	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $(LAB_ARGS)

@@ -24,7 +24,11 @@ COMMANDS = dict(
     serve=("ai2text.serve:serve", "run a bundle as a service: sherpa-onnx behind a proxy, with a page", "bundle"),
     stream=("ai2text.client:stream", "send a recording or a microphone to a service and show what it hears", "url", "file"),
     handover=("ai2text.handover:handover", "compare two bundles on recorded streams, as a shadow or as A/B", "a", "b"),
+    join=("ai2text.recipe:join", "take part in a training run as one of several machines", "model"),
     compare=("ai2text.compare:compare", "put the models of params.yaml side by side, and say which to take"),
+    changes=("ai2text.changes:changes", "say which inputs and parameters differ between two runs, and what follows from them", "a", "b"),
+    report=("ai2text.site:site", "write what was reached and all reports as pages that need nothing but a browser"),
+    get=("ai2text.bundle:get", "fetch a released bundle by its git tag, and check it", "tag"),
     manifest=("ai2text.cli:manifest", "write a manifest of ours as one that NeMo reads", "manifest", "to"),
     runs=("ai2text.cli:runs", "list training runs, or delete old ones"))
 

@@ -354,7 +354,7 @@ def launch(
         env = {"OMP_NUM_THREADS": str(max(1, cores//nproc))} | ({"GLOO_SOCKET_IFNAME": wire, "NCCL_SOCKET_IFNAME": wire} if wire else {}) | os.environ | {"AI2TEXT_RANKS": scratch}
         if threads: env["OMP_NUM_THREADS"] = str(threads)
         log = stack.enter_context(open(folder/"torchrun.log", "wb"))
-        agent = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, start_new_session=True))
+        agent = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, start_new_session=True)) # nosec B603 # torchrun of this Python, a list of ours, no shell
         stack.callback(agent.kill) # comes first: without it and us, the pipe is closed and the ranks end
         while True:
             ended = agent.poll() is not None

@@ -204,7 +204,7 @@ MADE = ("results", "comparison", "papermill_runs", "dvc.lock", "README.md") # ke
 def environment()->dict:
     "What a result was made with: revision and what was changed since, pins, versions, hardware."
     def first(*command):
-        try: return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip("\n")
+        try: return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip("\n") # nosec B603 # names in the code below, no shell
         except (OSError, subprocess.TimeoutExpired): return ""
     def version(name):
         try: return importlib.metadata.version(name)
