@@ -190,7 +190,7 @@ class Cache:
         try:
             self._make_room(part, size)
             got = _copy(url, part, server)
-            if got != digest: raise ShardError(f"{url}: has SHA-256 {got[:16]}..., not {digest[:16]}... as its index says; send the shards and their index again")
+            if got != digest: raise ShardError(f"{url}: has SHA-256 {got[:16]}..., not {digest[:16]}... as its index says; put the right shard in its place (`dvc push` sends nothing that has been sent before), or send shards and index again")
             os.rename(path, self.folder/digest)
         except BaseException:
             path.unlink(missing_ok=True)
@@ -253,11 +253,13 @@ def tracked(
     paths = [Path(p).absolute() for p in paths]
     root = next((p for p in paths[0].parents if (p/".dvc").is_dir()), None)
     if root is None: raise ShardError(f"{paths[0]}: not here, and not in a repository of DVC; give the path of the shards")
+    from dvc_data.index import DataIndexDirError
     from dvc.exceptions import DvcException # takes seconds to import: only those who have no shards wait for it
     from dvc.repo import Repo
     from dvc.scm import SCMError
     try:
         with Repo.open(str(root), rev=rev or None) as repo: return [_kept(repo, p.relative_to(root).as_posix()) for p in paths]
+    except DataIndexDirError as e: raise ShardError(f"{paths[0]}: not here, and DVC cannot read what the remote has{' at ' + rev if rev else ''}: {e.__cause__ or e}; look at its keys (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or `dvc remote modify --local`), and whether it was pushed (`dvc push`)") from e
     except (DvcException, SCMError) as e: raise ShardError(f"{paths[0]}: not here, and DVC does not give it{' at ' + rev if rev else ''}: {e}") from e
 
 def _kept(repo, path):
