@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
