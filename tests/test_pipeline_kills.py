@@ -181,7 +181,7 @@ def chances(rng:random.Random, kills:int, spent:dict)->list:
     chosen = sorted(rng.randrange(len(stages)) for _ in range(kills))
     whom = [v for _ in range(0, kills, len(VICTIMS)) for v in rng.sample(VICTIMS, len(VICTIMS))][:kills] # each of them, also where there are few
     how = [rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]) if v == "group" else signal.SIGKILL for v in whom]
-    return [(stages[i], rng.uniform(0, 1.1*spent[stages[i]]), v, s) for i, v, s in zip(chosen, whom, how)]
+    return [(stages[i], rng.uniform(0, spent[stages[i]]), v, s) for i, v, s in zip(chosen, whom, how)]
 
 
 def killed_round(w:Workspace, rng, kills:int, spent:dict, expected:dict, done:list, mends:list, *targets:str):
