@@ -335,7 +335,7 @@ def run_stage(
         notebook = _notebook(name, root)
         values = _values(name, root, notebook, dict(model=model, corpus=corpus), list(set))
         nb, error = _execute(notebook, values, root, watch)
-    if error is None:
+    if error is None and not watch.signum: # DVC leaves Ctrl-C to its stages: one that ended well in spite of it would let the next begin
         write_report(normalise(nb), report)
         return report.relative_to(root)
     kind, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))

@@ -115,7 +115,9 @@ class Repro:
             with suppress(psutil.NoSuchProcess): alive[victim].send_signal(signum)
         sent = time.monotonic()
         while (left := processes(self.root)) or not self.over:
-            assert time.monotonic() < sent + WAIT, f"{victim} got {signal.Signals(signum).name} in {hit}; {WAIT} s later there are {({p.pid: what for p, what in left.items()})}: {self.log[-2000:]}"
+            if time.monotonic() > sent + WAIT:
+                for p in left: p.kill()
+                raise AssertionError(f"{victim} got {signal.Signals(signum).name} in {hit}; {WAIT} s later there are {({p.pid: what for p, what in left.items()})}: {self.log[-2000:]}")
             time.sleep(.2)
         return Kill(hit, victim, signal.Signals(signum).name, time.monotonic() - sent)
 
@@ -177,9 +179,9 @@ def chances(rng:random.Random, kills:int, spent:dict)->list:
     "Where to kill, whom, and how: each stage as often as any other, at any of its moments, in the pipeline's order."
     stages = list(spent)
     chosen = sorted(rng.randrange(len(stages)) for _ in range(kills))
-    whom = [rng.choice(VICTIMS) for _ in chosen]
+    whom = [v for _ in range(0, kills, len(VICTIMS)) for v in rng.sample(VICTIMS, len(VICTIMS))][:kills] # each of them, also where there are few
     how = [rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]) if v == "group" else signal.SIGKILL for v in whom]
-    return [(stages[i], rng.uniform(0, 1.1*spent[stages[i]]), v, s) for i, v, s in zip(chosen, whom, how)]
+    return [(stages[i], rng.uniform(0, spent[stages[i]]), v, s) for i, v, s in zip(chosen, whom, how)]
 
 
 def killed_round(w:Workspace, rng, kills:int, spent:dict, expected:dict, done:list, mends:list, *targets:str):

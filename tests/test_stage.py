@@ -157,8 +157,9 @@ def test_signals_become_one_interrupt(tmp_path, signum):
     wait_for(lambda: not any(map(alive, pids)))
 
 
-def test_swallowed_interrupt_stops_the_stage(tmp_path):
-    root = project(tmp_path, TRAIN.replace("raise KeyboardInterrupt", ""), "Path('next').touch()")
+@pytest.mark.parametrize("cells", [["Path('next').touch()"], []], ids=["before the last cell", "in the last cell"])
+def test_swallowed_interrupt_stops_the_stage(tmp_path, cells):
+    root = project(tmp_path, TRAIN.replace("raise KeyboardInterrupt", ""), *cells)
     process = start(root)
     started(root)
     process.terminate()
