@@ -253,9 +253,9 @@ def tracked(
     paths = [Path(p).absolute() for p in paths]
     root = next((p for p in paths[0].parents if (p/".dvc").is_dir()), None)
     if root is None: raise ShardError(f"{paths[0]}: not here, and not in a repository of DVC; give the path of the shards")
-    from dvc_data.index import DataIndexDirError
     from dvc.exceptions import DvcException # takes seconds to import: only those who have no shards wait for it
     from dvc.repo import Repo
+    from dvc.repo.data import DataIndexDirError
     from dvc.scm import SCMError
     try:
         with Repo.open(str(root), rev=rev or None) as repo: return [_kept(repo, p.relative_to(root).as_posix()) for p in paths]
