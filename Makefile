@@ -67,11 +67,11 @@ notebooks: $(STAMP)
 	@echo "--- nbdev_test"
 	@$(BIN)/nbdev_test --n_workers $(WORKERS) --timing --flags "$(FLAGS)"
 
-# What crosses modules, and every notebook's tests again, on the exported package.
+# What crosses modules, and every notebook's tests again, on the exported package: a file of tests in each of $(WORKERS) processes.
 pytest: export OMP_NUM_THREADS := 1
 pytest: $(STAMP)
 	@echo "--- pytest"
-	@$(BIN)/python -m pytest -q --ignore=tests/test_house.py --cov --flags "$(FLAGS)"
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --ignore=tests/test_house.py --cov --flags "$(FLAGS)"
 
 # The bucket of the remote `minio`, in .s3/; the keys are of this server alone. Ctrl-C ends it.
 s3: $(STAMP)

@@ -30,6 +30,7 @@ WAIT = 120             # seconds until what was not killed must have ended by it
 # What a run's clock, memory or the machine's load is in: files that hold nothing else, and keys of others.
 CLOCK_FILES = {f"results/{M}/ttq_log.json", f"results/{M}/live/hours.tsv", f"results/{M}-eval/timing.json", "comparison/export_timing.json",
                *(f"papermill_runs/{name}.ipynb" for name in (f"train-{M}", f"evaluate-{M}", "compare", "export"))}
+CLOCK_NAMES = {"state.safetensors", "checkpoint.json", "clocks.json", "ttq_log.jsonl", "hours.tsv"} # of a run that can go on, in models/runs
 CLOCK_KEYS = {"hours", "cost", "memory_bytes", "training_memory", "memory", "real_time_factor", "seconds", "slowest", "claim"}
 
 
@@ -167,7 +168,8 @@ def digest(path:Path)->str:
 def results(root:Path)->dict:
     "All that a pipeline made, in short."
     paths = {p.relative_to(root).as_posix(): p for top in MADE[3:] for p in (root/top).rglob("*") if p.is_file()}
-    return {name: digest(p) if name not in CLOCK_FILES else "clocks" for name, p in sorted(paths.items())}
+    clocks = lambda name, p: name in CLOCK_FILES or name.startswith("models/runs/") and p.name in CLOCK_NAMES
+    return {name: "clocks" if clocks(name, p) else digest(p) for name, p in sorted(paths.items())}
 
 
 def wipe(root:Path):
