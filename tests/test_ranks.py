@@ -58,7 +58,7 @@ def importable(monkeypatch):
 
 def here(function): return f"{Path(__file__).stem}:{function.__name__}"
 
-def wait_for(holds, seconds=60):
+def wait_for(holds, seconds=300):
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it did not happen in time"
@@ -85,9 +85,9 @@ def test_they_end_with_who_started_them(tmp_path, how, code):
     pids = [int(pid) for pid in (tmp_path/"pids").read_text().split()]
     assert all(map(alive, pids))
     process.send_signal(how)
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=300)[0]
     assert process.returncode == code and said == ("SIGTERM before the first step\n" if code == 3 else "")
-    wait_for(lambda: not any(map(alive, pids)), 10)
+    wait_for(lambda: not any(map(alive, pids)), 60)
 
 # The project's own training
 

@@ -110,7 +110,7 @@ def test_asked_to_stop(tmp_path):
     p.send_signal(signal.SIGTERM)
     time.sleep(0.01)
     p.send_signal(signal.SIGINT) # impatience does no harm
-    err = p.communicate(timeout=60)[1]
+    err = p.communicate(timeout=300)[1]
     path = latest(tmp_path/"run/checkpoints")
     assert p.returncode == 3 and f"saved as {path}, run it again to go on" in err, err
     step = int(path.name[5:])
