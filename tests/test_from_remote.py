@@ -182,7 +182,7 @@ def test_wrong_key(bare, far, monkeypatch):
 
 
 def test_a_line_that_breaks(origin, bare, far, monkeypatch):
-    with bad_line(far[1], Faults(every=100_000, seed=1)) as line:
+    with bad_line(far[1], Faults(every=150_000, seed=1)) as line:
         bare.here(monkeypatch, line.url)
         assert train_here(bare) == origin.second
         assert line.cuts.value > 0
