@@ -390,7 +390,7 @@ def test_full_disk_leaves_no_half_shard(tmp_path):
 def test_model_with_another_vocabulary_is_refused(tmp_path):
     from ai2text.checkpoint import save_model
     from ai2text.evaluate import EvaluateConfig, evaluate
-    from ai2text.recipe import build_model
+    from ai2text.family import build_model
     from ai2text.text import load_tokenizer
     layout = corpus(release(tmp_path/"cv", train=["a", "b"], dev=["d"], test=["e"]), tmp_path)
     prepared(layout)

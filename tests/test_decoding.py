@@ -18,7 +18,7 @@ from ai2text.config import ConfigError, Layout, read_json, sha256, write_json
 from ai2text.ctc import BLANK, ctc_loss, greedy
 from ai2text.lm import UNKNOWN, build_lm, fit_lm, load_lm
 from ai2text.loader import create_webdataset_loader
-from ai2text.recipe import build_model
+from ai2text.family import build_model
 from ai2text.text import CharTokenizer, train_tokenizer
 from ai2text.tiny import tiny_workspace
 
