@@ -96,5 +96,5 @@ $(STAMP): constraints.txt settings.ini setup.py
 	@if test -e $@; then rm $@; else "$(PYTHON)" -m venv --clear $(VENV); fi
 	@mkdir -p "$$HOME"
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --no-user --progress-bar off -c constraints.txt -e '.[dev]'
-	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (ai2text)" >/dev/null
+	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (ai2text)" --env MATPLOTLIBRC "$(CURDIR)/ai2text/matplotlibrc" >/dev/null
 	@touch $@

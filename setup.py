@@ -28,7 +28,7 @@ setup(
     url=cfg["git_url"],
     license="Apache-2.0",
     packages=["ai2text"],
-    package_data={"ai2text": ["demo/*", "*.tsv", "web/*"]},
+    package_data={"ai2text": ["demo/*", "*.tsv", "web/*", "matplotlibrc"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),
     extras_require={"cluster": lines("cluster_requirements"), "bench": lines("bench_requirements"), "dev": lines("cluster_requirements") + lines("bench_requirements") + lines("dev_requirements")},

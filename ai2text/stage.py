@@ -185,7 +185,7 @@ def _kernel_class(root:Path, scratch:Path, watch):
     package = Path(importlib.util.find_spec("ai2text").origin).parent.parent
     path = [str(root), str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "IPYTHONDIR": str(scratch), "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-           "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+           "MPLBACKEND": "module://matplotlib_inline.backend_inline", "MATPLOTLIBRC": str(package/"ai2text/matplotlibrc")}
     argv = [sys.executable, "-c", "from ai2text.stage import kernel_main; kernel_main()", "-f", "{connection_file}"]
     class Kernel(AsyncKernelManager):
         kernel_spec = KernelSpec(argv=argv, display_name="python3", language="python")
