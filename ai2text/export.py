@@ -522,8 +522,9 @@ def export(
     if config.threads: torch.set_num_threads(config.threads)
     model = streaming_model(config, layout)
     loader = split_loader(layout, "test", config.batch_seconds)
-    ids = spread(loader.index.key, config.utterances)
-    batches, manifest = take(loader, ids), [row for row in read_jsonl(layout.manifest("test")) if row["id"] in ids]
+    rows = read_jsonl(layout.manifest("test"))
+    ids = spread((row["id"] for row in rows), config.utterances)
+    batches, manifest = take(loader, ids), [row for row in rows if row["id"] in ids]
     train, corpora = load_index(layout.split_index("train")), loader.index.corpora
     curve = latency_curve(model, batches, manifest, config.chunks, config.pasts)
     said = []

@@ -49,7 +49,7 @@ class Notebook:
 NOTEBOOKS = [Notebook(o) for o in sorted((ROOT/"nbs").rglob("*.ipynb")) if not any(p.startswith((".", "_")) for p in o.relative_to(ROOT).parts)]
 LIBRARY = [o for o in NOTEBOOKS if o.module]
 STAGES = [o for o in NOTEBOOKS if o.name.startswith("stages/")]
-RUNNABLE = [o for o in NOTEBOOKS if o.in_folder] # stages, and benchmarks, which no stage depends on
+RUNNABLE = [o for o in NOTEBOOKS if o.name.startswith(("stages/", "benchmarks/"))] # no stage depends on a benchmark
 
 
 def pytest_addoption(parser):

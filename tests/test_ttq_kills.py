@@ -1,9 +1,9 @@
-"""A simulated run that is killed with kill -9, a hundred times, at random moments: nothing that was written is lost, no
+"""A simulated run that is killed with kill -9, fifty times, at random moments: nothing that was written is lost, no
 milestone is lost or doubled, and its hours are true, however its clocks jump.
 
 A life is a process that keeps a tracker's books at high speed. It says on a pipe what has been written, after the call
-has returned; the moment of the kill is drawn between its birth and the longest life. The next life goes on from the last
-checkpoint that was told, so that work is lost and repeated. Time is simulated, so that a life lasts minutes and not
+has returned; the kill comes some milliseconds after a word that is drawn, so that a slow machine gets as far as a fast one.
+The next life goes on from the last checkpoint that was told, so that work is lost and repeated. Time is simulated, so that a life lasts minutes and not
 moments: it passes while the process works, and stands in a page of memory that outlives the process. That is the truth."""
 import json, random, signal, struct, subprocess, sys, tempfile, time
 from collections import Counter
@@ -72,29 +72,30 @@ class Life:
     down: float     # seconds from its end to the next birth
 
 
-def live(log, life:int, step:int, wall:float, jump:float, rng, longest:float)->Life:
-    "One life, killed at a random moment."
+def live(log, life:int, step:int, wall:float, jump:float, rng, most:int)->Life:
+    "One life, killed at a random moment, after `most` words at the latest."
     with tempfile.NamedTemporaryFile() as page:
         page.write(struct.pack("d", 0.))
         page.flush()
         process = subprocess.Popen([sys.executable, "-c", LIFE, *map(str, (log, page.name, life, step, wall, jump, rng.random()))], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         process.stdin.write(json.dumps(PLAN) + "\n")
         process.stdin.flush()
-        process.stdout.readline() # it is born
-        time.sleep(rng.uniform(0, longest))
+        heard = [process.stdout.readline() for _ in range(1 + rng.randrange(most))][1:] # the first one says that it is born
+        time.sleep(rng.uniform(0, .01))
         process.send_signal(signal.SIGKILL)
-        words = [json.loads(line) for line in process.communicate()[0].splitlines(keepends=True) if line.endswith("\n")]
+        words = [json.loads(line) for line in heard + process.stdout.readlines() if line.endswith("\n")]
         seconds, = struct.unpack("d", Path(page.name).read_bytes())
-    assert process.returncode == -signal.SIGKILL
+        process.stdin.close()
+    assert process.wait() == -signal.SIGKILL
     saved = [w[1:] for w in words if w[0] == "checkpoint"]
     return Life([tuple(w[:2]) for w in words if w[0] != "announced"], [w[1] for w in words if w[0] == "announced"], saved[-1] if saved else None, seconds, rng.expovariate(1/600))
 
 
-def killed_run(log, kills:int, jump:float, seed=0, longest=.3)->list[Life]:
+def killed_run(log, kills:int, jump:float, seed=0, most=40)->list[Life]:
     "A run that is killed again and again."
     rng, lives, step, wall = random.Random(seed), [], 0, 1.7e9
     for number in range(kills):
-        lives.append(live(log, number, step, wall, jump, rng, longest))
+        lives.append(live(log, number, step, wall, jump, rng, most))
         if lives[-1].saved: step = lives[-1].saved[0]
         wall += lives[-1].seconds + lives[-1].down
         if log.exists(): json.loads(log.read_text()) # the view is whole at every moment
@@ -138,9 +139,9 @@ def judge_kills(log, lives, true_clock:bool)->dict:
 
 
 @pytest.mark.parametrize("jump", [0., JUMP], ids=["true clock", "jumping clock"])
-def test_a_run_killed_fifty_times(tmp_path, jump):
+def test_a_run_killed_again_and_again(tmp_path, jump):
     log = tmp_path/"run/ttq_log.json"
-    lives = killed_run(log, 50, jump, seed=int(jump))
+    lives = killed_run(log, 25, jump, seed=int(jump))
     found = judge_kills(log, lives, true_clock=not jump)
     print(found)
     assert found["lost"] == 0 and found["untold"] <= len(lives), "an entry whose write returned is in the log, and at most one more a life"
