@@ -86,7 +86,7 @@ def learn(
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None), f"a gradient is not finite at step {step}"
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.)
         optimizer.step()
-        losses.append(float(loss.sum)/len(batch))
+        losses.append(loss.sum.item()/len(batch))
     assert losses[-1] < losses[0], f"the loss of one batch rose from {losses[0]:.3g} to {losses[-1]:.3g} in {steps} steps"
     model.eval()
     return losses
