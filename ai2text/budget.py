@@ -6,7 +6,7 @@
 __all__ = ['Budget', 'WarmupConstantDecay', 'Clocks', 'Every', 'spell_hours']
 
 # %% ../nbs/76_budget.ipynb #e816f67f
-import contextlib, math, time
+import contextlib, time
 from dataclasses import dataclass
 
 # %% ../nbs/76_budget.ipynb #36ae3359
@@ -39,21 +39,18 @@ class WarmupConstantDecay:
     "A factor on the learning rate."
     warmup_steps: int = 0    # steps of linear rise
     decay: float = 0.2       # share of the budget at whose end the rate is 0
-    shape: str = "linear"    # or "sqrt": falls faster at first
 
     def __post_init__(self):
-        if self.shape not in ("linear", "sqrt") or not 0 <= self.decay <= 1 or self.warmup_steps < 0:
-            raise ValueError(f"{self}: shape is linear or sqrt, decay within 0 and 1, warmup_steps at least 0")
+        if not 0 <= self.decay <= 1 or self.warmup_steps < 0: raise ValueError(f"{self}: decay within 0 and 1, warmup_steps at least 0")
 
     def decays(self, used:float)->bool:
         "Is the rate on its way down at this share of the budget?"
         return used > 1 - self.decay
 
     def __call__(self, step:int, used:float)->float:
+        "The factor at a step, when this share of the budget is used."
         rise = min(1., (step + 1)/self.warmup_steps) if self.warmup_steps else 1.
-        if not self.decays(used): return rise
-        left = max(0., 1 - used)/self.decay
-        return rise*(left if self.shape == "linear" else 1 - math.sqrt(1 - left))
+        return rise*(max(0., 1 - used)/self.decay) if self.decays(used) else rise
 
 # %% ../nbs/76_budget.ipynb #cbb92192
 class Clocks:
