@@ -122,7 +122,7 @@ def save_batches(
 ):
     "Keep batches: tensors as NUMBER.NAME, the rest as JSON in the file's metadata."
     parts = {f"{i}.{name}": value for i,b in enumerate(batches) for name,value in vars(b).items()}
-    tensors = {k: v.detach().cpu().contiguous() for k,v in parts.items() if torch.is_tensor(v)}
+    tensors = _on_disk({k: v for k,v in parts.items() if torch.is_tensor(v)})
     words = {k: json.dumps(v, ensure_ascii=False) for k,v in parts.items() if not torch.is_tensor(v)}
     with atomic_write(path, "wb") as f: f.write(save(tensors, words))
 
@@ -288,7 +288,7 @@ def save_model(
     "Publish a model."
     tensors = model.state_dict() if weights is None else weights
     with atomic_folder(folder) as part:
-        save_file({k: v.detach().to("cpu", copy=True).contiguous() for k,v in tensors.items()}, part/"model.safetensors")
+        save_file(_on_disk(tensors), part/"model.safetensors")
         write_json(part/"config.json", dict(family=family or type(model).__name__, config=model.config))
         if beside: beside(part)
     return Path(folder)
