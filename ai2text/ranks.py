@@ -130,11 +130,6 @@ def spread(self:Ranks,
     with self._together(), torch.no_grad():
         for tensor in tensors: dist.broadcast(tensor, src=0)
 
-@patch
-def wait(self:Ranks):
-    "Until all ranks are here."
-    self.any(False)
-
 # %% ../nbs/77_ranks.ipynb #a882059e
 BUCKET_BYTES = 25*2**20
 
