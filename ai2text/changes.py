@@ -39,6 +39,7 @@ class Files:
         else: data = (self.root/path).read_bytes() if (self.root/path).is_file() else None
         return None if data is None else data.decode("utf-8", errors="replace")
 
+# %% ../nbs/72_changes.ipynb #bd892f21
 def _yaml(text:str, where:str)->dict:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
@@ -98,6 +99,7 @@ def _pairs(old:dict, new:dict, same=lambda a, b: a == b):
     for name in [*new, *(k for k in old if k not in new)]:
         if name not in old or name not in new or not same(old[name], new[name]): yield name, old.get(name), new.get(name)
 
+# %% ../nbs/72_changes.ipynb #d7500401
 def _touch(a:str, b:str)->bool:
     "Whether one path is the other one, or in it."
     return a == b or a.startswith(b + "/") or b.startswith(a + "/")
@@ -110,6 +112,7 @@ def _in_order(old:dict, new:dict)->list[str]:
     try: return list(graphlib.TopologicalSorter(before).static_order())
     except graphlib.CycleError: return list(before) # the new run has turned two stages around
 
+# %% ../nbs/72_changes.ipynb #e5f17abd
 def _row(stage:str, kind:str, what:str, old, new)->dict: return dict(stage=stage, kind=kind, what=what, old=old, new=new)
 
 def _files(a:dict, b:dict)->str:
@@ -198,6 +201,7 @@ def around_rows(
         rows += [_row(makers[path], "metric", f"{path}: {name}", *values) for name,*values in _pairs(_numbers(a, path), _numbers(b, path))]
     return rows
 
+# %% ../nbs/72_changes.ipynb #f165cb78
 def _listing(root:Path, md5:str)->dict:
     "The files of a folder by its hash, from DVC's cache in the project; None where it has no list of them."
     path = Layout(root).project/".dvc/cache/files/md5"/md5[:2]/md5[2:]
@@ -220,6 +224,7 @@ def difference(
 def _value(v)->str: return "(not there)" if v is None else f"{v:.4g}" if isinstance(v, float) else v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
 def _arrow(row:dict)->str: return f"{row['what']}: {_value(row['old'])} -> {_value(row['new'])}"
 
+# %% ../nbs/72_changes.ipynb #4284fbbf
 def _names(ways:list)->str:
     "The roots of ways, in few words."
     roots = [(stage, row) for stage,row in (way[0] for way in ways)]
@@ -235,6 +240,7 @@ def _whence(row:dict, ways:list)->list[str]:
         if way[1:] and way[-1][1] is row: through.setdefault(" -> ".join(stage for stage,_ in way[:-1]), []).append(way)
     return [f"    from {stages}: {_names(same)}" for stages,same in through.items()]
 
+# %% ../nbs/72_changes.ipynb #368ce5e9
 def _paragraph(stage:str, rows:list, ways, around:list)->list[str]:
     "What is said of a stage."
     of = lambda *kinds: [r for r in rows if r["kind"] in kinds]
@@ -262,6 +268,7 @@ def _around(rows:list)->list[str]:
         lines += ["", path] + [f"  {_arrow(r)}" for r in top] + [f"  and {len(numbers) - len(top)} numbers beneath"]*(len(numbers) > len(top))
     return lines
 
+# %% ../nbs/72_changes.ipynb #6e853408
 def changes(
     a:str="HEAD", # the old run: a revision of git
     b:str="",     # the new one; empty: the working tree

@@ -36,6 +36,7 @@ def _unpacked(x, tensors:dict):
 
 def _on_disk(tensors:dict)->dict: return {k: v.detach().to("cpu", copy=True).contiguous() for k,v in tensors.items()}
 
+# %% ../nbs/78_checkpoint.ipynb #e29aded0
 def save_checkpoint(
     folder:Path,  # the checkpoint; replaced whole when it is there
     weights:dict, # name -> {parameter: tensor}; each becomes NAME.safetensors
@@ -52,6 +53,7 @@ def save_checkpoint(
         (part/"checkpoint.json").write_text(json.dumps(says, indent=1), encoding="utf-8")
     return Path(folder)
 
+# %% ../nbs/78_checkpoint.ipynb #99cd26a1
 def about(
     folder:Path,    # what may be a checkpoint
 )->dict|None:       # its `checkpoint.json`; None when it is not all there
@@ -120,7 +122,7 @@ def save_batches(
 ):
     "Keep batches: tensors as NUMBER.NAME, the rest as JSON in the file's metadata."
     parts = {f"{i}.{name}": value for i,b in enumerate(batches) for name,value in vars(b).items()}
-    tensors = {k: v.detach().cpu().contiguous() for k,v in parts.items() if torch.is_tensor(v)}
+    tensors = _on_disk({k: v for k,v in parts.items() if torch.is_tensor(v)})
     words = {k: json.dumps(v, ensure_ascii=False) for k,v in parts.items() if not torch.is_tensor(v)}
     with atomic_write(path, "wb") as f: f.write(save(tensors, words))
 
@@ -216,6 +218,7 @@ def pack_run(
             (_link if name.startswith("checkpoints/") else shutil.copyfile)(p, part/name)
     return to
 
+# %% ../nbs/78_checkpoint.ipynb #7cab013f
 def unpack_run(
     files:dict, # name, as `pack_run` leaves them -> its MD5, and a function that gives its blocks of bytes
     top:Path,   # ROOT/MODEL/FINGERPRINT, of the same recipe
@@ -285,7 +288,7 @@ def save_model(
     "Publish a model."
     tensors = model.state_dict() if weights is None else weights
     with atomic_folder(folder) as part:
-        save_file({k: v.detach().to("cpu", copy=True).contiguous() for k,v in tensors.items()}, part/"model.safetensors")
+        save_file(_on_disk(tensors), part/"model.safetensors")
         write_json(part/"config.json", dict(family=family or type(model).__name__, config=model.config))
         if beside: beside(part)
     return Path(folder)

@@ -81,6 +81,7 @@ def service_latencies(h:Heard)->list[float]:
     block = np.searchsorted(audio + 1e-6, [needs for _,needs,_ in h.told])
     return [when - float(at[i]) for (when,_,_),i in zip(h.told, block) if i < len(at)]
 
+# %% ../nbs/84_latency.ipynb #cbaea918
 def word_latencies(h:Heard)->list[float]:
     "Of each word that was recognised: from its spoken end to the first transcript that has it in its place for good."
     if not h.about or not h.about.words: return []
@@ -97,6 +98,7 @@ def word_latencies(h:Heard)->list[float]:
         place["hyp"] += kind != "delete"
     return out
 
+# %% ../nbs/84_latency.ipynb #4e0a077a
 def flicker(h:Heard)->tuple[int,int]:
     "Words that were changed or taken back, and words shown."
     shown, changed, before = 0, 0, []
@@ -163,6 +165,7 @@ async def listen(
     h.final, h.text = loop.time() - start, segments.add({"segment": -1})
     return h
 
+# %% ../nbs/84_latency.ipynb #94f0eaf9
 async def load(
     url:str,               # of the service
     what:list[Session],    # said in turn; stream i begins with the i-th
@@ -222,6 +225,7 @@ class Served:
         proxy, *others = map(resident, self.pids())
         return dict(proxy=proxy, runtime=sum(others))
 
+# %% ../nbs/84_latency.ipynb #b8599ab5
 @contextlib.contextmanager
 def served(
     bundle,        # folder
@@ -245,6 +249,7 @@ def served(
             try: process.wait(20)
             except subprocess.TimeoutExpired: process.kill()
 
+# %% ../nbs/84_latency.ipynb #8cfd420b
 def measure_service(
     service:Served,
     what:list[Session],

@@ -112,6 +112,7 @@ class Curve(Observer):
         self.seen, n = now, gained["frames"]
         if n: self.rows.append(dict(step=trainer.state.step, audio_seconds=trainer.state.audio_seconds, **{k: gained[k]/n for k in ("loss", "contrastive", "diversity", "perplexity")}, short=int(gained["short"])))
 
+# %% ../nbs/82_pretrain.ipynb #48a40c9b
 def pretrain(
     model:Wav2Vec2,
     loader,                # batches; their transcripts are not looked at
@@ -143,9 +144,9 @@ def plot_pretraining(
 ):          # a figure
     "Both terms of the loss, and the codes in use."
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(8, 2.4), dpi=90, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(8, 2.4))
     steps = [r["step"] for r in curve]
-    for key,colour in (("contrastive", "#0072b2"), ("diversity", "#d55e00")): axes[0].plot(steps, [r[key] for r in curve], color=colour, label=key)
-    axes[0].set(xlabel="step", ylabel="loss a hidden frame", ylim=(0, None)); axes[0].legend(frameon=False, fontsize=8)
-    axes[1].plot(steps, [r["perplexity"] for r in curve], color="#009e73"); axes[1].set(xlabel="step", ylabel="codes in use (perplexity)", ylim=(0, codes or None))
+    for key in ("contrastive", "diversity"): axes[0].plot(steps, [r[key] for r in curve], label=key)
+    axes[0].set(xlabel="step", ylabel="loss a hidden frame", ylim=(0, None)); axes[0].legend()
+    axes[1].plot(steps, [r["perplexity"] for r in curve], color="C2"); axes[1].set(xlabel="step", ylabel="codes in use (perplexity)", ylim=(0, codes or None))
     return figure

@@ -88,6 +88,7 @@ def any(self:Ranks, flag)->bool:
     "Does any rank say so?"
     return bool(flag) if self.world == 1 else self.sum(torch.tensor(float(bool(flag)))).item() > 0
 
+# %% ../nbs/77_ranks.ipynb #73da55ef
 @patch
 def same(self:Ranks, value):
     "Rank 0's value, for all: numbers, texts, None, tensors on the CPU, and lists, tuples and dicts of them."
@@ -111,6 +112,7 @@ def _with_tensors(f, value):
     if isinstance(value, dict): return {k: _with_tensors(f, v) for k,v in value.items()}
     return type(value)(_with_tensors(f, v) for v in value) if isinstance(value, (list, tuple)) else value
 
+# %% ../nbs/77_ranks.ipynb #4a327db3
 @patch
 def gather(self:Ranks, value)->list:
     "The values of all ranks, in order, on each of them."
@@ -127,11 +129,6 @@ def spread(self:Ranks,
     if self.world == 1: return
     with self._together(), torch.no_grad():
         for tensor in tensors: dist.broadcast(tensor, src=0)
-
-@patch
-def wait(self:Ranks):
-    "Until all ranks are here."
-    self.any(False)
 
 # %% ../nbs/77_ranks.ipynb #a882059e
 BUCKET_BYTES = 25*2**20
@@ -215,6 +212,7 @@ def differences(
     short = lambda made, name: str(made[name])[:12] if name in made else "missing"
     return [f"{name} ({short(mine, name)}, on the first machine {short(first, name)})" for name in sorted({*mine, *first}) if mine.get(name) != first.get(name)]
 
+# %% ../nbs/77_ranks.ipynb #03b57976
 def _say(text:str): print(text, file=sys.stderr, flush=True)
 
 def _open(machines:int, master:str, made_of:dict, join:str, minutes:float):
@@ -232,6 +230,7 @@ def _open(machines:int, master:str, made_of:dict, join:str, minutes:float):
     store.set("go", "")
     return store
 
+# %% ../nbs/77_ranks.ipynb #4327298e
 def _come(leader:bool, machine:int, machines:int, master:str, made_of:dict):
     "The other ranks' part: come to a store that waits for them, as one that trains the same."
     socket.create_connection(address(master), timeout=5).close() # torch's own tries would each write a warning
@@ -249,6 +248,7 @@ def _come(leader:bool, machine:int, machines:int, master:str, made_of:dict):
         if leader and store.add(f"here {machine}", 0) > number: raise ConfigError(f"machine {machine} of {machines}: another process has come as machine {machine}; give each machine its own number")
     return store
 
+# %% ../nbs/77_ranks.ipynb #5c08355d
 def meet(
     leader:bool,    # this machine's first rank?
     machine:int,    # number of this machine; the first one's is 0
@@ -319,6 +319,7 @@ def _outcome(folder:Path, nproc:int, asked:bool):
     if silent: raise RankError(f"rank {', '.join(silent)} of {nproc}: was killed, perhaps for want of memory; run again to go on from the last checkpoint")
     if failed: raise LostMachine(failed[0][1]["text"], (folder/"met").exists())
 
+# %% ../nbs/77_ranks.ipynb #661d3ccc
 @contextlib.contextmanager
 def _signals():
     "The first SIGINT or SIGTERM in this block, in a list; only the main thread can listen."
@@ -329,6 +330,7 @@ def _signals():
     finally:
         for number,handler in before.items(): signal.signal(number, handler)
 
+# %% ../nbs/77_ranks.ipynb #f98836fa
 WORKER = "from ai2text.ranks import worker; worker()"
 
 def launch(

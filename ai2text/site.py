@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['POLICY', 'GENERATOR', 'TAGS', 'PARTS', 'INSIDE', 'STYLES', 'CLEANER', 'REMOVED', 'PICTURES', 'EMPTY_TABLE',
            'HIGHLIGHT', 'PARAMETERS', 'TITLE', 'WIDTH', 'HEIGHT', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'STATES', 'FAILED',
-           'page', 'esc', 'clean', 'Report', 'naming', 'convert', 'ticks', 'chart', 'percent', 'duration', 'table',
-           'facts', 'intervals', 'compared', 'learning', 'board', 'exported', 'Pipeline', 'pipelines', 'key_figures',
+           'page', 'esc', 'clean', 'Report', 'naming', 'convert', 'ticks', 'chart', 'percent', 'table', 'facts',
+           'intervals', 'compared', 'learning', 'board', 'exported', 'Pipeline', 'pipelines', 'key_figures',
            'front_page', 'report_page', 'site']
 
 # %% ../nbs/81_site.ipynb #fcbdc66a
@@ -19,6 +19,7 @@ from bleach.css_sanitizer import CSSSanitizer
 from nbconvert.filters import Highlight2HTML, strip_ansi
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from tqdm.auto import tqdm
+from .budget import spell_hours
 from .config import ConfigError, Layout, atomic_folder, find_root, is_workspace, load_params, read_json
 
 # %% ../nbs/81_site.ipynb #cb4d05e5
@@ -98,6 +99,7 @@ class Report:
     body:str            # HTML
     contents:list       # (id, text) of its sections
 
+# %% ../nbs/81_site.ipynb #de491788
 def _text(value)->str: return value if isinstance(value, str) else "".join(value)
 
 def _scroll(text:str, name:str)->str:
@@ -126,6 +128,7 @@ def _output(output:dict, name:str, render)->str:
 
 def _markdown(text:str)->str: return MarkdownWithMath(renderer=IPythonRenderer(escape=False, exclude_anchor_links=True)).render(text)
 
+# %% ../nbs/81_site.ipynb #c7a10b92
 HIGHLIGHT = Highlight2HTML(pygments_lexer="ipython3")
 
 PARAMETERS = {"parameters": "Parameters that it has by itself", "injected-parameters": "Parameters of this run"}
@@ -149,6 +152,7 @@ def naming(path):
         if isinstance(e, ConfigError): raise
         raise ConfigError(f"{path}: not as this version writes it ({type(e).__name__}: {e}); write it again with `dvc repro`") from e
 
+# %% ../nbs/81_site.ipynb #1fb8ae54
 def convert(
     path:Path,   # an executed notebook
     here:str,    # its page, from the folder of the site
@@ -226,12 +230,6 @@ def _curve(rows:list, x, y, low:str, high:str, at:str, wer:str, scale:float=1.)-
 # %% ../nbs/81_site.ipynb #6a88516c
 def percent(share)->str: return "not measured" if share is None else f"{100*share:.1f}%"
 
-def duration(
-    hours:float,
-)->str:
-    "Hours in the unit that people would take."
-    return f"{hours*3600:.0f} s" if hours < 1/60 else f"{hours*60:.1f} min" if hours < 2 else f"{hours:.1f} h"
-
 def _within(row:dict, name:str="wer")->str: return f"{100*row[f'{name}_low']:.1f} to {100*row[f'{name}_high']:.1f}%"
 
 def table(
@@ -248,8 +246,10 @@ def table(
 def facts(
     rows:list, # (name, value) pairs: HTML; without a value they are left out
 )->str:
+    "A list of names with their values, that takes as many columns as there is room for."
     return '<dl class="facts">' + "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k,v in rows if v) + "</dl>"
 
+# %% ../nbs/81_site.ipynb #30f24f40
 def intervals(
     models:list, # of compare.json
 )->str:          # an SVG
@@ -263,6 +263,7 @@ def intervals(
     said = "; ".join(f"{m['model']} {percent(m['wer'])}, {_within(m)}" for m in models)
     return f'<svg viewBox="0 0 {WIDTH} {high}" role="img" aria-label="Word error rate on test with 95% intervals: {esc(said)}">{"".join(parts)}</svg>'
 
+# %% ../nbs/81_site.ipynb #08dfefb8
 def compared(
     found:dict, # of compare.json
 )->str:
@@ -274,7 +275,7 @@ def compared(
     wait = lambda row: "not measured" if row is None else f"{1000*row['seconds']:.0f} ms <span class='quiet'>for {row['audio_seconds']:.1f} s</span>"
     rows = [("WER on test", [f"{percent(m['wer'])} <span class='quiet'>({_within(m)})</span>" for m in models]), ("CER on test", [percent(m["cer"]) for m in models]), ("WER on dev", [percent(m["val_wer"]) for m in models]),
             *((f"WER as a stream, chunks of {40*c} ms", [percent(m["streams"][str(c)]) if str(c) in m["streams"] else "does not stream" for m in models]) for c in chunks),
-            ("trained", [duration(m["hours"]) for m in models]), ("speech heard", [duration(m["audio_hours"]) for m in models]), ("parameters", [size(m["parameters"], 1e6, "million") for m in models]),
+            ("trained", [spell_hours(m["hours"]) for m in models]), ("speech heard", [spell_hours(m["audio_hours"]) for m in models]), ("parameters", [size(m["parameters"], 1e6, "million") for m in models]),
             ("memory in use", [size(m["memory"], 1e6, "MB") for m in models]), ("seconds for a second of speech", [f"{m['real_time_factor']:.4f}" for m in models]), ("wait for an utterance", [wait(middle(m)) for m in models]), ("processor / GPU / threads", [esc(m["hardware"]) for m in models])]
     heads = ["", *(f'{esc(m["model"])}{" <span class=chip>recommended</span>" if m["model"] == said["model"] else ""}' for m in models)]
     lead = f"Recommended: <strong>{esc(said['model'])}</strong>, by the rule <q>{esc(said['rule'])}</q>." if said["model"] else f"No model is recommended by the rule <q>{esc(said['rule'])}</q>."
@@ -305,13 +306,14 @@ def learning(
         yield from _curve(rows, x, y, "low", "high", "elapsed_hours", "val_wer", scale)
         for m in goals:
             if m.get("elapsed_hours") is not None: yield f'<circle class="{"met" if STATES.get(m["state"]) == "good" else "late"}" cx="{x(m["elapsed_hours"]*scale)}" cy="{y(m["achieved_wer"])}" r="5"/>'
-    said = f"Word error rate on dev against {unit}: from {percent(rows[0]['val_wer'])} to {percent(rows[-1]['val_wer'])} after {duration(used)}"
+    said = f"Word error rate on dev against {unit}: from {percent(rows[0]['val_wer'])} to {percent(rows[-1]['val_wer'])} after {spell_hours(used)}"
     return chart(draw, right*scale, top, f"{unit} of the run", said)
 
+# %% ../nbs/81_site.ipynb #4663c0f6
 def _milestone(m:dict)->tuple[str,list]:
     "A row of the table of milestones."
     reached = m.get("elapsed_hours") is not None
-    return f"{100*m['wer']:g}%", [f'<span class="{STATES.get(m["state"], "quiet")}">{esc(m["state"])}</span>', duration(m["budget_hours"]), f"{duration(m['elapsed_hours'])}, with {percent(m['achieved_wer'])}" if reached else ""]
+    return f"{100*m['wer']:g}%", [f'<span class="{STATES.get(m["state"], "quiet")}">{esc(m["state"])}</span>', spell_hours(m["budget_hours"]), f"{spell_hours(m['elapsed_hours'])}, with {percent(m['achieved_wer'])}" if reached else ""]
 
 def board(
     name:str,       # of the model
@@ -326,8 +328,8 @@ def board(
     figure = learning(log)
     figure = f"<figure>{figure}<figcaption>Error rate on dev with its 95% interval. Dashed: a milestone, up to the end of its budget. Ringed dot: reached.</figcaption></figure>" if figure else '<p class="none">Not evaluated on dev yet.</p>'
     goals = table("Milestones on dev", ["WER", "state", "budget", "reached after"], [_milestone(m) for m in log["milestones"]]) if log["milestones"] else '<p class="quiet">No milestones were set.</p>'
-    numbers = facts([("WER on test", test), ("best on dev", totals["best_wer"] is not None and percent(totals["best_wer"])), ("hours of the run", duration(totals["elapsed_hours"])), ("of them evaluating", spent.get("evaluation") is not None and duration(spent["evaluation"])),
-                     ("lost to crashes", totals.get("lost_hours") and duration(totals["lost_hours"])), ("speech heard", totals.get("audio_hours") and duration(totals["audio_hours"])), ("steps", totals.get("step") and f"{totals['step']:,}"),
+    numbers = facts([("WER on test", test), ("best on dev", totals["best_wer"] is not None and percent(totals["best_wer"])), ("hours of the run", spell_hours(totals["elapsed_hours"])), ("of them evaluating", spent.get("evaluation") is not None and spell_hours(spent["evaluation"])),
+                     ("lost to crashes", totals.get("lost_hours") and spell_hours(totals["lost_hours"])), ("speech heard", totals.get("audio_hours") and spell_hours(totals["audio_hours"])), ("steps", totals.get("step") and f"{totals['step']:,}"),
                      ("cost", totals.get("cost") is not None and f"{totals['cost']:.2f}")])
     where = ", ".join(esc(v) for v in (about.get("processor"), about.get("threads") and f"{about['threads']} threads", about.get("gpu") not in (None, "none") and about["gpu"], about.get("revision") and f"revision {about['revision']}") if v)
     return f'<article class="model"><h4>{esc(name)} <span class="chip">{esc(state)}</span></h4><div class="pair">{figure}<div>{goals}{numbers}{f"<p class=quiet>{where}</p>" if where else ""}</div></div></article>'
@@ -380,14 +382,7 @@ def pipelines(
         found.append(("" if folder == root else folder.name, layout, [path for _,path in reports], sorted((layout.reports/"benchmarks").glob("*.ipynb"))))
     return found
 
-FAILED = ' <span class="chip bad">failed</span>'
-
-def _none(text:str)->str: return f'<p class="none">{text}</p>'
-def _of(p:Pipeline)->str: return f"<h3>The pipeline in <code>{esc(p.name)}</code></h3>" if p.name else ""
-def _cards(reports:list)->str:
-    cards = (f'<li><a href="{esc(r.page)}">{esc(r.title)}</a>{FAILED if r.failed else ""}{f"<p>{esc(r.about)}</p>" if r.about else ""}</li>' for r in reports)
-    return f'<ul class="reports">{"".join(cards)}</ul>'
-
+# %% ../nbs/81_site.ipynb #d1aa7ab4
 def key_figures(
     p:Pipeline, # the project's own
 )->str:
@@ -398,38 +393,54 @@ def key_figures(
     kept = sum(m["state"] == "achieved within budget" for m in best["milestones"])
     rows = [("WER on test", percent(best["wer"]), f"95% interval {_within(best)}")]
     if export: rows.append(("WER as a stream", percent(export["wer"]["stream"]["wer"]), f"chunks of {40*export['chunk_size']} ms"))
-    rows.append(("of training", duration(best["hours"]), f"{duration(best['audio_hours'])} of speech heard"))
+    rows.append(("of training", spell_hours(best["hours"]), f"{spell_hours(best['audio_hours'])} of speech heard"))
     if best["milestones"]: rows.append(("milestones within budget", f"{kept} of {len(best['milestones'])}", ", ".join(f"{100*m['wer']:g}%" for m in best["milestones"])))
     if timing and "model.onnx" in timing["ms_a_chunk"]: rows.append(("of computing a chunk", f"{timing['ms_a_chunk']['model.onnx']:.1f} ms", f"of {timing['chunk_ms']} ms of speech"))
     return '<dl class="key">' + "".join(f'<div><dt>{k}</dt><dd class="value">{v}</dd><dd class="more">{more}</dd></div>' for k,v,more in rows) + "</dl>"
 
 # %% ../nbs/81_site.ipynb #99daec25
+FAILED = ' <span class="chip bad">failed</span>'
+
+def _none(text:str)->str: return f'<p class="none">{text}</p>'
+def _of(p:Pipeline)->str: return f"<h3>The pipeline in <code>{esc(p.name)}</code></h3>" if p.name else ""
+def _cards(reports:list)->str:
+    cards = (f'<li><a href="{esc(r.page)}">{esc(r.title)}</a>{FAILED if r.failed else ""}{f"<p>{esc(r.about)}</p>" if r.about else ""}</li>' for r in reports)
+    return f'<ul class="reports">{"".join(cards)}</ul>'
+
+def _reached(p:Pipeline)->str:
+    "The comparison of the models."
+    file = p.layout.comparison/"compare.json"
+    said = p.read(file)
+    if not said: return _none("No comparison yet: <code>dvc repro</code> trains, evaluates and compares the models.")
+    with naming(file): return ("" if p.name else key_figures(p)) + compared(said)
+
+def _boards(p:Pipeline)->str:
+    "Time to quality of each model."
+    cards = []
+    for name in p.models:
+        log, quality = p.layout.results(name)/"ttq_log.json", p.layout.results(f"{name}-eval")/"eval.json"
+        with naming(log): cards.append(board(name, p.read(log), p.read(quality)))
+    return "".join(cards) or _none("No model is trained yet: <code>dvc repro</code> trains those of <code>params.yaml</code>.")
+
+def _service(p:Pipeline)->str:
+    "What was exported; nothing where nothing was."
+    file = p.layout.comparison/"export.json"
+    if (said := p.read(file)) is None: return ""
+    with naming(file): return exported(said, p.read("comparison/export_timing.json"))
+
+def _listed(p:Pipeline)->str:
+    "Links to all reports."
+    stages = _cards(p.reports) if p.reports else _none("No reports yet: each stage that <code>dvc repro</code> runs leaves one in <code>papermill_runs/</code>.")
+    return stages + (f"<h3>Benchmarks</h3>{_cards(p.benchmarks)}" if p.benchmarks else "")
+
+# %% ../nbs/81_site.ipynb #b58ea657
 def front_page(
     found:list, # of `Pipeline`
 )->str:
     "What was reached, how soon, what is served; then the list of all reports."
-    parts = []
-    for p in found:
-        file = p.layout.comparison/"compare.json"
-        said = p.read(file)
-        with naming(file): parts.append(_of(p) + ((key_figures(p) if not p.name else "") + compared(said) if said else _none("No comparison yet: <code>dvc repro</code> trains, evaluates and compares the models.")))
-    reached, parts = "".join(parts), []
-    for p in found:
-        cards = []
-        for name in p.models:
-            log, quality = p.layout.results(name)/"ttq_log.json", p.layout.results(f"{name}-eval")/"eval.json"
-            with naming(log): cards.append(board(name, p.read(log), p.read(quality)))
-        parts.append(_of(p) + ("".join(cards) or _none("No model is trained yet: <code>dvc repro</code> trains those of <code>params.yaml</code>.")))
-    time, parts = "".join(parts), []
-    for p in found:
-        file = p.layout.comparison/"export.json"
-        if (said := p.read(file)) is not None:
-            with naming(file): parts.append(_of(p) + exported(said, p.read("comparison/export_timing.json")))
-    service, parts = "".join(parts) or _none("Nothing is exported yet: the stage <code>export</code> writes what a service runs."), []
-    for p in found:
-        parts.append(_of(p) + (_cards(p.reports) if p.reports else _none("No reports yet: each stage that <code>dvc repro</code> runs leaves one in <code>papermill_runs/</code>.")))
-        if p.benchmarks: parts.append(f"<h3>Benchmarks</h3>{_cards(p.benchmarks)}")
-    sections = [("reached", "What was reached", reached), ("time", "Time to quality", time), ("service", "What a service runs", service), ("reports", "All reports", "".join(parts))]
+    each = lambda part: "".join(_of(p) + text for p in found if (text := part(p)))
+    sections = [("reached", "What was reached", each(_reached)), ("time", "Time to quality", each(_boards)),
+                ("service", "What a service runs", each(_service) or _none("Nothing is exported yet: the stage <code>export</code> writes what a service runs.")), ("reports", "All reports", each(_listed))]
     ways = "".join(f'<li><a href="#{i}">{name}</a></li>' for i,name,_ in sections)
     content = "".join(f'<section aria-labelledby="{i}">\n<h2 id="{i}">{name}</h2>\n{text}\n</section>\n' for i,name,text in sections)
     return page("ai2text: reports", f"""<header>
@@ -441,6 +452,7 @@ def front_page(
 {content}</main>
 <footer>Made by <code>ai2text report</code> from files of the project alone.</footer>""")
 
+# %% ../nbs/81_site.ipynb #bde7100b
 def report_page(
     report:Report,
     group:str,           # where it belongs, as the reader calls it

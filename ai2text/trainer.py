@@ -195,6 +195,7 @@ def _sums(self:TrainerOptimized,
     if not self.count_names and self.ranks.world > 1: raise ValueError(f"rank {self.ranks.rank} has no utterance in its first window: fewer ranks, or more data")
     return torch.zeros(1, 2 + len(self.count_names), device=self.device)
 
+# %% ../nbs/80_trainer.ipynb #875dad32
 @patch
 def gradient(self:TrainerOptimized,
     window:list,                         # this rank's micro-batches, none of them empty
@@ -290,6 +291,7 @@ def train_step(self:TrainerOptimized,
     elif not ok: self._skip(held, parts, spike)
     return self.last
 
+# %% ../nbs/80_trainer.ipynb #1f27f1de
 @patch
 def _skip(self:TrainerOptimized, window:list, parts:torch.Tensor, spike:bool):
     "Count a step that was not made, note what was in it, give up when there are too many."
@@ -307,6 +309,29 @@ def _skip(self:TrainerOptimized, window:list, parts:torch.Tensor, spike:bool):
     if self.folder: save_batches(kept := self.folder/"bad_window.safetensors", sum(windows, [])); where = f"{where}, {kept}"
     raise FloatingPointError(f"{s.skipped_in_a_row} steps in a row after step {s.step} had no finite loss and gradient, or one of {self.max_norm_ratio:g} times the usual norm: "
                              f"lower the learning rate, or look at {where}")
+
+# %% ../nbs/80_trainer.ipynb #84d1a187
+class Interrupted(KeyboardInterrupt):
+    "The run was asked to stop, and has saved itself."
+
+@patch
+def _on_signal(self:TrainerOptimized, number:int, frame):
+    "Stop at the next safe moment; further signals change nothing."
+    self.stop = self.stop or signal.Signals(number).name
+    if self._open:
+        self._open = False
+        raise Interrupted(self.stop)
+
+@patch
+@contextlib.contextmanager
+def _waiting(self:TrainerOptimized):
+    "A signal ends this block: nothing in it changes the state."
+    if self.ranks.world > 1: yield; return
+    self._open = True
+    try:
+        if self.stop: raise Interrupted(self.stop)
+        yield
+    finally: self._open = False
 
 # %% ../nbs/80_trainer.ipynb #29586809
 @patch
@@ -334,29 +359,6 @@ def train_epoch(self:TrainerOptimized,
     if last is None: raise ValueError(f"epoch {epoch}: the loader gave no batch; is its split empty, or every utterance over its limits?")
     return total/units if units else math.nan
 
-# %% ../nbs/80_trainer.ipynb #84d1a187
-class Interrupted(KeyboardInterrupt):
-    "The run was asked to stop, and has saved itself."
-
-@patch
-def _on_signal(self:TrainerOptimized, number:int, frame):
-    "Stop at the next safe moment; further signals change nothing."
-    self.stop = self.stop or signal.Signals(number).name
-    if self._open:
-        self._open = False
-        raise Interrupted(self.stop)
-
-@patch
-@contextlib.contextmanager
-def _waiting(self:TrainerOptimized):
-    "A signal ends this block: nothing in it changes the state."
-    if self.ranks.world > 1: yield; return
-    self._open = True
-    try:
-        if self.stop: raise Interrupted(self.stop)
-        yield
-    finally: self._open = False
-
 # %% ../nbs/80_trainer.ipynb #d4d72c30
 class Observer:
     "What a run tells; all of it is optional, and so is this class."
@@ -367,6 +369,7 @@ class Observer:
     def on_beat(self, trainer): "The process lives; told every few seconds, in a long evaluation too."
     def on_end(self, trainer, outcome:str): '"finished", "interrupted" or "failed"; `trainer.stopped` says why it finished before its budget was used up.'
 
+# %% ../nbs/80_trainer.ipynb #06fd1582
 class Progress(Observer):
     "A line that lives: step, loss, rates, time left."
     def __init__(self,
@@ -412,6 +415,7 @@ def write_curve(
         out.writeheader()
         out.writerows(rows)
 
+# %% ../nbs/80_trainer.ipynb #9a60d7af
 @patch
 @contextlib.contextmanager
 def published(self:TrainerOptimized,
@@ -429,6 +433,7 @@ def weights(self:TrainerOptimized, average:EMA|None=None)->dict:
     "A copy of the weights to publish."
     with self.published(average): return {k: v.detach().clone() for k,v in self.model.state_dict().items()}
 
+# %% ../nbs/80_trainer.ipynb #58ef5177
 @patch
 def _mean(self:TrainerOptimized)->tuple[EMA|None,int]:
     "The mean of what would have been published at the last evaluations and now, and of how many; None for less than two."
@@ -454,6 +459,7 @@ def _measure(self:TrainerOptimized, last:bool)->tuple[dict,EMA|None]:
     with self.published(mean) as model, torch.no_grad(), self._waiting(): other = dict(self.evaluate(model))
     return (dict(other, averaged=n), mean) if other[self.monitor] < measured[self.monitor] else (dict(measured, averaged=1), None)
 
+# %% ../nbs/80_trainer.ipynb #f1b2e0ff
 @patch
 def _evaluate(self:TrainerOptimized,
     due:bool,   # by the cadence
@@ -509,6 +515,7 @@ def _checkpoint(self:TrainerOptimized,
         self._heartbeat()
     return path
 
+# %% ../nbs/80_trainer.ipynb #394da36f
 @patch
 def _heartbeat(self:TrainerOptimized):
     "Note how long the run has lived: what comes after the last one is lost with the process."
@@ -535,6 +542,7 @@ def beat(self:TrainerOptimized):
 BEAT_SECONDS = 5
 ELSEWHERE = "a signal to another rank"
 
+# %% ../nbs/80_trainer.ipynb #dddf2bc1
 @patch
 def _restore(self:TrainerOptimized, weights:dict, state:dict, loader=None):
     "Take over what `load_checkpoint` gives."
@@ -589,6 +597,7 @@ def _handled(handler):
     finally:
         for s,h in before.items(): signal.signal(s, signal.SIG_DFL if h is None else h)
 
+# %% ../nbs/80_trainer.ipynb #edca244b
 @patch(as_prop=True)
 def used(self:TrainerOptimized)->float:
     "The share of the budget that is used up."
@@ -605,6 +614,7 @@ def _agreed(self:TrainerOptimized)->tuple[float,bool,bool]:
     "Hours, stop, enough: as all ranks have heard it; one alone knows it at once."
     return self._heard if self.ranks.world > 1 else (self.clocks.hours, bool(self.stop), bool(self.stopped))
 
+# %% ../nbs/80_trainer.ipynb #5848f6b9
 @patch
 def _between_steps(self:TrainerOptimized)->bool:
     "Do what is due; False at the end of the budget, or when an observer has had enough."
@@ -627,6 +637,7 @@ def _between_steps(self:TrainerOptimized)->bool:
     if stop and not done: raise Interrupted(self.stop or ELSEWHERE)
     return not done
 
+# %% ../nbs/80_trainer.ipynb #07770fa1
 @patch
 def enough(self:TrainerOptimized,
     reason:str,  # a word or two, for `result.json`
@@ -698,6 +709,7 @@ def fit(self:TrainerOptimized,
             self._tell("on_end", outcome)
     return result
 
+# %% ../nbs/80_trainer.ipynb #fc0e7326
 @patch
 def _finish(self:TrainerOptimized)->dict:
     "Save the end and say what came out."

@@ -37,11 +37,11 @@ def as_ddp_does(ranks):
 def fails(ranks):
     "One rank has an error, the other waits for it."
     if ranks.rank == 1: raise ValueError("lr = -1: give a positive one")
-    ranks.wait()
+    ranks.any(False)
 
 def dies(ranks):
     if ranks.rank == 1: os.kill(os.getpid(), signal.SIGKILL)
-    ranks.wait()
+    ranks.any(False)
 
 def waits(ranks, folder):
     "Says who it is, and does nothing until it is told to."
