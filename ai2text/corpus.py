@@ -4,25 +4,24 @@
 
 # %% auto #0
 __all__ = ['TRANSCRIPTS', 'REASONS', 'LINES', 'FIELDS', 'SPLITS', 'AUDIO', 'ENDS', 'HOMES', 'IMPORTERS', 'LATER', 'SHOWN',
-           'SPLIT_COLOURS', 'MP3_RATES', 'CorpusConfig', 'list_of', 'read_text', 'read_list', 'read_lines',
-           'read_table', 'fields', 'nfc', 'Files', 'import_demo', 'import_common_voice', 'import_vivos', 'Pairs',
-           'import_json', 'import_nemo', 'write_nemo', 'import_csv', 'import_folder', 'refuse', 'examine',
-           'make_corpus', 'sift_entries', 'corpus_table', 'samples', 'reject_table', 'read_wave', 'plot_samples',
-           'plot_speakers', 'Player']
+           'CorpusConfig', 'list_of', 'read_text', 'read_list', 'read_lines', 'read_table', 'fields', 'nfc', 'Files',
+           'import_demo', 'import_common_voice', 'import_vivos', 'Pairs', 'import_json', 'import_nemo', 'write_nemo',
+           'import_csv', 'import_folder', 'refuse', 'sift_entries', 'examine', 'make_corpus', 'corpus_table', 'samples',
+           'reject_table', 'plot_samples', 'plot_speakers', 'Player']
 
 # %% ../nbs/30_corpus.ipynb #f876103c
-import base64, csv, html, io, json, os, re, unicodedata
+import csv, json, os, re, unicodedata
 from collections import Counter
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import soundfile
 
 from .config import ConfigError, atomic_folder, opt, sha256, write_jsonl
 from .parallel import in_parallel
+from .report import SPLIT_COLOURS, Player as FilePlayer, read_wave
 from .spoken import SENTENCES, DemoConfig, demo_sentences, plan_demo, record, sentence, speaker_variant
 from .voices import generator, plot_words
 
@@ -344,6 +343,29 @@ def refuse(
         if first := seen.get((kind, keys.get(kind))): return f"duplicate {kind}", f"first in {first}"
     seen.update(dict.fromkeys(keys.items(), _where(entry)))
 
+# %% ../nbs/30_corpus.ipynb #a942d023
+def _reject(entry:dict)->dict:
+    "What rejects.jsonl says of an entry; what cannot be written is escaped."
+    says = {k: entry.get(k) or "" for k in ("id", "reason", "detail", "file", "line", "speaker", "text_raw")}
+    says |= dict(split=SPLITS.get(str(entry.get("split")).strip().lower(), ""), audio_filepath=entry.get("audio") or "")
+    return {k: v if k == "line" else str(v).encode("utf-8", "backslashreplace").decode() for k,v in says.items() if v != "" or k in ("id", "detail")}
+
+def sift_entries(
+    cfg:CorpusConfig,
+    source:Path|None, # the folder of the source
+)->tuple[list,list]:  # entries whose recordings are to be opened, and rejects
+    "Everything that an importer finds."
+    importer, entries, rejects, seen = IMPORTERS[cfg.source], [], [], {}
+    if source and not source.is_dir(): raise ConfigError(f"{source}: no such folder; path must name {importer.__doc__}")
+    try: os.listdir(source or ".")
+    except OSError as e: raise ConfigError(f"{source}: cannot be read ({e.strerror}); change its permissions") from e
+    files = Files(source or ".")
+    for entry in importer(cfg, source):
+        if "reason" not in entry and (found := refuse(entry, files, seen)): entry |= dict(zip(("reason", "detail"), found))
+        if "reason" in entry: rejects.append(_reject(entry))
+        else: entries.append(entry)
+    return entries, rejects
+
 # %% ../nbs/30_corpus.ipynb #5fdb43a3
 LATER = 0.5 # s that a recording may be longer than its list says
 
@@ -361,6 +383,23 @@ def examine(
     listed = entry.get("seconds")
     if isinstance(listed, (int, float)) and info.duration - listed > LATER: return dict(reason="piece of a recording", detail=f"{listed:.1f} s of {info.duration:.1f} s")
     return made | dict(duration=info.duration, sample_rate=info.samplerate, channels=info.channels, sha256=digest, bytes=size)
+
+# %% ../nbs/30_corpus.ipynb #38455f06
+def _row(name:str, entry:dict, facts:dict, out_dir:Path|None)->dict:
+    "A row of the manifest; the path of a recording is absolute without `out_dir`."
+    path = facts.get("audio_filepath") or (os.path.relpath(entry["path"], out_dir) if out_dir else entry["path"])
+    row = dict(id=f"{name}-{entry['id']}", audio_filepath=path) | {k: facts[k] for k in ("duration", "sample_rate", "channels")}
+    row |= {k: entry[k] for k in ("text_raw", "speaker", "split")} | dict(corpus=name) | {k: facts[k] for k in ("sha256", "bytes")}
+    return row | {k: v for k,v in dict(dialect=entry["dialect"], words=facts.get("words")).items() if v}
+
+# %% ../nbs/30_corpus.ipynb #05ddc04d
+def _lost(rows:list[dict], rejects:list[dict])->str:
+    "What is wrong if nothing is left of the corpus, or of a split."
+    def first(part): return f"{len(part)} rejected" + "".join(f"; {_where(r)}: {r['reason']}, {r['detail']}" for r in part[:3])
+    if not rows: return f"no usable utterance; {first(rejects)}"
+    for split in sorted({r.get("split", "") for r in rejects} - {r["split"] for r in rows} - {""}):
+        return f"split {split} has no usable utterance; {first([r for r in rejects if r.get('split') == split])}. Mend them, or remove the split: prepare then draws it by speaker"
+    return ""
 
 # %% ../nbs/30_corpus.ipynb #0d603918
 def make_corpus(
@@ -384,43 +423,6 @@ def make_corpus(
         write_jsonl(folder/"rejects.jsonl", rejects)
         write_jsonl(folder/"manifest.jsonl", rows)
     return len(rows), len(rejects)
-
-def sift_entries(
-    cfg:CorpusConfig,
-    source:Path|None, # the folder of the source
-)->tuple[list,list]:  # entries whose recordings are to be opened, and rejects
-    "Everything that an importer finds."
-    importer, entries, rejects, seen = IMPORTERS[cfg.source], [], [], {}
-    if source and not source.is_dir(): raise ConfigError(f"{source}: no such folder; path must name {importer.__doc__}")
-    try: os.listdir(source or ".")
-    except OSError as e: raise ConfigError(f"{source}: cannot be read ({e.strerror}); change its permissions") from e
-    files = Files(source or ".")
-    for entry in importer(cfg, source):
-        if "reason" not in entry and (found := refuse(entry, files, seen)): entry |= dict(zip(("reason", "detail"), found))
-        if "reason" in entry: rejects.append(_reject(entry))
-        else: entries.append(entry)
-    return entries, rejects
-
-def _row(name:str, entry:dict, facts:dict, out_dir:Path|None)->dict:
-    "A row of the manifest; the path of a recording is absolute without `out_dir`."
-    path = facts.get("audio_filepath") or (os.path.relpath(entry["path"], out_dir) if out_dir else entry["path"])
-    row = dict(id=f"{name}-{entry['id']}", audio_filepath=path) | {k: facts[k] for k in ("duration", "sample_rate", "channels")}
-    row |= {k: entry[k] for k in ("text_raw", "speaker", "split")} | dict(corpus=name) | {k: facts[k] for k in ("sha256", "bytes")}
-    return row | {k: v for k,v in dict(dialect=entry["dialect"], words=facts.get("words")).items() if v}
-
-def _reject(entry:dict)->dict:
-    "What rejects.jsonl says of an entry; what cannot be written is escaped."
-    says = {k: entry.get(k) or "" for k in ("id", "reason", "detail", "file", "line", "speaker", "text_raw")}
-    says |= dict(split=SPLITS.get(str(entry.get("split")).strip().lower(), ""), audio_filepath=entry.get("audio") or "")
-    return {k: v if k == "line" else str(v).encode("utf-8", "backslashreplace").decode() for k,v in says.items() if v != "" or k in ("id", "detail")}
-
-def _lost(rows:list[dict], rejects:list[dict])->str:
-    "What is wrong if nothing is left of the corpus, or of a split."
-    def first(part): return f"{len(part)} rejected" + "".join(f"; {_where(r)}: {r['reason']}, {r['detail']}" for r in part[:3])
-    if not rows: return f"no usable utterance; {first(rejects)}"
-    for split in sorted({r.get("split", "") for r in rejects} - {r["split"] for r in rows} - {""}):
-        return f"split {split} has no usable utterance; {first([r for r in rejects if r.get('split') == split])}. Mend them, or remove the split: prepare then draws it by speaker"
-    return ""
 
 # %% ../nbs/30_corpus.ipynb #513ba5c6
 def corpus_table(
@@ -454,37 +456,21 @@ def reject_table(
 # %% ../nbs/30_corpus.ipynb #56cc667e
 SHOWN = 30. # s of a recording, at most
 
-def read_wave(
-    row:dict,    # of a manifest
-    folder:Path, # the manifest's
-)->tuple:        # samples, the first channel; Hz
-    "The recording of a row, or as much of it as can be decoded."
-    blocks = [np.zeros(0, np.float32)]
-    with soundfile.SoundFile(Path(folder)/row["audio_filepath"]) as file:
-        rate, left = file.samplerate, int(SHOWN*file.samplerate)
-        try:
-            while left > 0 and len(block := file.read(min(left, 1 << 10), dtype="float32", always_2d=True)): blocks, left = [*blocks, block[:,0]], left - len(block)
-        except soundfile.SoundFileError: print(f"{row['id']} breaks off after {sum(map(len, blocks))/rate:.2f} s")
-    return np.nan_to_num(np.concatenate(blocks), posinf=0, neginf=0), rate
-
 def plot_samples(
     rows:list[dict], # of a manifest, few
     folder:Path,     # the manifest's
 ):                   # a figure
     "Spectrograms; words are marked where their times are known."
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(len(rows), 1, figsize=(8, 2.3*len(rows)), dpi=64, squeeze=False)
+    fig, axs = plt.subplots(len(rows), 1, figsize=(8, 2.3*len(rows)), squeeze=False)
     for ax,row in zip(axs[:,0], rows):
-        wave, rate = read_wave(row, folder)
-        if len(wave) > rate//40: plot_words(ax, wave, row.get("words", []), rate, fontsize=8)
-        ax.set_title(f"{row['speaker'][:24]}, {row['split']}: {row['text_raw'][:100]}", fontsize=9, parse_math=False)
+        wave_T, rate = read_wave(Path(folder)/row["audio_filepath"], SHOWN)
+        if len(wave_T) > rate//40: plot_words(ax, wave_T, row.get("words", []), rate, fontsize=8)
+        ax.set_title(f"{row['speaker'][:24]}, {row['split']}: {row['text_raw'][:100]}", parse_math=False)
     axs[-1,0].set_xlabel("seconds")
-    fig.tight_layout()
     return fig
 
 # %% ../nbs/30_corpus.ipynb #9e922b3d
-SPLIT_COLOURS = {"train": "#0072b2", "dev": "#e69f00", "test": "#d55e00", "": "#999999"}
-
 def plot_speakers(
     rows:list[dict], # of a manifest
     most:int=60,     # speakers shown, those with most speech
@@ -495,29 +481,20 @@ def plot_speakers(
     for r in rows: minutes[r["split"], speaker_variant(r)[:12] or "unknown"] += r["duration"]/60
     order = list(SPLIT_COLOURS)
     bars = sorted(sorted(minutes, key=minutes.get, reverse=True)[:most], key=lambda k: (order.index(k[0]), -minutes[k]))
-    fig, ax = plt.subplots(figsize=(9, 2.8), dpi=80)
+    fig, ax = plt.subplots(figsize=(9, 2.8))
     for split in order:
         at = [i for i,(s,_) in enumerate(bars) if s == split]
         if at: ax.bar(at, [minutes[bars[i]] for i in at], color=SPLIT_COLOURS[split], label=split or "no split")
     ax.set_xticks(range(len(bars)), [name for _,name in bars], rotation=90, fontsize=7, parse_math=False)
     ax.set(ylabel="minutes", xlim=(-1, len(bars)))
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)
-    fig.tight_layout()
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     return fig
 
 # %% ../nbs/30_corpus.ipynb #37101fe0
-MP3_RATES = 8000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000
-
-class Player:
-    "A recording to listen to in a notebook, as MP3 of at most `seconds`."
-    def __init__(self, row:dict, folder:Path, seconds:float=6.):
-        wave, rate = read_wave(row, folder)
-        wave, mp3 = wave[:int(seconds*rate)], io.BytesIO()
-        if rate not in MP3_RATES: # good enough for an ear: a running mean, then points between points
-            heard = max((r for r in MP3_RATES if r <= rate), default=MP3_RATES[0])
-            width = max(1, rate//heard)
-            wave, rate = np.interp(np.arange(0, len(wave), rate/heard), np.arange(len(wave)), np.convolve(wave, np.ones(width)/width, "same")) if len(wave) else wave, heard
-        soundfile.write(mp3, wave, rate, format="MP3")
-        self.name, self.mp3 = f"{row['speaker'][:24]}: {row['text_raw']}", mp3.getvalue()
-    def _repr_html_(self)->str:
-        return f'<p>{html.escape(self.name)}</p><audio controls src="data:audio/mpeg;base64,{base64.b64encode(self.mp3).decode()}"></audio>'
+class Player(FilePlayer):
+    "A recording of a manifest to listen to."
+    def __init__(self,
+        row:dict,         # of a manifest
+        folder:Path,      # the manifest's
+        seconds:float=6., # heard from its start
+    ): super().__init__(Path(folder)/row["audio_filepath"], f"{row['speaker'][:24]}: {row['text_raw']}", seconds)
