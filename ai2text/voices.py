@@ -167,8 +167,8 @@ def speak(
 
 # %% ../nbs/25_voices.ipynb #01272a72
 def plot_words(
-    ax,          # a matplotlib axis
-    wave_T,      # samples
+    ax,          # a matplotlib axis; gets Hz upwards and seconds to the right
+    wave_T,      # (T,) samples
     words:list,  # [word, start, end] in seconds
     rate:int=SAMPLE_RATE, # Hz
     **text,      # how to write the words
@@ -200,7 +200,7 @@ REFLECTIONS = 6
 def impulse_response(
     rng:np.random.Generator,
 )->np.ndarray: # samples at 16 kHz; the first is the direct sound, 1
-    "What a room makes of a click."
+    "What a room makes of a click: early reflections and an exponential tail (the model of Polack, 1988)."
     rt60 = rng.uniform(*RT60)
     seconds_T = np.arange(int(rt60*SAMPLE_RATE))/SAMPLE_RATE
     late_T = rng.standard_normal(len(seconds_T))*(seconds_T >= TAIL_START)
