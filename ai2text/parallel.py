@@ -73,9 +73,7 @@ def in_parallel(
         except BrokenProcessPool as e:
             raise ConfigError(f"{label}: a process was killed, perhaps for want of memory; run again with fewer `processes`") from e
 
-# %% ../nbs/07_parallel.ipynb #3af9cf9e
-PATIENCE = 60 # s between two looks whether a worker is left
-
+# %% ../nbs/07_parallel.ipynb #196c565d
 def _same_code(client):
     "Refuse machines with another package: Dask itself would wait for ever for a worker that cannot read its tasks."
     def code(): # it travels whole, being inside of another function
@@ -84,6 +82,9 @@ def _same_code(client):
             return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(pathlib.Path(package.origin).parent.glob("*.py")))).hexdigest()
     for where,found in {"the scheduler": client.run_on_scheduler(code), **client.run(code)}.items():
         if found != code(): raise ConfigError(f"scheduler {client.scheduler.address}: {where} has {'other code of' if found else 'no'} ai2text; start it in the project's folder at the commit of this run, from its environment")
+
+# %% ../nbs/07_parallel.ipynb #db10f9c0
+PATIENCE = 60 # s between two looks whether a worker is left
 
 def _result(future, client):
     "What a worker made; `ConfigError` when no worker is left to make it."
@@ -94,6 +95,7 @@ def _result(future, client):
             if future.done(): raise # the work's own
             if not client.nthreads(): raise ConfigError(f"scheduler {client.scheduler.address}: all workers are gone; start some, and run again") from None
 
+# %% ../nbs/07_parallel.ipynb #3af9cf9e
 @contextlib.contextmanager
 def cluster(
     address:str, # of a Dask scheduler, as tcp://10.0.0.1:8786; "" = no cluster
