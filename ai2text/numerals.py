@@ -160,6 +160,7 @@ def date(day:str, of:str, year:str="")->str:
     "A day, its month and perhaps its year."
     return f"{cardinal(int(day))} {month(of)}" + (f" năm {cardinal(int(year))}" if year else "")
 
+# %% ../nbs/08_numerals.ipynb #bc670ee0
 @rule(fr"{ALONE}(?:({DAY})\s?[-–]\s?)?({DAY})([/.-])({MONTH})\3({YEAR})(?:\s?[-–]\s?({DAY})\3({MONTH})\3({YEAR}))?{END}", needs="/.-")
 def day_month_year(m):
     "12/3/2024, 12-15/3/2024, 1/1/2020 - 31/12/2020"
@@ -181,6 +182,7 @@ def range_of_days(m):
     "12-15/3"
     return f"{cardinal(int(m[1]))} đến {date(m[2], m[3])}"
 
+# %% ../nbs/08_numerals.ipynb #f1f19d24
 @rule(fr"(?<!\w)((?i:quý)\s+(?:[1-4]|I{{1,3}}|IV))[/-]({YEAR}){END}", needs="/-")
 def quarter_of_year(m):
     "quý 1/2024, quý III/2024"
