@@ -107,7 +107,7 @@ def collect(
     names:dict, # a notebook's `globals()`
     where:str,  # how errors call the section
 ):              # an instance of `cls`
-    "`make` from a namespace: the fields of `cls` are taken, all other names left alone."
+    "`make` from a namespace, and its errors: the fields of `cls` are taken, all other names left alone."
     return make(cls, {f.name: names[f.name] for f in dataclasses.fields(cls) if f.init and f.name in names}, where)
 
 # %% ../nbs/00_config.ipynb #7385d89b
@@ -126,12 +126,14 @@ def load_params(
 # %% ../nbs/00_config.ipynb #6de439f1
 PROJECT = ("dvc.yaml", "params.yaml") # what the folder of a workspace has
 
-def is_workspace(folder:Path)->bool: return all((folder/name).is_file() for name in PROJECT)
+def is_workspace(folder:Path)->bool:
+    "Has a folder the files of a workspace?"
+    return all((folder/name).is_file() for name in PROJECT)
 
 def find_root(
     start=None, # a folder; the current one by default
 )->Path:        # the nearest folder, upwards, with dvc.yaml and params.yaml
-    "The root of the project that `start` lies in."
+    "The root of the project that `start` lies in; raises `ConfigError` if it lies in none."
     start = Path(start or ".").resolve()
     for folder in (start, *start.parents):
         if is_workspace(folder): return folder
@@ -225,7 +227,7 @@ def write_json(
     path, # the file
     obj,  # what `json` can write
 ):
-    "Write JSON atomically."
+    "Write JSON atomically; raises `ConfigError` for what is no JSON, as NaN."
     try: text = json.dumps(obj, ensure_ascii=False, indent=1, allow_nan=False)
     except (TypeError, ValueError) as e: raise ConfigError(f"{path}: cannot be written as JSON: {e}") from e
     with atomic_write(path) as f: f.write(text + "\n")
@@ -233,7 +235,7 @@ def write_json(
 def read_json(
     path, # the file
 ):
-    "Read JSON; an error names the file."
+    "Read JSON; a `ConfigError` names the file."
     try: return json.loads(Path(path).read_text("utf-8"))
     except ValueError as e: raise ConfigError(f"{path}: cannot be read as JSON: {e}") from e
 
@@ -251,7 +253,7 @@ def write_jsonl(
 def read_jsonl(
     path,       # the file
 )->list[dict]:  # its rows
-    "Read JSON Lines; an error names the file and the line."
+    "Read JSON Lines; a `ConfigError` names the file and the line."
     rows = []
     with open(path, encoding="utf-8") as f:
         try:

@@ -87,7 +87,7 @@ def read_text(
 def read_list(
     path:Path,
 )->str:
-    "The text of a list; without it there is no corpus."
+    "The text of a list; without it there is no corpus, but a `ConfigError`."
     try: text = read_text(path)
     except OSError as e: raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
     if text[:2] in ("\udcff\udcfe", "\udcfe\udcff"): raise ConfigError(f"{path}: is UTF-16; save it as UTF-8")
@@ -156,7 +156,9 @@ AUDIO = ".wav", ".flac", ".mp3", ".ogg", ".opus"
 ENDS  = *AUDIO, *map(str.upper, AUDIO), ""
 HOMES = "", "wavs", "audio", "clips" # folders that a list may leave out
 
-def nfc(text:str)->str: return unicodedata.normalize("NFC", text)
+def nfc(text:str)->str:
+    "One spelling of a name."
+    return unicodedata.normalize("NFC", text)
 
 class Files:
     "The files below a folder, found by names that others wrote, and nothing outside of it."
@@ -352,7 +354,7 @@ def _reject(entry:dict)->dict:
 
 def sift_entries(
     cfg:CorpusConfig,
-    source:Path|None, # the folder of the source
+    source:Path|None, # the folder of the source; None where the package has it
 )->tuple[list,list]:  # entries whose recordings are to be opened, and rejects
     "Everything that an importer finds."
     importer, entries, rejects, seen = IMPORTERS[cfg.source], [], [], {}
@@ -409,7 +411,7 @@ def make_corpus(
     root=".",               # folder that a relative `cfg.path` starts from
     executor:Executor=None, # in place of processes of our own
 )->tuple[int,int]:          # utterances and rejects
-    "Write `manifest.jsonl` and `rejects.jsonl`, and `wav/` if the source has no recordings."
+    "Write `manifest.jsonl` and `rejects.jsonl`, and `wav/` if the source has no recordings; raises `ConfigError` if nothing is left of it, or of a split."
     if not re.fullmatch("[a-z0-9_]+", name): raise ConfigError(f"corpora.{name}: a name is of small letters, digits and _")
     out_dir, source, rows = Path(os.path.abspath(out_dir)), cfg.folder(root), []
     with atomic_folder(out_dir) as folder:

@@ -48,7 +48,7 @@ def _each(function, items): return [function(item) for item in items]
 
 def in_parallel(
     function,               # of one item; picklable, if there are several processes
-    items:list,
+    items:list,             # picklable, too
     processes:int=0,        # 0 = one for each core, 1 = this one
     executor:Executor=None, # in place of processes of our own; `processes` is then how many it has
     *,
@@ -58,7 +58,7 @@ def in_parallel(
     unit:str="utterances",  # what the bar counts
     delay:float=1,          # seconds before the bar shows
 ):                          # an iterator of results, in the order of `items`
-    "Apply a function to items in parallel, with a progress bar."
+    "Apply a function to items in parallel, with a progress bar; raises what the function raises, and `ConfigError` if a process was killed."
     groups = [items[i:i+group] for i in range(0, len(items), group)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = min(processes or cores, len(groups))
@@ -100,7 +100,7 @@ def _result(future, client):
 def cluster(
     address:str, # of a Dask scheduler, as tcp://10.0.0.1:8786; "" = no cluster
 ):               # an executor and how many items it does at once; None and 0 without a cluster
-    "The workers of a Dask cluster, as an executor for `in_parallel`."
+    "The workers of a Dask cluster, as an executor for `in_parallel`; raises `ConfigError` if there are none, or not of this code, or if they are lost."
     if not address: yield None, 0; return
     try: from distributed import CancelledError, Client, KilledWorker
     except ImportError as e: raise ConfigError(f"scheduler {address}: needs Dask; pip install 'ai2text[cluster]'") from e

@@ -353,7 +353,7 @@ def read_corpus(
     folder:Path,  # of a corpus, with a manifest.jsonl
     out_dir:Path, # audio_filepath becomes relative to this one
 )->list[dict]:
-    "The rows of a corpus."
+    "The rows of a corpus; raises `ConfigError` for a line that is none."
     path = folder/"manifest.jsonl"
     if not path.is_file(): raise ConfigError(f"{path}: no such file; run the corpus stage first")
     rows = read_jsonl(path)
@@ -367,6 +367,7 @@ def read_corpus(
         if not os.path.isabs(row["audio_filepath"]): row["audio_filepath"] = os.path.relpath(folder/row["audio_filepath"], out_dir)
     return rows
 
+# %% ../nbs/35_prepare.ipynb #3437900e
 def normalise_all(
     rows:list[dict],    # each gets its `text`
     cfg:PrepareConfig,
@@ -447,7 +448,7 @@ def prepare(
     executor:Executor=None, # normalises and probes; processes of our own by default
     root:str|Path=".",      # where `cfg.abbreviations` starts from
 )->dict:                    # what stats.json holds
-    "From corpora to manifests and a tokenizer."
+    "From corpora to manifests and a tokenizer; raises `ConfigError` when too much is rejected, or a corpus or a split is empty."
     corpora_dir, out_dir = Path(corpora_dir), Path(out_dir)
     for name in (*(f"{split}.jsonl" for split in SPLITS), "stats.json"): (out_dir/name).unlink(missing_ok=True)
     folders = corpus_folders(corpora_dir, names)
@@ -602,7 +603,7 @@ def extremes(
 
 def rejected_audio(
     rejects:list[dict], # rows of rejects.jsonl
-    most:int=8,
+    most:int=8,         # rows
 )->list[dict]:          # rows with `why`
     "One reject of each reason that can be listened to."
     heard = [*measured(rejects), *(reject for reject in rejects if reject["reason"] == "too long")]

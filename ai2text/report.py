@@ -11,7 +11,7 @@ import numpy as np
 import soundfile
 
 # %% ../nbs/05_report.ipynb #02441b16
-# Okabe and Ito's colours (2008): these three can be told apart by all eyes; an utterance without a split is grey
+# after Okabe and Ito (2008), for eyes that see fewer colours; an utterance without a split is grey
 SPLIT_COLOURS = {"train": "#0072b2", "dev": "#e69f00", "test": "#d55e00", "": "#999999"}
 
 class Html(str):

@@ -117,12 +117,15 @@ class Index:
     def __len__(self): return len(self.key)
 
     @property
-    def seconds(self)->float: return float(self.duration.sum())
+    def seconds(self)->float:
+        "Of all audio."
+        return float(self.duration.sum())
 
     def __str__(self):
         text = f"{len(self.shards)} shards, {len(self):,} utterances, {self.seconds/3600:.2f} h, {sum(s['bytes'] for s in self.shards)/1e6:,.0f} MB"
         return text + (f"; {len(self.rejected)} rejected: {reject_summary(self.rejected)}" if self.rejected else "")
 
+# %% ../nbs/38_shard_index.ipynb #75c7be10
 def printable(
     text:str, # an id or reason from outside
 )->str:
@@ -195,7 +198,7 @@ def select(
     index:Index,
     files, # names of the shards to keep
 )->Index:
-    "The index of some shards, in the index's order."
+    "The index of some shards, in the index's order; raises `ShardError` for one that it does not know."
     files = list(files)
     unknown = set(files) - {s["file"] for s in index.shards}
     if unknown: raise ShardError(f"{sorted(unknown)[0]}: not in the index, which knows {len(index.shards)} shards; index it with `scan`")
@@ -253,7 +256,7 @@ def scan(
     paths,           # tar files
     processes:int=1, # that read; 0: one for each core
 )->Index:
-    "An index of shards that have none: each is read once; an utterance that cannot serve is rejected with its reason."
+    "An index of shards that have none: each is read once; an utterance that cannot serve is rejected with its reason; raises `ShardError` for a tar file that is not whole."
     shards, keys, columns, rates, rejected = [], [], {c: [] for c in COLUMNS}, set(), []
     for number,(shard,rows,lost) in enumerate(in_parallel(_scanned, sorted(map(Path, paths)), processes, label="scan", unit="shards", group=1)):
         for key,rate,*values in rows:

@@ -52,7 +52,7 @@ def read_sentences(
 def demo_sentences(
     folder:Path=None, # that holds sentences.vi.txt; None = the package's
 )->tuple[list,list]:  # (line number, sentence) of the usable; rejects
-    "The text of the demo."
+    "The text of the demo; raises `ConfigError` if it cannot be read."
     path = (folder or files("ai2text")/"demo")/SENTENCES
     try: return read_sentences(path.read_text("utf-8-sig").removesuffix("\n").split("\n"))
     except OSError as e: raise ConfigError(f"{path}: cannot be read ({e.strerror}); path must name the folder that holds {SENTENCES}, as ai2text/demo does") from None
@@ -90,7 +90,7 @@ def plan_demo(
     sentences:list, # (line number, sentence)
     cfg:DemoConfig,
 )->list[Utterance]: # sorted by id
-    "Who says which sentence for which split."
+    "Who says which sentence for which split; raises `ConfigError` if dev and test leave nothing to train on."
     chosen = sorted(sentences, key=lambda s: generator(cfg.seed, f"deal {s[0]}").random())[:cfg.sentences or None]
     if (held_out := cfg.dev_sentences + cfg.test_sentences) >= len(chosen):
         raise ConfigError(f"dev_sentences + test_sentences = {held_out} leave nothing of {len(chosen)} sentences to train on; lower them or raise sentences")
