@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['N_MELS', 'HOP', 'WINDOW', 'N_FFT', 'LEFT_EDGE', 'RIGHT_EDGE', 'PREEMPHASIS', 'LOW_HZ', 'HIGH_HZ', 'PCM_SCALE',
-           'LOG_FLOOR', 'read_audio', 'resample', 'num_frames', 'mel_filters', 'povey_window', 'Fbank', 'mirror_edges',
+           'LOG_FLOOR', 'read_audio', 'resample', 'num_frames', 'mel_filters', 'mirror_edges', 'povey_window', 'Fbank',
            'spec_augment', 'spread', 'other_room', 'other_speaker']
 
 # %% ../nbs/20_audio.ipynb #c4bb27bb
@@ -65,6 +65,21 @@ def mel_filters(n_mels:int=N_MELS)->Tensor:  # (N_FFT//2 + 1, n_mels)
     weights[-1] = 0   # Kaldi leaves the Nyquist bin out
     return torch.from_numpy(weights).float()
 
+# %% ../nbs/20_audio.ipynb #5ff16bc7
+def mirror_edges(
+    audio_BT:Tensor,  # (B, T)
+    lengths:Tensor,   # (B,)
+)->Tensor:            # (B, LEFT_EDGE + T + RIGHT_EDGE + padding)
+    "Each utterance with its mirror image before its start and after its own end."
+    B, T = audio_BT.shape
+    out = audio_BT.new_zeros(B, LEFT_EDGE + max(T + RIGHT_EDGE, WINDOW) + HOP)
+    out[:,LEFT_EDGE:LEFT_EDGE+T] = audio_BT
+    edge = torch.arange(max(LEFT_EDGE, RIGHT_EDGE), device=audio_BT.device)
+    left = edge[:LEFT_EDGE].minimum(lengths[:,None] - 1)
+    out[:,:LEFT_EDGE] = audio_BT.gather(1, left).flip(1)
+    right = lengths[:,None] + edge[:RIGHT_EDGE]
+    return out.scatter_(1, LEFT_EDGE + right, audio_BT.gather(1, (lengths[:,None] - 1 - edge[:RIGHT_EDGE]).clamp_(min=0)))
+
 # %% ../nbs/20_audio.ipynb #932c3992
 def povey_window()->Tensor:  # (WINDOW,)
     "Kaldi's window, for samples as 16-bit values; its first sample is zero."
@@ -98,30 +113,16 @@ class Fbank(nn.Module):
             past_end = torch.arange(features.shape[1], device=audio.device) >= frames[:,None]
             return features.masked_fill_(past_end[...,None], LOG_FLOOR), frames
 
-def mirror_edges(
-    audio_BT:Tensor,  # (B, T)
-    lengths:Tensor,   # (B,)
-)->Tensor:            # (B, LEFT_EDGE + T + RIGHT_EDGE + padding)
-    "Each utterance with its mirror image before its start and after its own end."
-    B, T = audio_BT.shape
-    out = audio_BT.new_zeros(B, LEFT_EDGE + max(T + RIGHT_EDGE, WINDOW) + HOP)
-    out[:,LEFT_EDGE:LEFT_EDGE+T] = audio_BT
-    edge = torch.arange(max(LEFT_EDGE, RIGHT_EDGE), device=audio_BT.device)
-    left = edge[:LEFT_EDGE].minimum(lengths[:,None] - 1)
-    out[:,:LEFT_EDGE] = audio_BT.gather(1, left).flip(1)
-    right = lengths[:,None] + edge[:RIGHT_EDGE]
-    return out.scatter_(1, LEFT_EDGE + right, audio_BT.gather(1, (lengths[:,None] - 1 - edge[:RIGHT_EDGE]).clamp_(min=0)))
-
 # %% ../nbs/20_audio.ipynb #7eb4a5fa
 def spec_augment(
     features:Tensor,       # (B, F, M), normalised: zero is the mean
     frames:Tensor,         # (B,)
     freq_masks:int=2,      # bands hidden in each utterance
     freq_width:int=27,     # channels in the widest band
-    time_masks:int=2,      # stretches hidden in each second-long piece of utterance, see `time_share`
+    time_masks:int=2,      # stretches hidden in each utterance
     time_share:float=0.1,  # longest stretch, as a share of the utterance
 )->Tensor:                 # (B, F, M)
-    "Park et al. 2019, adaptive in time (2020): batched, in no loop over utterances."
+    "SpecAugment (Park et al., 2019; with stretches that grow with the utterance, 2020): batched, in no loop over utterances."
     B, F, M = features.shape
     def masked(n, size, limit, widest):   # (B, size) true where hidden
         width = torch.rand(B, n).to(features.device, non_blocking=True)*widest

@@ -85,7 +85,7 @@ def rule(
     pattern:str,  # regular expression of what is written
     needs:str="", # signs, one of which is in each match: a text without any is passed over
 ):
-    "Put the decorated reader (match -> words, or None to leave it to the other rules) at the end of `RULES`."
+    "Put the decorated reader (match -> words, or None to leave it to the other rules) at the end of `RULES`; its docstring is examples."
     compiled = re.compile(pattern)
     def add(reader):
         def replace(match):
@@ -115,13 +115,19 @@ def any_of(words:str)->str:
 
 # %% ../nbs/08_numerals.ipynb #eb53e50c
 @rule(r"(?<![\w.,])(?:\+84|\(?0[1-9]\d?\)?)(?:[ .-]?\d){7,9}(?![\w]|[.,]\d)")
-def phone(m): return ("cộng " if m[0][0] == "+" else "") + digits(m[0])
+def phone(m):
+    "0912 345 678, (024) 3825 1234, +84 912 345 678"
+    return ("cộng " if m[0][0] == "+" else "") + digits(m[0])
 
 @rule(r"(?<!\w)(?P<name>" + any_of("gọi gọi_số số tổng_đài hotline cảnh_sát cứu_hỏa cứu_hoả cấp_cứu") + r")(?P<gap>:?\s+)11[1-9](?![\w]|[.,/:-]\d)")
-def emergency(m): return f"{m['name']}{m['gap']}{digits(m[0])}"
+def emergency(m):
+    "gọi 113"
+    return f"{m['name']}{m['gap']}{digits(m[0])}"
 
 @rule(r"(?<!\w)(?P<name>" + any_of("tổng_đài hotline đường_dây_nóng điện_thoại số_điện_thoại đt sđt mã_số mã_bưu_chính số_tài_khoản stk cccd cmnd fax") + r")(?P<gap>:?\s+)(?P<n>\d[\d .-]*\d)(?![\w]|[.,]\d)")
-def called(m): return f"{m['name']}{m['gap']}{digits(m['n'])}"
+def called(m):
+    "tổng đài 1900 1234"
+    return f"{m['name']}{m['gap']}{digits(m['n'])}"
 
 # %% ../nbs/08_numerals.ipynb #6c176ec7
 SCORES = any_of("tỷ_số tỉ_số thắng thua hòa hoà dẫn dẫn_trước chung_cuộc kết_quả vượt_lên bị_dẫn")
@@ -129,10 +135,14 @@ SHORT = r"\d{1,9}"
 RATIOS = any_of("tỷ_lệ tỉ_lệ tỷ_lệ_là tỉ_lệ_là")
 
 @rule(fr"(?<!\w)(?P<word>{SCORES}\s+)(?P<a>{SHORT})\s?[-–:]\s?(?P<b>{SHORT})(?![\w]|[.,/-]\d)", needs="-–:")
-def score(m): return f"{m['word']}{cardinal(int(m['a']))} {cardinal(int(m['b']))}"
+def score(m):
+    "thắng 2-1"
+    return f"{m['word']}{cardinal(int(m['a']))} {cardinal(int(m['b']))}"
 
 @rule(fr"(?<!\w)(?P<word>{RATIOS}\s+)(?P<a>{SHORT})\s?:\s?(?P<b>{SHORT})(?![\w]|[.,:]\d)", needs=":")
-def ratio(m): return f"{m['word']}{cardinal(int(m['a']))} trên {cardinal(int(m['b']))}"
+def ratio(m):
+    "tỷ lệ 1:10"
+    return f"{m['word']}{cardinal(int(m['a']))} trên {cardinal(int(m['b']))}"
 
 # %% ../nbs/08_numerals.ipynb #a5c8a027
 DAY, MONTH, YEAR = r"(?:0?[1-9]|[12]\d|3[01])", r"(?:0?[1-9]|1[0-2])", r"[12]\d{3}"
@@ -150,33 +160,49 @@ def date(day:str, of:str, year:str="")->str:
     "A day, its month and perhaps its year."
     return f"{cardinal(int(day))} {month(of)}" + (f" năm {cardinal(int(year))}" if year else "")
 
+# %% ../nbs/08_numerals.ipynb #bc670ee0
 @rule(fr"{ALONE}(?:({DAY})\s?[-–]\s?)?({DAY})([/.-])({MONTH})\3({YEAR})(?:\s?[-–]\s?({DAY})\3({MONTH})\3({YEAR}))?{END}", needs="/.-")
 def day_month_year(m):
+    "12/3/2024, 12-15/3/2024, 1/1/2020 - 31/12/2020"
     words = [cardinal(int(m[1]))] if m[1] else []
     return " đến ".join(words + [date(*m.group(2, 4, 5))] + ([date(*m.group(6, 7, 8))] if m[6] else []))
 
 @rule(fr"{ALONE}({YEAR})([/.-])({MONTH})\2({DAY}){END}", needs="/.-")
-def year_month_day(m): return date(m[4], m[3], m[1])
+def year_month_day(m):
+    "2024-03-12"
+    return date(m[4], m[3], m[1])
 
 @rule(fr"(?<!\w)(?P<word>{DAYS}\s+)(?P<dates>{DAY}[/-]{MONTH}(?![\d/-])(?:\s*(?:[-–,]|đến|tới|và)\s*(?i:ngày\s+)?{DAY}/{MONTH}(?!\d|/\d))*){END}", needs="/-")
-def announced_day(m): return m["word"] + re.sub(fr"({DAY})[/-]({MONTH})(?!\d)(\s*[-–])?", lambda d: date(d[1], d[2]) + (" đến" if d[3] else ""), m["dates"])
+def announced_day(m):
+    "ngày 1/2, ngày 1/2 đến 3/4"
+    return m["word"] + re.sub(fr"({DAY})[/-]({MONTH})(?!\d)(\s*[-–])?", lambda d: date(d[1], d[2]) + (" đến" if d[3] else ""), m["dates"])
 
 @rule(fr"{ALONE}({DAY})\s?[-–]\s?({DAY})/({MONTH}){END}", needs="/")
-def range_of_days(m): return f"{cardinal(int(m[1]))} đến {date(m[2], m[3])}"
+def range_of_days(m):
+    "12-15/3"
+    return f"{cardinal(int(m[1]))} đến {date(m[2], m[3])}"
 
+# %% ../nbs/08_numerals.ipynb #f1f19d24
 @rule(fr"(?<!\w)((?i:quý)\s+(?:[1-4]|I{{1,3}}|IV))[/-]({YEAR}){END}", needs="/-")
-def quarter_of_year(m): return f"{m[1]} năm {cardinal(int(m[2]))}"
+def quarter_of_year(m):
+    "quý 1/2024, quý III/2024"
+    return f"{m[1]} năm {cardinal(int(m[2]))}"
 
 @rule(fr"(?<!\w)(?P<word>{DOCUMENTS}\s+)?(?P<tháng>(?i:tháng)\s+)?{ALONE}(?P<month>{MONTH})[/-](?P<year>{YEAR}){END}", needs="/-")
 def month_year(m):
+    "tháng 4/2024, 5/2021; not nghị định 15/2020"
     if m["word"] or not (m["tháng"] or 1800 <= int(m["year"]) < 2100): return None
     return f"{month(m['month'])} năm {cardinal(int(m['year']))}"
 
 @rule(fr"(?<!\w)(?P<word>{STREETS}\s+)?{ALONE}(?P<day>{DAY})/(?P<month>{MONTH}){END}(?!\s?%)", needs="/")
-def larger_day(m): return None if m["word"] or int(m["day"]) <= int(m["month"]) or m[0] == "24/7" else date(m["day"], m["month"])
+def larger_day(m):
+    "30/4; not 1/2, which is a half"
+    return None if m["word"] or int(m["day"]) <= int(m["month"]) or m[0] == "24/7" else date(m["day"], m["month"])
 
 @rule(fr"(?<!\w)((?i:tháng))\s+0?4(?:\s?([-–])\s?(?=\d\d?(?!\d))|{END})")
-def april(m): return f"{m[1]} tư đến" if m[2] else f"{m[1]} tư"
+def april(m):
+    "tháng 4, tháng 4-6"
+    return f"{m[1]} tư đến" if m[2] else f"{m[1]} tư"
 
 # %% ../nbs/08_numerals.ipynb #85ccc378
 HOUR, MINUTE = r"(?:[01]?\d|2[0-4])", r"[0-5]\d"
@@ -191,11 +217,14 @@ def time(hours:str, minutes:str="", seconds:str="")->str:
 
 @rule(fr"(?<!\w)(?<!\d[.,/:])(?:(?P<from>{HOUR})\s?[-–]\s?)?(?P<a>{TIME})(?:\s?[-–]\s?(?P<b>{TIME}))?(?![.,:]\d)")
 def time_of_day(m):
+    "8h30, 8:30, 6:05:09, 8-10h, 7:00-9:30"
     times = ([cardinal(int(m["from"]))] if m["from"] else []) + [time(*re.findall(r"\d+", o)) for o in (m["a"], m["b"]) if o]
     return " đến ".join(times)
 
 @rule(fr"(?<!\w)({WHEN}\s+)({HOUR})g(?!\w)(?:(\s?[-–]\s?)({HOUR})g(?!\w))?")
-def southern_hour(m): return m[1] + time(m[2]) + (f" đến {time(m[4])}" if m[4] else "")
+def southern_hour(m):
+    "lúc 8g, từ 8g-10g"
+    return m[1] + time(m[2]) + (f" đến {time(m[4])}" if m[4] else "")
 
 # %% ../nbs/08_numerals.ipynb #c4d44c26
 VERSIONS = any_of("phiên_bản version ver bản công_nghiệp thời_đại web android ios windows python mục hình bảng điều khoản chương_trình bluetooth usb")
@@ -205,13 +234,19 @@ def dotted(text:str)->str:
     return " chấm ".join(read_number(o) for o in text.split("."))
 
 @rule(r"(?<![\w.,])(?:[vV]\.?(?=\d))?(\d+(?:\.\d+){2,})(?![\w]|[.,]\d)", needs=".")
-def version(m): return None if THOUSANDS.fullmatch(m[1]) else dotted(m[1])
+def version(m):
+    "2.0.1, 192.168.1.1"
+    return None if THOUSANDS.fullmatch(m[1]) else dotted(m[1])
 
 @rule(fr"(?<!\w)(?P<word>{VERSIONS}\s+)(?P<n>\d+\.\d+)(?![\w]|[.,]\d)", needs=".")
-def named_version(m): return m["word"] + dotted(m["n"])
+def named_version(m):
+    "Windows 8.1"
+    return m["word"] + dotted(m["n"])
 
 @rule(r"(?<![\w.,])(?:[vV]\.?(\d+\.\d+)|(\d+\.0))(?![\w]|[.,]\d)", needs=".")
-def point_zero(m): return dotted(m[1] or m[2])
+def point_zero(m):
+    "v1.2, 4.0"
+    return dotted(m[1] or m[2])
 
 # %% ../nbs/08_numerals.ipynb #44935921
 def ordinal(n:int)->str:
@@ -220,6 +255,7 @@ def ordinal(n:int)->str:
 
 @rule(r"(?<!\w)(?P<word>(?i:thứ)\s+)(?P<n>\d{1,9}(?:\s?[-–]\s?\d{1,9})*)(?![\w]|[.,/:]\d)")
 def after_thu(m):
+    "thứ 4, lần thứ 14, thứ 2-6"
     numbers = [int(o) for o in re.findall(r"\d+", m["n"])]
     joint = " đến " if len(numbers) == 2 and numbers[0] < numbers[1] else " "
     return m["word"] + joint.join(map(ordinal, numbers))
@@ -265,10 +301,13 @@ def amount(number:str, sign:str)->str:
     return read_number(number, quantity=True)
 
 @rule(fr"(?<!\w)(?P<sign>(?i:us\$|vnd|vnđ|usd|eur)|[$€£¥₫])\s?(?P<n>{BARE})(?P<large>\s?{LARGE})?(?!\w)")
-def sign_first(m): return f"{amount(m['n'], m['sign'])}{' ' + m['large'].strip() if m['large'] else ''} {name_of(m['sign'])}"
+def sign_first(m):
+    "$5, US$20, $2.5 triệu"
+    return f"{amount(m['n'], m['sign'])}{' ' + m['large'].strip() if m['large'] else ''} {name_of(m['sign'])}"
 
 @rule(rf"(?<!\w)(?<!\d[.,/])({SHORT})/({SHORT})(?:\s?({SIGN})(?!\w)|(?!\w|[.,/]\d))", needs="/")
 def fraction(m):
+    "1/2, 2/3 dân số, 120/80 mmHg"
     above, below = int(m[1]), int(m[2])
     unit = f" {name_of(m[3])}" if m[3] else ""
     if above < below and (below <= 10 or re.fullmatch("10+", m[2]) or above == 1): return f"{cardinal(above)} phần {'tư' if below == 4 else cardinal(below)}{unit}"
@@ -276,31 +315,43 @@ def fraction(m):
 
 # %% ../nbs/08_numerals.ipynb #b673d891
 @rule(r"(?<![^\s(])(?<!\d\s)[-−](?=\d)", needs="-−")
-def minus(m): return "âm"
+def minus(m):
+    "-5"
+    return "âm"
 
 @rule(fr"(?<!\d[-–—])(?P<a>{NUMBER})\s?(?P<unit>{SIGN})?\s?[-–—~]\s?(?={BARE}(?!\s?[-–—]\s?\d|:\d))(?P<b>{BARE})", needs="-–—~")
 def range_of_numbers(m):
+    "10-15, 10km-15km; the second number is left to the next rules"
     unit = f" {name_of(m['unit'])}" if m["unit"] else ""
     return f"{read_number(m['a'], quantity=bool(unit))}{unit}{between(m['a'], m['b'])}{m['b']}"
 
 @rule(r"\s?[+=×÷±≈](?=\s?\d)|(?<=\d)\s?[+=](?!\w)|(?<=\d)\s?[x*](?=\s?\d)", needs="+=x*×÷±≈")
-def mathematics(m): return MATHEMATICS[m[0].strip()]
+def mathematics(m):
+    "2 + 3 = 5, 3x4"
+    return MATHEMATICS[m[0].strip()]
 
 @rule(r"(?<!\w)(\d{1,9})(m|kg|tr|l)(?!(?<=m)[23](?!\d))(\d{1,2})(?!\w|[.,]\d)")
-def unit_within(m): return f"{cardinal(int(m[1]))} {name_of(m[2])} {cardinal(int(m[3]))}"
+def unit_within(m):
+    "1m75, 2tr5"
+    return f"{cardinal(int(m[1]))} {name_of(m[2])} {cardinal(int(m[3]))}"
 
 # %% ../nbs/08_numerals.ipynb #cce2de7a
 @rule(fr"(?P<n>{NUMBER})(?P<large>\s?{LARGE})?\s?(?P<unit>{SIGN})(?![\w²³])(?:\s?/\s?(?:(?P<per>{UNIT})(?!\w)|(?P<other>[^\W\d_]+)))?")
 def quantity(m):
+    "5km, 15.000đ, 2 tỷ USD, 90 km/h, 50.000đ/kg"
     words = f"{amount(m['n'], m['unit'])}{' ' + m['large'].strip() if m['large'] else ''} {name_of(m['unit'])}"
     per = name_of(m["per"]) if m["per"] else m["other"]
     return f"{words} trên {per}" if per else words
 
 @rule(fr"(?<=[^\W\d_])\s?/\s?({_signs(o for o in UNITS if len(o) > 1 and o[0].islower())})(?!\w)", needs="/")
-def per_unit(m): return f"trên {name_of(m[1])}"
+def per_unit(m):
+    "người/km2, behind a word"
+    return f"trên {name_of(m[1])}"
 
 @rule(r"(?<!\w)(?:(?:k|h|d|c|m)?m[23²³]|USD|VN[DĐ]|EUR|GBP)(?!\w)")
-def unit_alone(m): return name_of(m[0])
+def unit_alone(m):
+    "hàng nghìn m2, hàng tỷ USD"
+    return name_of(m[0])
 
 # %% ../nbs/08_numerals.ipynb #4b1d6056
 ROMAN = r"(?:(?=[IVXLC]{2}|[IVX](?!\w))(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})(?!\w))"
@@ -325,30 +376,42 @@ def _romans(text:str, say)->str:
 
 @rule(fr"(?<!\w)(?P<word>(?:{TITLES}\s+(?:\w+\s+){{1,3}}?|(?:{'|'.join(KINGS)})\s+))(?P<n>{ROMAN})(?![.]\w)", needs="IVX")
 def king(m):
+    "vua Louis XVI, Elizabeth II"
     if not m["word"].split()[-1][0].isupper(): return None
     return m["word"] + (DYNASTIC.get(roman(m["n"])) or cardinal(roman(m["n"])))
 
 @rule(fr"(?<!\w)(?P<word>{PLACES}\s+)(?P<list>{ROMAN}(?:(?:\s*[-–,]\s*|\s+(?:và|đến|tới|hay|hoặc)\s+){ROMAN})*)(?![.]\w)", needs="IVX")
-def place_in_order(m): return m["word"] + _romans(m["list"], ordinal if m["word"].split()[-1].lower() == "thứ" else cardinal)
+def place_in_order(m):
+    "thế kỷ XVIII-XIX, chương IV"
+    return m["word"] + _romans(m["list"], ordinal if m["word"].split()[-1].lower() == "thứ" else cardinal)
 
 @rule(fr"(?<!\w)(?P<word>[^\W\d_]{{2,}}\s+)(?P<n>(?=[IVX]{{2}}){ROMAN})(?!\s+[^\W\d_a-z]{{2}}|[.]\w)", needs="IVX")
-def behind_a_name(m): return m["word"] + cardinal(roman(m["n"])) if m["word"].strip().istitle() else None
+def behind_a_name(m):
+    "SEA Games XXXI"
+    return m["word"] + cardinal(roman(m["n"])) if m["word"].strip().istitle() else None
 
 # %% ../nbs/08_numerals.ipynb #93594e25
 @rule(r"[-–\d]\d*")
 def behind_letters(m):
+    "A4, covid-19, A380"
     number = m[0].lstrip("-–")
     if not number or not m.string[max(m.start() - 1, 0):m.start()].isalpha(): return None
     return digits(number) if len(number) > 2 and number == m[0] else read_number(number)
 
 @rule(r"(?<!\w)([QP])\.\s?(\d{1,9})(?!\w|[.,]\d)", needs="QP")
-def quarter(m): return f"{'quận' if m[1] == 'Q' else 'phường'} {cardinal(int(m[2]))}"
+def quarter(m):
+    "Q.1, P. 12"
+    return f"{'quận' if m[1] == 'Q' else 'phường'} {cardinal(int(m[2]))}"
 
 @rule(fr"{NUMBER}|\d+")
-def plain(m): return read_number(m[0])
+def plain(m):
+    "12.500 người, and what no other rule took"
+    return read_number(m[0])
 
 @rule(r"[²³]", needs="²³")
-def power(m): return "bình phương" if m[0] == "²" else "lập phương"
+def power(m):
+    "x²"
+    return "bình phương" if m[0] == "²" else "lập phương"
 
 # %% ../nbs/08_numerals.ipynb #5ec76a62
 HINT = re.compile(r"[\d²³IVXLUEG](?:(?<![IVXLUEG])|(?![^\W\d_A-Z]))")

@@ -48,7 +48,7 @@ def _each(function, items): return [function(item) for item in items]
 
 def in_parallel(
     function,               # of one item; picklable, if there are several processes
-    items:list,
+    items:list,             # picklable, too
     processes:int=0,        # 0 = one for each core, 1 = this one
     executor:Executor=None, # in place of processes of our own; `processes` is then how many it has
     *,
@@ -58,7 +58,7 @@ def in_parallel(
     unit:str="utterances",  # what the bar counts
     delay:float=1,          # seconds before the bar shows
 ):                          # an iterator of results, in the order of `items`
-    "Apply a function to items in parallel, with a progress bar."
+    "Apply a function to items in parallel, with a progress bar; raises what the function raises, and `ConfigError` if a process was killed."
     groups = [items[i:i+group] for i in range(0, len(items), group)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = min(processes or cores, len(groups))
@@ -73,9 +73,7 @@ def in_parallel(
         except BrokenProcessPool as e:
             raise ConfigError(f"{label}: a process was killed, perhaps for want of memory; run again with fewer `processes`") from e
 
-# %% ../nbs/07_parallel.ipynb #3af9cf9e
-PATIENCE = 60 # s between two looks whether a worker is left
-
+# %% ../nbs/07_parallel.ipynb #196c565d
 def _same_code(client):
     "Refuse machines with another package: Dask itself would wait for ever for a worker that cannot read its tasks."
     def code(): # it travels whole, being inside of another function
@@ -84,6 +82,9 @@ def _same_code(client):
             return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(pathlib.Path(package.origin).parent.glob("*.py")))).hexdigest()
     for where,found in {"the scheduler": client.run_on_scheduler(code), **client.run(code)}.items():
         if found != code(): raise ConfigError(f"scheduler {client.scheduler.address}: {where} has {'other code of' if found else 'no'} ai2text; start it in the project's folder at the commit of this run, from its environment")
+
+# %% ../nbs/07_parallel.ipynb #db10f9c0
+PATIENCE = 60 # s between two looks whether a worker is left
 
 def _result(future, client):
     "What a worker made; `ConfigError` when no worker is left to make it."
@@ -94,11 +95,12 @@ def _result(future, client):
             if future.done(): raise # the work's own
             if not client.nthreads(): raise ConfigError(f"scheduler {client.scheduler.address}: all workers are gone; start some, and run again") from None
 
+# %% ../nbs/07_parallel.ipynb #3af9cf9e
 @contextlib.contextmanager
 def cluster(
     address:str, # of a Dask scheduler, as tcp://10.0.0.1:8786; "" = no cluster
 ):               # an executor and how many items it does at once; None and 0 without a cluster
-    "The workers of a Dask cluster, as an executor for `in_parallel`."
+    "The workers of a Dask cluster, as an executor for `in_parallel`; raises `ConfigError` if there are none, or not of this code, or if they are lost."
     if not address: yield None, 0; return
     try: from distributed import CancelledError, Client, KilledWorker
     except ImportError as e: raise ConfigError(f"scheduler {address}: needs Dask; pip install 'ai2text[cluster]'") from e

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'BLOCK', 'FRAME_RATE', 'ROUNDING', 'SNR_DB', 'TRUNCATED', 'LOSSLESS', 'TWICE', 'CHUNK', 'UNKNOWN_LENGTH',
-           'REASONS', 'MARKUP', 'NOTED', 'FRAMES_PER_SECOND', 'MEASURES', 'SPLIT_COLOURS', 'PrepareConfig',
-           'signal_to_noise', 'measure', 'missing', 'probe', 'check_text', 'check_audio', 'decibels', 'sift',
-           'check_repeated', 'unknown_table', 'voice', 'draw_speakers', 'assign_splits', 'check_speakers', 'check_leak',
-           'check_duplicates', 'outputs', 'needed', 'check_time', 'describe', 'corpus_folders', 'read_corpus',
-           'normalise_all', 'probe_all', 'settle', 'describe_corpora', 'prepare', 'read_prepared', 'corpus_table',
-           'reject_table', 'reject_examples', 'token_examples', 'Measure', 'quality', 'measured', 'plot_quality',
-           'extremes', 'rejected_audio', 'players', 'plot_letters']
+           'REASONS', 'MARKUP', 'NOTED', 'FRAMES_PER_SECOND', 'MEASURES', 'PrepareConfig', 'signal_to_noise', 'measure',
+           'missing', 'probe', 'check_text', 'decibels', 'check_audio', 'sift', 'check_repeated', 'unknown_table',
+           'voice', 'draw_speakers', 'assign_splits', 'check_speakers', 'check_leak', 'check_duplicates', 'outputs',
+           'needed', 'check_time', 'describe', 'corpus_folders', 'read_corpus', 'normalise_all', 'probe_all', 'settle',
+           'describe_corpora', 'prepare', 'read_prepared', 'corpus_table', 'reject_table', 'reject_examples',
+           'token_examples', 'Measure', 'quality', 'measured', 'plot_quality', 'extremes', 'rejected_audio', 'players',
+           'plot_letters']
 
 # %% ../nbs/35_prepare.ipynb #bddea663
 import hashlib, os, re, unicodedata
@@ -23,7 +23,7 @@ import numpy as np
 import soundfile
 from .config import ConfigError, opt, read_jsonl, sha256, write_json, write_jsonl
 from .parallel import in_parallel
-from .report import Html, Player
+from .report import SPLIT_COLOURS, Html, Player
 from .text import (ALPHABET, KINDS, NORMALISER_VERSION, Tokenizer, foreign_words, min_frames, normalise, read_abbreviations, train_tokenizer,
                           unknown_characters, unknown_report, wrong_script)
 
@@ -150,6 +150,8 @@ REASONS = {
     "text in two splits":     "the same text is in test or dev, and must not be trained on",
     "no time for its tokens": "in train, and CTC cannot emit the text in so short a time",
 }
+
+# %% ../nbs/35_prepare.ipynb #409da624
 MARKUP = re.compile(r"<[/!?]?[A-Za-z][^<>]*>|<!--|&(?:#\d+|#[xX][0-9A-Fa-f]+|[A-Za-z]{2,8});")
 
 def check_text(
@@ -162,6 +164,11 @@ def check_text(
     if found := wrong_script(row["text"]): return "wrong script", ", ".join(found)
     if foreign == "reject" and (found := foreign_words(row["text"])): return "foreign letters", " ".join(found)
     if found := unknown_characters(row["text"]): return "unknown characters", " ".join(sorted(found))
+
+# %% ../nbs/35_prepare.ipynb #3ec06f53
+def decibels(level:float)->float:
+    "A level relative to full scale."
+    return 20 * np.log10(max(level, 1e-6))
 
 def check_audio(
     row:dict,           # with its normalised text
@@ -179,10 +186,6 @@ def check_audio(
     speed = len(row["text"]) / max(seconds, 1e-9)
     if speed < cfg.min_characters_per_second: return "too slow", f"{speed:.1f} characters/s"
     if speed > cfg.max_characters_per_second: return "too fast", f"{speed:.1f} characters/s"
-
-def decibels(level:float)->float:
-    "A level relative to full scale."
-    return 20 * np.log10(max(level, 1e-6))
 
 # %% ../nbs/35_prepare.ipynb #820f9a32
 NOTED = ("id", "corpus", "audio_filepath", "split", "speaker", "text_raw", "text", "duration", "peak_db", "clipped", "snr_db") # of a reject, as far as it is known
@@ -350,7 +353,7 @@ def read_corpus(
     folder:Path,  # of a corpus, with a manifest.jsonl
     out_dir:Path, # audio_filepath becomes relative to this one
 )->list[dict]:
-    "The rows of a corpus."
+    "The rows of a corpus; raises `ConfigError` for a line that is none."
     path = folder/"manifest.jsonl"
     if not path.is_file(): raise ConfigError(f"{path}: no such file; run the corpus stage first")
     rows = read_jsonl(path)
@@ -364,6 +367,7 @@ def read_corpus(
         if not os.path.isabs(row["audio_filepath"]): row["audio_filepath"] = os.path.relpath(folder/row["audio_filepath"], out_dir)
     return rows
 
+# %% ../nbs/35_prepare.ipynb #3437900e
 def normalise_all(
     rows:list[dict],    # each gets its `text`
     cfg:PrepareConfig,
@@ -416,6 +420,7 @@ def settle(
         raise ConfigError(f"corpus {gone[0]}: all of its {sum(reject['corpus'] == gone[0] for reject in rejects)} utterances were rejected; "
                           f"read {out_dir/'rejects.jsonl'}, mend the corpus or take it out of params.yaml (rejected: {list_of})")
 
+# %% ../nbs/35_prepare.ipynb #a249fe9c
 def describe_corpora(
     folders:list[Path],
     rows:list[dict],    # kept
@@ -443,7 +448,7 @@ def prepare(
     executor:Executor=None, # normalises and probes; processes of our own by default
     root:str|Path=".",      # where `cfg.abbreviations` starts from
 )->dict:                    # what stats.json holds
-    "From corpora to manifests and a tokenizer."
+    "From corpora to manifests and a tokenizer; raises `ConfigError` when too much is rejected, or a corpus or a split is empty."
     corpora_dir, out_dir = Path(corpora_dir), Path(out_dir)
     for name in (*(f"{split}.jsonl" for split in SPLITS), "stats.json"): (out_dir/name).unlink(missing_ok=True)
     folders = corpus_folders(corpora_dir, names)
@@ -545,25 +550,24 @@ def measured(
     return [reject for reject in rejects if reject.get("duration") and "peak_db" in reject and reject["reason"] not in ("truncated", "not finite")]
 
 # %% ../nbs/35_prepare.ipynb #9a86f654
-SPLIT_COLOURS = dict(train="#0072b2", dev="#e69f00", test="#d55e00")
-
 def _panel(axis, measure, kept, lost, cfg):
     "One histogram; `kept`: split -> values."
     every = np.concatenate(list(kept.values()))
     low, high = float(np.nanmin(every)), float(np.nanmax(every))
-    room = max(high - low, abs(high) * 0.1, 1e-3)
+    room = max(high - low, abs(high) * 0.2, 0.2)
     near = [limit for limit in measure.limits(cfg) if limit is not None and low - room <= limit <= high + room]
     low, high = min([low, *near]), max([high, *near])
     bins = np.linspace(low - room / 20, high + room / 20, 46)
     for split, found in {"rejected": lost, **kept}.items():
         found = np.clip(found[np.isfinite(found)], bins[0], bins[-1])
-        look = dict(color="0.8") if split == "rejected" else dict(histtype="step", color=SPLIT_COLOURS[split], linewidth=1.3)
+        look = dict(color="0.46", alpha=0.35) if split == "rejected" else dict(histtype="step", color=SPLIT_COLOURS[split], linewidth=1.3)
         if len(found): axis.hist(found, bins, weights=np.full(len(found), 100 / len(found)), label=f"{split} ({len(found):,})", **look)
-    for limit, (edge, sign) in zip(measure.limits(cfg), ((0.01, "←"), (0.99, "→"))):
+    for limit, (edge, arrow, side) in zip(measure.limits(cfg), ((0.01, "← limit {:g}", "left"), (0.99, "limit {:g} →", "right"))):
         if limit is None: continue
-        if limit in near: axis.axvline(limit, color="tab:red", linestyle=":", label="limit")
-        else: axis.text(edge, 0.93, f"← limit {limit:g}" if sign == "←" else f"limit {limit:g} →", transform=axis.transAxes, color="tab:red", fontsize=8, ha="left" if sign == "←" else "right")
+        if limit in near: axis.axvline(limit, color="0.46", linestyle=":", label="limit")
+        else: axis.text(edge, 0.93, arrow.format(limit), transform=axis.transAxes, fontsize=8, ha=side)
     axis.set(xlabel=measure.label, xlim=(bins[0], bins[-1]))
+    axis.locator_params(axis="x", nbins=5)
 
 def plot_quality(
     splits:dict,        # split -> rows
@@ -573,12 +577,12 @@ def plot_quality(
 ):                      # a figure
     "A histogram of each measure, with its limits."
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 3, figsize=(11, 5.2), dpi=80, layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(10, 5))
     kept, lost = {split: quality(rows, tokenizer) for split, rows in splits.items()}, quality(measured(rejects), tokenizer)
     for axis, (name, measure) in zip(axes.flat, MEASURES.items()): _panel(axis, measure, {split: values[name] for split, values in kept.items()}, lost[name], cfg)
     axes[1, 1].set_yscale("log")
     for axis in axes[:, 0]: axis.set_ylabel("% of the split")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return figure
 
 # %% ../nbs/35_prepare.ipynb #ea9c5698
@@ -599,7 +603,7 @@ def extremes(
 
 def rejected_audio(
     rejects:list[dict], # rows of rejects.jsonl
-    most:int=8,
+    most:int=8,         # rows
 )->list[dict]:          # rows with `why`
     "One reject of each reason that can be listened to."
     heard = [*measured(rejects), *(reject for reject in rejects if reject["reason"] == "too long")]
@@ -625,11 +629,11 @@ def plot_letters(
     order = sorted(ALPHABET, key=lambda letter: (-counts["train"][letter], letter))
     unheard = [letter for letter in order if not counts["train"][letter]]
     heard = [letter for letter in unheard if counts["dev"][letter] + counts["test"][letter]]
-    figure, axes = plt.subplots(2, 1, figsize=(9, 4), dpi=90, layout="constrained", sharey=True)
+    figure, axes = plt.subplots(2, 1, figsize=(9, 4), sharey=True)
     half = (len(order) + 1) // 2
     for axis, letters in zip(axes, (order[:half], order[half:])):
-        axis.bar(letters, [counts["train"][letter] for letter in letters], color="tab:blue")
+        axis.bar(letters, [counts["train"][letter] for letter in letters], color=SPLIT_COLOURS["train"])
         axis.set(yscale="log", ylabel="times in train", xlim=(-1, half))
         axis.tick_params(axis="x", labelsize=12, length=0)
-    figure.suptitle(f"not in train: {' '.join(unheard) or 'none'};  of these in dev or test: {' '.join(heard) or 'none'}", fontsize=11)
+    figure.suptitle(f"not in train: {' '.join(unheard) or 'none'};  of these in dev or test: {' '.join(heard) or 'none'}")
     return figure

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'AUDIO_SUFFIXES', 'AUDIO', 'FORMAT', 'COLUMNS', 'ShardError', 'members', 'extension', 'utterance_text',
            'member_audio', 'plain_pcm', 'Index', 'printable', 'reject_summary', 'index_text', 'save_index',
-           'fingerprint', 'load_index', 'parse_index', 'numbered', 'select', 'scan']
+           'fingerprint', 'load_index', 'parse_index', 'select', 'numbered', 'scan']
 
 # %% ../nbs/38_shard_index.ipynb #5bcd8ea8
 import io, json, os, re, struct, tarfile, zlib
@@ -117,12 +117,15 @@ class Index:
     def __len__(self): return len(self.key)
 
     @property
-    def seconds(self)->float: return float(self.duration.sum())
+    def seconds(self)->float:
+        "Of all audio."
+        return float(self.duration.sum())
 
     def __str__(self):
         text = f"{len(self.shards)} shards, {len(self):,} utterances, {self.seconds/3600:.2f} h, {sum(s['bytes'] for s in self.shards)/1e6:,.0f} MB"
         return text + (f"; {len(self.rejected)} rejected: {reject_summary(self.rejected)}" if self.rejected else "")
 
+# %% ../nbs/38_shard_index.ipynb #75c7be10
 def printable(
     text:str, # an id or reason from outside
 )->str:
@@ -190,19 +193,12 @@ def parse_index(
     return Index(saved["shards"], columns["key"], *(np.array(columns[c], dtype=t) for c,t in COLUMNS.items()),
                  saved["corpora"], saved["sample_rate"], saved["samples_per_shard"], saved["normaliser"], saved["rejected"])
 
-def numbered(
-    names:list, # of the corpus of each utterance
-):              # the different names, sorted; and for each utterance the number of its name
-    "Names of corpora as a short list and a column."
-    corpora = sorted(set(names)) or [""]
-    number = {name: i for i,name in enumerate(corpora)}
-    return corpora, [number[name] for name in names]
-
+# %% ../nbs/38_shard_index.ipynb #6c9ca485
 def select(
     index:Index,
     files, # names of the shards to keep
 )->Index:
-    "The index of some shards, in the index's order."
+    "The index of some shards, in the index's order; raises `ShardError` for one that it does not know."
     files = list(files)
     unknown = set(files) - {s["file"] for s in index.shards}
     if unknown: raise ShardError(f"{sorted(unknown)[0]}: not in the index, which knows {len(index.shards)} shards; index it with `scan`")
@@ -214,22 +210,23 @@ def select(
                  index.corpora, index.sample_rate, index.samples_per_shard, index.normaliser)
 
 # %% ../nbs/38_shard_index.ipynb #959cf8c4
-def scan(
-    paths,           # tar files
-    processes:int=1, # that read; 0: one for each core
-)->Index:
-    "An index of shards that have none: each is read once; an utterance that cannot serve is rejected with its reason."
-    shards, keys, columns, rates, rejected = [], [], {c: [] for c in COLUMNS}, set(), []
-    for number,(shard,rows,lost) in enumerate(in_parallel(_scanned, sorted(map(Path, paths)), processes, label="scan", unit="shards", group=1)):
-        for key,rate,*values in rows:
-            keys.append(key); rates.add(rate)
-            for c,v in zip(columns, (number, *values)): columns[c].append(v)
-        shards.append(shard); rejected += lost
-    if not keys: raise ShardError(f"no utterances in {len(shards)} shards" + (f": {reject_summary(rejected)}" if rejected else ""))
-    corpora, columns["corpus"] = numbered(columns["corpus"])
-    return Index(shards, keys, *(np.array(columns[c], dtype=t) for c,t in COLUMNS.items()),
-                 corpora, rates.pop() if len(rates) == 1 else 0, max(s["samples"] for s in shards), "", rejected)
+def _spans(path):
+    "Key, offset and bytes of each utterance: neighbours with one key, as webdataset groups them."
+    key = start = end = None
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for m in tar:
+                if not m.isfile(): continue
+                name = m.name[:len(m.name) - len(extension(m.name))].rstrip(".")
+                if key is not None and name != key: yield key, start, end - start
+                if name != key: key, start = name, m.offset
+                end = m.offset_data + m.size + -m.size % BLOCK
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(BLOCK) != bytes(BLOCK): raise tarfile.ReadError("the end is missing")
+    except tarfile.TarError as e: raise ShardError(f"{path}: no whole tar file ({e}); fetch it again") from e
+    if key is not None: yield key, start, end - start
 
+# %% ../nbs/38_shard_index.ipynb #138c93f4
 def _scanned(path):
     "One shard: its row of the index; key, Hz and columns of each utterance; what was rejected."
     rows, rejected = [], []
@@ -246,18 +243,27 @@ def _scanned(path):
             rows.append((key, info.samplerate, offset, size, info.frames/info.samplerate, len(about["text"]), zlib.crc32(block), corpus if isinstance(corpus, str) else ""))
     return dict(file=path.name, samples=len(rows), seconds=round(sum(r[4] for r in rows), 3), bytes=path.stat().st_size, sha256=sha256(path)), rows, rejected
 
-def _spans(path):
-    "Key, offset and bytes of each utterance: neighbours with one key, as webdataset groups them."
-    key = start = end = None
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for m in tar:
-                if not m.isfile(): continue
-                name = m.name[:len(m.name) - len(extension(m.name))].rstrip(".")
-                if key is not None and name != key: yield key, start, end - start
-                if name != key: key, start = name, m.offset
-                end = m.offset_data + m.size + -m.size % BLOCK
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(BLOCK) != bytes(BLOCK): raise tarfile.ReadError("the end is missing")
-    except tarfile.TarError as e: raise ShardError(f"{path}: no whole tar file ({e}); fetch it again") from e
-    if key is not None: yield key, start, end - start
+# %% ../nbs/38_shard_index.ipynb #7058f84a
+def numbered(
+    names:list, # of the corpus of each utterance
+):              # the different names, sorted; and for each utterance the number of its name
+    "Names of corpora as a short list and a column."
+    corpora = sorted(set(names)) or [""]
+    number = {name: i for i,name in enumerate(corpora)}
+    return corpora, [number[name] for name in names]
+
+def scan(
+    paths,           # tar files
+    processes:int=1, # that read; 0: one for each core
+)->Index:
+    "An index of shards that have none: each is read once; an utterance that cannot serve is rejected with its reason; raises `ShardError` for a tar file that is not whole."
+    shards, keys, columns, rates, rejected = [], [], {c: [] for c in COLUMNS}, set(), []
+    for number,(shard,rows,lost) in enumerate(in_parallel(_scanned, sorted(map(Path, paths)), processes, label="scan", unit="shards", group=1)):
+        for key,rate,*values in rows:
+            keys.append(key); rates.add(rate)
+            for c,v in zip(columns, (number, *values)): columns[c].append(v)
+        shards.append(shard); rejected += lost
+    if not keys: raise ShardError(f"no utterances in {len(shards)} shards" + (f": {reject_summary(rejected)}" if rejected else ""))
+    corpora, columns["corpus"] = numbered(columns["corpus"])
+    return Index(shards, keys, *(np.array(columns[c], dtype=t) for c,t in COLUMNS.items()),
+                 corpora, rates.pop() if len(rates) == 1 else 0, max(s["samples"] for s in shards), "", rejected)

@@ -52,7 +52,7 @@ def read_sentences(
 def demo_sentences(
     folder:Path=None, # that holds sentences.vi.txt; None = the package's
 )->tuple[list,list]:  # (line number, sentence) of the usable; rejects
-    "The text of the demo."
+    "The text of the demo; raises `ConfigError` if it cannot be read."
     path = (folder or files("ai2text")/"demo")/SENTENCES
     try: return read_sentences(path.read_text("utf-8-sig").removesuffix("\n").split("\n"))
     except OSError as e: raise ConfigError(f"{path}: cannot be read ({e.strerror}); path must name the folder that holds {SENTENCES}, as ai2text/demo does") from None
@@ -90,7 +90,7 @@ def plan_demo(
     sentences:list, # (line number, sentence)
     cfg:DemoConfig,
 )->list[Utterance]: # sorted by id
-    "Who says which sentence for which split."
+    "Who says which sentence for which split; raises `ConfigError` if dev and test leave nothing to train on."
     chosen = sorted(sentences, key=lambda s: generator(cfg.seed, f"deal {s[0]}").random())[:cfg.sentences or None]
     if (held_out := cfg.dev_sentences + cfg.test_sentences) >= len(chosen):
         raise ConfigError(f"dev_sentences + test_sentences = {held_out} leave nothing of {len(chosen)} sentences to train on; lower them or raise sentences")
@@ -122,7 +122,7 @@ SILENCE = 0.05, 0.15 # seconds before and after the speech
 
 def heard(
     utterance:Utterance,
-    seed:int=0,
+    seed:int=0, # the corpus'
 )->tuple[np.ndarray,np.ndarray,list]: # clean and recorded samples at 16 kHz; [word, start, end] in seconds
     "An utterance as spoken and as recorded, and when each word is said."
     speech_T, words = speak(spoken_form(utterance.sentence), utterance.voice)
@@ -133,7 +133,7 @@ def heard(
     return clean_T, room(clean_T, rng), words
 
 def as_wav(
-    wave_T, # samples in [-1, 1] at 16 kHz
+    wave_T, # (T,) samples in [-1, 1] at 16 kHz
 )->bytes:
     "A 16-bit WAV file."
     wav = io.BytesIO()
@@ -143,7 +143,7 @@ def as_wav(
 def record(
     utterance:Utterance,
     folder:Path, # the manifest's
-    seed:int=0,
+    seed:int=0,  # the corpus'
 )->dict:         # path from `folder`, and the words' times
     "Speak one utterance into `folder/wav/ID.wav`."
     _, wave_T, words = heard(utterance, seed)
@@ -160,13 +160,12 @@ def plot_room(
     "The waveform as spoken and as recorded."
     import matplotlib.pyplot as plt
     clean_T, heard_T, words = heard(utterance, seed)
-    fig, axs = plt.subplots(2, 1, figsize=(8, 2.8), dpi=80, sharex=True)
+    fig, axs = plt.subplots(2, 1, figsize=(8, 2.8), sharex=True)
     for ax,wave_T,name in zip(axs, (clean_T, heard_T), ("as spoken", "as recorded")):
-        ax.plot(np.arange(len(wave_T))/SAMPLE_RATE, wave_T/np.abs(wave_T).max(), lw=0.4, color="#0072b2")
+        ax.plot(np.arange(len(wave_T))/SAMPLE_RATE, wave_T/np.abs(wave_T).max(), "C0", lw=0.4)
         ax.set(ylabel=name, yticks=[], xlim=(0, len(wave_T)/SAMPLE_RATE))
     for word,start,end in words: axs[0].text((start + end)/2, 1.1, word, ha="center", fontsize=8)
     axs[-1].set_xlabel("seconds")
-    fig.tight_layout()
     return fig
 
 def say_again(

@@ -211,15 +211,13 @@ def normalise(
     text:str,            # a transcript as it was typed
     *,
     foreign:str="keep",  # what becomes of words with f, j, w, z: one of `FOREIGN_POLICIES`; reject is keep here, and the caller asks `foreign_words`
-    abbreviations:Abbreviations|dict|None=None, # how abbreviations are read, from `read_abbreviations`; a plain dict is prepared at each call
+    abbreviations:Abbreviations|None=None, # how abbreviations are read, from `read_abbreviations`
 )->str:                  # small letters, NFC, single spaces, one tone placement, numbers in words
     "Bring a Vietnamese transcript to the one form that this project trains and scores on."
     if foreign not in FOREIGN_POLICIES: raise ValueError(f"unknown policy {foreign!r} for foreign letters; choose one of {', '.join(FOREIGN_POLICIES)}")
     text = unicodedata.normalize("NFC", text)
     if not text.isascii(): text = D_BAR.sub(lambda m: "đ" if m[0].islower() else "Đ", text)
-    if abbreviations:
-        if not isinstance(abbreviations, Abbreviations): abbreviations = Abbreviations(abbreviations)
-        text = abbreviations.expand(text)
+    if abbreviations: text = abbreviations.expand(text)
     text = read_numbers(text)
     if foreign == "spell" and (len(text.split()) < 4 or not text.isupper()): text = FOREIGN_CAPITALS.sub(lambda m: f" {spell(m[0].lower())} ", text)
     text = text.lower()

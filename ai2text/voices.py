@@ -32,9 +32,13 @@ class Voice:
     rate:int=175   # words a minute
     pitch:int=50   # 0 to 99
     @property
-    def name(self)->str: return f"{self.language}+{self.variant}"
+    def name(self)->str:
+        "What the manifest calls the speaker."
+        return f"{self.language}+{self.variant}"
     @property
-    def dialect(self)->str: return DIALECTS[self.language]
+    def dialect(self)->str:
+        "north, central or south."
+        return DIALECTS[self.language]
     def __post_init__(self):
         if self.language not in DIALECTS: raise ValueError(f"{self.language!r}: no such region; choose from {', '.join(DIALECTS)}")
         if not (VARIANT_DIR/self.variant).is_file(): raise ValueError(f"{self.variant!r}: eSpeak NG has no such variant; {VARIANT_DIR} lists them")
@@ -157,7 +161,7 @@ def speak(
     text:str,   # normalised words; a comma makes a pause
     voice:Voice,
 )->tuple[np.ndarray,list]: # (T,) float32 samples at 16 kHz; [word, start, end] of each word in seconds
-    "Speech without silence at its ends, and when each word is said."
+    "Speech without silence at its ends, and when each word is said; raises `ValueError` for a text that has no sound."
     raw, events = _synthesise(text, voice)
     if not raw.any(): raise ValueError(f"{text!r}: {voice.name} says nothing; give it Vietnamese words")
     wave_T = downsample(raw/32768)
@@ -167,8 +171,8 @@ def speak(
 
 # %% ../nbs/25_voices.ipynb #01272a72
 def plot_words(
-    ax,          # a matplotlib axis
-    wave_T,      # samples
+    ax,          # a matplotlib axis; gets Hz upwards and seconds to the right
+    wave_T,      # (T,) samples
     words:list,  # [word, start, end] in seconds
     rate:int=SAMPLE_RATE, # Hz
     **text,      # how to write the words
@@ -200,7 +204,7 @@ REFLECTIONS = 6
 def impulse_response(
     rng:np.random.Generator,
 )->np.ndarray: # samples at 16 kHz; the first is the direct sound, 1
-    "What a room makes of a click."
+    "What a room makes of a click: early reflections and an exponential tail (the model of Polack, 1988)."
     rt60 = rng.uniform(*RT60)
     seconds_T = np.arange(int(rt60*SAMPLE_RATE))/SAMPLE_RATE
     late_T = rng.standard_normal(len(seconds_T))*(seconds_T >= TAIL_START)
