@@ -3,8 +3,10 @@
 #   make demo   run the whole pipeline and print what came out
 #   make test   every check and every test
 #   make compare  train three families of models on equal terms, five minutes each, and say which to take
+#   make try NB=55_ctc  the loop of a day: export, clean, test one notebook, the rules of the house
 #   make report  all reports, the comparison and the milestones as pages, in _site
 #   make s3     a real S3 server on this machine, for the remote `minio`
+#   make docs   the library's notebooks as a site, in _docs; needs quarto
 #   make lab    JupyterLab with this project's kernel
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -31,7 +33,7 @@ export HOME := $(CURDIR)/$(VENV)/home
 export PIP_NO_CACHE_DIR := 1
 endif
 
-.PHONY: help demo compare report test check notebooks pytest s3 lab setup
+.PHONY: help demo compare report test try check notebooks pytest s3 lab docs setup
 .NOTPARALLEL:
 
 help:
@@ -51,6 +53,14 @@ report: $(STAMP)
 	@$(BIN)/ai2text report
 
 test: check notebooks pytest
+
+try: $(STAMP)
+	@test -f "nbs/$(NB).ipynb" || { echo "error: nbs/$(NB).ipynb: no such notebook; name one: make try NB=55_ctc" >&2; exit 1; }
+	@$(BIN)/nbdev_export
+	@$(BIN)/nbdev_clean --fname nbs/$(NB).ipynb
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/$(NB).ipynb --do_print
+	@$(BIN)/ruff check ai2text nbs/$(NB).ipynb
+	@$(BIN)/python -m pytest -q tests/test_house.py -k "$(notdir $(NB)) or imports or sync"
 
 # The rules of the house: seconds, so they come first.
 check: $(STAMP)
@@ -82,9 +92,21 @@ s3: $(STAMP)
 lab: $(STAMP)
 	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $(LAB_ARGS)
 
-# The front page: nbs/index.ipynb with its outputs, as text.
-README.md: nbs/index.ipynb $(STAMP)
+# Stages and benchmarks are read as reports, so they are not among the pages; tutorials are, as they were committed.
+docs: $(STAMP)
+	@command -v quarto >/dev/null || { echo "error: no quarto on this machine's PATH; install it from https://quarto.org" >&2; exit 1; }
+	@$(BIN)/nbdev_proc_nbs --skip_folder_re '^[_.]|^stages$$|^benchmarks$$|^tutorials$$'
+	@cp -R nbs/tutorials nbs/images _proc/
+	@quarto render _proc --no-execute && rm -rf _docs && mv _proc/_docs _docs
+
+# The front page: nbs/index.ipynb with its outputs, as text; its picture is the run that results/ has.
+README.md: nbs/index.ipynb nbs/images/run.png $(STAMP)
 	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README $<
+	@sed -i.bak 's|](images/|](nbs/images/|' $@ && rm $@.bak
+
+nbs/images/run.png: results/conformer_ctc/ttq_log.json $(STAMP)
+	@mkdir -p $(@D)
+	@MPLBACKEND=agg MATPLOTLIBRC=ai2text/matplotlibrc $(BIN)/python -c "from ai2text.outlook import plot_ttq; from ai2text.ttq import load_log; plot_ttq(load_log('$<')).figure.savefig('$@', dpi=110)"
 
 setup: $(STAMP)
 

@@ -118,6 +118,15 @@ def test_notebook_is_clean(notebook):
     assert notebook.path.read_text(encoding="utf-8") == nb2str(nb), f"run: nbdev_clean --fname {notebook.path.relative_to(ROOT)}"
 
 
+@pytest.mark.parametrize("notebook", LIBRARY, ids=lambda o: o.name)
+def test_imports_have_cells_of_their_own(notebook):
+    "The documentation runs each cell that imports something, and of the others only what is exported."
+    mixed = [i for i, source, _ in notebook.code if not re.match(r"#\|\s*(export|default_exp)", source) and "nbdev_export(" not in source
+             and any(isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.walk(tree(source)))
+             and any(not isinstance(o, (ast.Import, ast.ImportFrom, ast.Expr)) for o in tree(source).body)]
+    assert not mixed, f"{notebook.name}: cells {mixed} import something and do something else: give the imports a cell of their own"
+
+
 @each_runnable
 def test_stage_or_benchmark_is_committed_without_outputs(notebook):
     full = [i for i, c in enumerate(notebook.raw["cells"]) if c.get("outputs")]
@@ -231,4 +240,5 @@ def test_readme_is_the_front_page():
     from nbconvert import MarkdownExporter
     text, resources = MarkdownExporter().from_filename(str(ROOT/"nbs/index.ipynb"))
     assert not resources["outputs"], "a picture of the front page would need a file: link to one under nbs/images instead"
-    assert (ROOT/"README.md").read_text(encoding="utf-8").strip() == text.strip(), "run: make README.md"
+    assert (ROOT/"README.md").read_text(encoding="utf-8").strip() == text.replace("](images/", "](nbs/images/").strip(), "run: make README.md"
+    assert all((ROOT/"nbs"/name).is_file() for name in re.findall(r"\]\((images/[^)]+)\)", text))
