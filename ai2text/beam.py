@@ -89,9 +89,9 @@ def align_tokens(
 class WordScorer:
     "Scores of words one after another; words are ids of `words`, and -1 is any other."
     def __init__(self,
-        lm:LM|None,
+        lm:LM|None,             # None: only hotwords count
         hotwords:list[tuple],   # phrases, each a tuple of words
-        lm_weight:float, word_bonus:float, unknown:float, boost:float,
+        lm_weight:float, word_bonus:float, unknown:float, boost:float, # natural logs, as of `Decoder`
     ):
         self.lm, self.lm_weight, self.word_bonus, self.unknown, self.boost = lm, lm_weight, word_bonus, unknown, boost
         self.words = list(lm.words) if lm else []
@@ -118,49 +118,54 @@ class WordScorer:
             self.states.append(state)
         return self.numbers[state]
 
-    def _heard(self, past, boosted, word):
-        "How many words a hotword gains that ends here, and what may still become one: its words, and which of them have gained."
-        past, boosted, gained = (*past, word), [*boosted, False], 0
-        for n in range(min(len(past), self.longest), 0, -1):
-            if past[-n:] in self.phrases:
-                gained = n - sum(boosted[-n:])
-                boosted[-n:] = [True]*n
-                break
-        n = next((n for n in range(min(len(past), self.longest - 1), 0, -1) if past[-n:] in self.begun), 0)
-        return gained, past[len(past) - n:], tuple(boosted[len(past) - n:])
+# %% ../nbs/57_beam.ipynb #3ea11999
+@patch
+def _heard(self:WordScorer, past, boosted, word):
+    "How many words a hotword gains that ends here, and what may still become one: its words, and which of them have gained."
+    past, boosted, gained = (*past, word), [*boosted, False], 0
+    for n in range(min(len(past), self.longest), 0, -1):
+        if past[-n:] in self.phrases:
+            gained = n - sum(boosted[-n:])
+            boosted[-n:] = [True]*n
+            break
+    n = next((n for n in range(min(len(past), self.longest - 1), 0, -1) if past[-n:] in self.begun), 0)
+    return gained, past[len(past) - n:], tuple(boosted[len(past) - n:])
 
-    def step(self,
-        state:int,
-        word:int,
-    )->tuple:      # next state, score
-        "The score of a word after others."
-        found = self.steps.get((state, word))
-        if found: return found
-        (context, past, boosted), score = self.states[state], 0.
-        if self.lm:
-            context, log_prob = self.lm.step(context, word if 0 <= word < self.known else UNKNOWN)
-            score += self.lm_weight*log_prob + self.word_bonus + (self.unknown if word < 0 else 0.)
-        if self.phrases:
-            gained, past, boosted = self._heard(past, boosted, word)
-            score += self.boost*gained
-        found = self.steps[state, word] = self._number((context, past, boosted)), score
-        return found
+@patch
+def step(self:WordScorer,
+    state:int, # a number that `step` gave; 0: before the first word
+    word:int,  # id in `words`; -1: any other word
+)->tuple:      # next state, score in natural logs
+    "The score of a word after others."
+    found = self.steps.get((state, word))
+    if found: return found
+    (context, past, boosted), score = self.states[state], 0.
+    if self.lm:
+        context, log_prob = self.lm.step(context, word if 0 <= word < self.known else UNKNOWN)
+        score += self.lm_weight*log_prob + self.word_bonus + (self.unknown if word < 0 else 0.)
+    if self.phrases:
+        gained, past, boosted = self._heard(past, boosted, word)
+        score += self.boost*gained
+    found = self.steps[state, word] = self._number((context, past, boosted)), score
+    return found
 
-    def finish(self,
-        state:int,
-    )->float:
-        "The score of the end after some words."
-        return self.lm_weight*self.lm.step(self.states[state][0], END)[1] if self.lm else 0.
+@patch
+def finish(self:WordScorer,
+    state:int, # after the last word
+)->float:      # natural logs
+    "The score of the end after some words."
+    return self.lm_weight*self.lm.step(self.states[state][0], END)[1] if self.lm else 0.
 
-    def score(self,
-        text:str,
-    )->float:
-        "The score of a whole text."
-        state, total, ids = 0, 0., {word: i for i,word in enumerate(self.words)}
-        for word in text.split():
-            state, score = self.step(state, ids.get(word, -1))
-            total += score
-        return total + self.finish(state)
+@patch
+def score(self:WordScorer,
+    text:str, # normalised
+)->float:     # natural logs
+    "The score of a whole text."
+    state, total, ids = 0, 0., {word: i for i,word in enumerate(self.words)}
+    for word in text.split():
+        state, score = self.step(state, ids.get(word, -1))
+        total += score
+    return total + self.finish(state)
 
 # %% ../nbs/57_beam.ipynb #3496b93b
 class Letters:
@@ -270,6 +275,7 @@ def save_weights(
     "Leave tuned weights with a language model; every `Decoder` with it takes them unless told otherwise."
     write_json(Path(folder)/"weights.json", {k: weights[k] for k in DEFAULTS} | about)
 
+# %% ../nbs/57_beam.ipynb #9204d3aa
 class Decoder:
     "Turns log probabilities into text; `beam=0` is greedy."
     def __init__(self,
@@ -305,43 +311,46 @@ class Decoder:
             phrases.append(tuple(words.split()))
         return sorted(set(phrases))
 
-    def _tables(self):
-        self.starts = np.array([s.startswith(WORD_START) for s in self.symbols])
-        spelled = [s.replace(WORD_START, "") for s in self.symbols]
-        self.filled = np.array([bool(s) for s in spelled])
-        self.shift, self.add = np.ones(len(spelled), np.uint64), np.zeros(len(spelled), np.uint64)
-        for i,text in enumerate(spelled): # the hash of a text is a polynomial of its letters
-            for code in _scattered([ord(c) for c in text]): self.shift[i:i+1] *= SHIFT; self.add[i:i+1] = self.add[i:i+1]*SHIFT + code
-        self.marks = _scattered(np.arange(len(spelled)) + (1 << 40))
-        self.scorer, self.hot, self.fields = None, None, ["hash", "last", "node", "open"] # of `Prefixes`, to carry on
-        if self.lm is None and not self.hotwords: return
-        self.fields += ["score", "state", "close", "closed", "tree"]
-        self.scorer = WordScorer(self.lm, self.hotwords, boost=self.boost, **self.weights)
-        words = self.scorer.words
-        self.letters = Letters([*words, " "])
-        self.width = max(map(len, spelled[1:]))
-        self.spelled = np.full((len(spelled), self.width), self.letters.none)
-        for row,text in zip(self.spelled[1:], spelled[1:]): row[:len(text)] = self.letters(text)
-        self.lengths = np.array([len(s) for s in spelled])
-        if self.lm:
-            unigrams, w = self.lm.levels[0].log_prob, self.weights
-            scores = [w["lm_weight"]*float(unigrams[i if i < self.scorer.known else UNKNOWN]) + w["word_bonus"] for i in range(len(words))]
-            off = w["lm_weight"]*float(unigrams[UNKNOWN]) + w["word_bonus"] + w["unknown"]
-        else: scores, off = [0.]*len(words), 0.
-        first = len(SPECIAL) if self.lm else 0
-        self.tree, word_at, self.ahead = letter_tree(words[first:], scores[first:], off, self.letters)
-        self.word_at = np.where(word_at < 0, -1, word_at + first)
-        if self.hotwords:
-            self.hot, self.credit = hotword_automaton(self.hotwords, self.boost, self.letters)
-            self.fields.append("hot")
+# %% ../nbs/57_beam.ipynb #beba5e16
+@patch
+def _tables(self:Decoder):
+    self.starts = np.array([s.startswith(WORD_START) for s in self.symbols])
+    spelled = [s.replace(WORD_START, "") for s in self.symbols]
+    self.filled = np.array([bool(s) for s in spelled])
+    self.shift, self.add = np.ones(len(spelled), np.uint64), np.zeros(len(spelled), np.uint64)
+    for i,text in enumerate(spelled): # the hash of a text is a polynomial of its letters
+        for code in _scattered([ord(c) for c in text]): self.shift[i:i+1] *= SHIFT; self.add[i:i+1] = self.add[i:i+1]*SHIFT + code
+    self.marks = _scattered(np.arange(len(spelled)) + (1 << 40))
+    self.scorer, self.hot, self.fields = None, None, ["hash", "last", "node", "open"] # of `Prefixes`, to carry on
+    if self.lm is None and not self.hotwords: return
+    self.fields += ["score", "state", "close", "closed", "tree"]
+    self.scorer = WordScorer(self.lm, self.hotwords, boost=self.boost, **self.weights)
+    words = self.scorer.words
+    self.letters = Letters([*words, " "])
+    self.width = max(map(len, spelled[1:]))
+    self.spelled = np.full((len(spelled), self.width), self.letters.none)
+    for row,text in zip(self.spelled[1:], spelled[1:]): row[:len(text)] = self.letters(text)
+    self.lengths = np.array([len(s) for s in spelled])
+    if self.lm:
+        unigrams, w = self.lm.levels[0].log_prob, self.weights
+        scores = [w["lm_weight"]*float(unigrams[i if i < self.scorer.known else UNKNOWN]) + w["word_bonus"] for i in range(len(words))]
+        off = w["lm_weight"]*float(unigrams[UNKNOWN]) + w["word_bonus"] + w["unknown"]
+    else: scores, off = [0.]*len(words), 0.
+    first = len(SPECIAL) if self.lm else 0
+    self.tree, word_at, self.ahead = letter_tree(words[first:], scores[first:], off, self.letters)
+    self.word_at = np.where(word_at < 0, -1, word_at + first)
+    if self.hotwords:
+        self.hot, self.credit = hotword_automaton(self.hotwords, self.boost, self.letters)
+        self.fields.append("hot")
 
-    def _check(self, log_probs_NV)->np.ndarray:
-        x = np.asarray(log_probs_NV)
-        if x.ndim != 2 or x.shape[1] != len(self.symbols): raise ValueError(f"log probabilities of shape {x.shape}; give (frames, {len(self.symbols)}), one utterance and this vocabulary")
-        if x.dtype.kind != "f": raise ValueError(f"log probabilities of type {x.dtype}; give floating point numbers")
-        x = x.astype(np.float64, copy=False)
-        if len(x) and not (x.max() <= 1e-3): raise ValueError("not log probabilities: " + ("NaN among them" if np.isnan(x).any() else f"{x.max():.3g} is above 0; apply log_softmax"))
-        return x
+@patch
+def _check(self:Decoder, log_probs_NV)->np.ndarray:
+    x = np.asarray(log_probs_NV)
+    if x.ndim != 2 or x.shape[1] != len(self.symbols): raise ValueError(f"log probabilities of shape {x.shape}; give (frames, {len(self.symbols)}), one utterance and this vocabulary")
+    if x.dtype.kind != "f": raise ValueError(f"log probabilities of type {x.dtype}; give floating point numbers")
+    x = x.astype(np.float64, copy=False)
+    if len(x) and not (x.max() <= 1e-3): raise ValueError("not log probabilities: " + ("NaN among them" if np.isnan(x).any() else f"{x.max():.3g} is above 0; apply log_softmax"))
+    return x
 
 # %% ../nbs/57_beam.ipynb #5886b3ec
 def _walk(table, node, columns):
@@ -356,6 +365,7 @@ def _close(self:Decoder, p:Prefixes, scorer:WordScorer):
     for i in np.flatnonzero(p.open & np.isnan(p.close)).tolist():
         p.closed[i], p.close[i] = scorer.step(int(p.state[i]), int(self.word_at[p.tree[i]]))
 
+# %% ../nbs/57_beam.ipynb #254877be
 @patch
 def _advance(self:Decoder, p:Prefixes, y_V, tokens_E, history:list, scorer:WordScorer|None)->Prefixes:
     "The best prefixes after a frame in which `tokens_E` may come."
@@ -409,6 +419,7 @@ def _advance(self:Decoder, p:Prefixes, y_V, tokens_E, history:list, scorer:WordS
         history.append((node, token))
     return q
 
+# %% ../nbs/57_beam.ipynb #8be099a6
 @patch
 def nbest(self:Decoder,
     log_probs_NV,  # natural logs of one utterance
@@ -453,14 +464,6 @@ def _texts(self:Decoder, p:Prefixes, history:list, scorer:WordScorer|None)->list
     return sorted(texts, key=lambda t: -t[0])
 
 # %% ../nbs/57_beam.ipynb #f6c393f0
-@dataclass
-class Word:
-    "A word of a transcript."
-    word: str
-    start: float       # seconds
-    end: float         # seconds
-    confidence: float  # 0 to 1
-
 @patch
 def text(self:Decoder,
     tokens:list, # ids
@@ -487,6 +490,24 @@ def decode_all(self:Decoder,
     "The best text of each utterance."
     if processes == 1: return [self.decode(x) for x in log_probs]
     return list(in_parallel(self.decode, list(log_probs), processes, label="decoding", group=8))
+
+@lru_cache(maxsize=2)
+def _again(symbols, lm, how): return Decoder(symbols, lm, **dict(how))
+
+@patch
+def __reduce__(self:Decoder):
+    "Another process makes its own, once."
+    how = dict(self.weights, beam=self.beam, hotwords=tuple(" ".join(p) for p in self.hotwords), boost=self.boost, min_prob=self.min_prob, margin=self.margin, frame_seconds=self.frame_seconds)
+    return _again, (tuple(self.symbols), self.lm, tuple(how.items()))
+
+# %% ../nbs/57_beam.ipynb #6dddb111
+@dataclass
+class Word:
+    "A word of a transcript."
+    word: str
+    start: float       # seconds
+    end: float         # seconds
+    confidence: float  # 0 to 1
 
 SURENESS = 0.5 # the search is too sure of its scores; on the demo's dev half of each gives confidences as high as the share of right words
 
@@ -519,15 +540,6 @@ def words(self:Decoder,
     sure = self._agreement(names, x) if self.beam else np.exp([np.mean([x[a:b,t].max() for t,a,b in word]) for word in said])
     ends = [min(word[-1][2] + 1, after[0][1]) for word,after in zip(said, [*said[1:], [(None, len(x))]])] # a token is said before its word is over: a frame more
     return [Word(name, round(word[0][1]*self.frame_seconds, 3), round(end*self.frame_seconds, 3), float(min(1., s))) for name,word,end,s in zip(names, said, ends, sure)]
-
-@lru_cache(maxsize=2)
-def _again(symbols, lm, how): return Decoder(symbols, lm, **dict(how))
-
-@patch
-def __reduce__(self:Decoder):
-    "Another process makes its own, once."
-    how = dict(self.weights, beam=self.beam, hotwords=tuple(" ".join(p) for p in self.hotwords), boost=self.boost, min_prob=self.min_prob, margin=self.margin, frame_seconds=self.frame_seconds)
-    return _again, (tuple(self.symbols), self.lm, tuple(how.items()))
 
 # %% ../nbs/57_beam.ipynb #2c55f109
 STEPS = dict(lm_weight=0.2, word_bonus=0.6, unknown=2.) # of the first round

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as nnf
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -248,58 +249,66 @@ class Conformer(nn.Module):
         "Keep each block's input alone for the backward pass, and compute the rest of it again there (Chen et al. 2016)."
         self.recompute = on
 
-    def encode(self,
-        features:Tensor,      # (B, F, M) from `Fbank`
-        frames:Tensor,        # (B,)
-        chunk:int=0,          # encoder frames in a chunk; 0 = whole utterances
-        left_chunks:int=-1,   # chunks of history; -1 = all
-        augment:bool=False,   # hide bands and stretches
-    ):                        # logits (B, N, V), encoder frames (B,)
-        "Scores over tokens, 25 a second."
-        c = self.shape
-        if self.training and (c.gain or c.colour or c.noise): features = other_room(features, c.gain, c.colour, c.noise)
-        x = (features - self.mean)/self.deviation
-        if self.training and (c.warp or c.tempo): x, frames = other_speaker(x, frames, c.warp, c.tempo)
-        if augment: x = spec_augment(x, frames, c.freq_masks, c.freq_width, c.time_masks, c.time_share)
-        x = self.subsampling(nnf.pad(x, (0, 0, 0, whole_frames(x.shape[1]) - x.shape[1])))
-        frames = encoder_frames(frames).clamp(min=1)
-        turns = rotary(x.shape[1], c.d_model//c.heads, x.device)
-        mask = attention_mask(frames, x.shape[1], chunk, left_chunks)
-        for block in self.blocks: x = checkpoint(block, x, turns, mask, use_reentrant=False) if self.recompute and self.training else block(x, turns, mask)
-        return self.head(self.norm(x)), frames
+# %% ../nbs/60_conformer.ipynb #183eaaa4
+@patch
+@torch.no_grad()
+def fit_features(self:Conformer, batches):
+    "Set the features' mean and deviation from `batches`; past an utterance's end nothing counts."
+    n, total, squares = 0, 0., 0.
+    for batch in batches:
+        x, frames = self.features(batch.audio, batch.lengths)
+        x = x[torch.arange(x.shape[1], device=x.device) < frames[:,None]].double()
+        n, total, squares = n + len(x), total + x.sum(0), squares + x.square().sum(0)
+    self.mean.copy_(total/n)
+    self.deviation.copy_((squares/n - (total/n).square()).clamp(min=1e-3).sqrt())
 
-    def forward(self, batch:Batch)->Loss:
-        "CTC loss summed over the batch's utterances."
-        chunks = draw_chunks(self.shape.chunk_share) if self.training else (0, -1)
-        augment = self.training and batch.epoch >= self.shape.augment_after
-        logits, frames = self.encode(*self.features(batch.audio, batch.lengths), *chunks, augment=augment)
-        return ctc_loss(logits, frames, [self.tokenizer.encode(t) for t in batch.transcripts])
+# %% ../nbs/60_conformer.ipynb #866009dc
+@patch
+def encode(self:Conformer,
+    features:Tensor,      # (B, F, M) from `Fbank`
+    frames:Tensor,        # (B,)
+    chunk:int=0,          # encoder frames in a chunk; 0 = whole utterances
+    left_chunks:int=-1,   # chunks of history; -1 = all
+    augment:bool=False,   # hide bands and stretches
+):                        # logits (B, N, V), encoder frames (B,)
+    "Scores over tokens, 25 a second."
+    c = self.shape
+    if self.training and (c.gain or c.colour or c.noise): features = other_room(features, c.gain, c.colour, c.noise)
+    x = (features - self.mean)/self.deviation
+    if self.training and (c.warp or c.tempo): x, frames = other_speaker(x, frames, c.warp, c.tempo)
+    if augment: x = spec_augment(x, frames, c.freq_masks, c.freq_width, c.time_masks, c.time_share)
+    x = self.subsampling(nnf.pad(x, (0, 0, 0, whole_frames(x.shape[1]) - x.shape[1])))
+    frames = encoder_frames(frames).clamp(min=1)
+    turns = rotary(x.shape[1], c.d_model//c.heads, x.device)
+    mask = attention_mask(frames, x.shape[1], chunk, left_chunks)
+    for block in self.blocks: x = checkpoint(block, x, turns, mask, use_reentrant=False) if self.recompute and self.training else block(x, turns, mask)
+    return self.head(self.norm(x)), frames
 
-    @torch.no_grad()
-    def log_probs(self,
-        batch:Batch,
-        chunk:int=0,          # as a stream in chunks of so many encoder frames would; 0 = whole utterances
-        left_chunks:int=-1,   # chunks of history; -1 = all
-    ):                        # log probabilities (B, N, V) float32, encoder frames (B,)
-        "What a decoder reads."
-        logits, frames = self.encode(*self.features(batch.audio, batch.lengths), chunk, left_chunks)
-        return nnf.log_softmax(logits.float(), -1), frames
+# %% ../nbs/60_conformer.ipynb #45dbb265
+@patch
+def forward(self:Conformer, batch:Batch)->Loss:
+    "CTC loss summed over the batch's utterances."
+    chunks = draw_chunks(self.shape.chunk_share) if self.training else (0, -1)
+    augment = self.training and batch.epoch >= self.shape.augment_after
+    logits, frames = self.encode(*self.features(batch.audio, batch.lengths), *chunks, augment=augment)
+    return ctc_loss(logits, frames, [self.tokenizer.encode(t) for t in batch.transcripts])
 
-    @torch.no_grad()
-    def transcribe(self,
-        batch:Batch,
-        **how,           # as for `log_probs`
-    )->list:
-        "A greedy `Hypothesis` for each utterance."
-        return greedy(*self.log_probs(batch, **how), self.tokenizer, FRAME_SECONDS)
+@patch
+@torch.no_grad()
+def log_probs(self:Conformer,
+    batch:Batch,
+    chunk:int=0,          # as a stream in chunks of so many encoder frames would; 0 = whole utterances
+    left_chunks:int=-1,   # chunks of history; -1 = all
+):                        # log probabilities (B, N, V) float32, encoder frames (B,)
+    "What a decoder reads."
+    logits, frames = self.encode(*self.features(batch.audio, batch.lengths), chunk, left_chunks)
+    return nnf.log_softmax(logits.float(), -1), frames
 
-    @torch.no_grad()
-    def fit_features(self, batches):
-        "Set the features' mean and deviation from `batches`; past an utterance's end nothing counts."
-        n, total, squares = 0, 0., 0.
-        for batch in batches:
-            x, frames = self.features(batch.audio, batch.lengths)
-            x = x[torch.arange(x.shape[1], device=x.device) < frames[:,None]].double()
-            n, total, squares = n + len(x), total + x.sum(0), squares + x.square().sum(0)
-        self.mean.copy_(total/n)
-        self.deviation.copy_((squares/n - (total/n).square()).clamp(min=1e-3).sqrt())
+@patch
+@torch.no_grad()
+def transcribe(self:Conformer,
+    batch:Batch,
+    **how,           # as for `log_probs`
+)->list:
+    "A greedy `Hypothesis` for each utterance."
+    return greedy(*self.log_probs(batch, **how), self.tokenizer, FRAME_SECONDS)

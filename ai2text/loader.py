@@ -477,10 +477,10 @@ def plot_batches(
     plan, durations = loader.plan(loader.epoch), loader.index.duration
     real = [durations[b].sum() for b in plan]
     padded = [len(b)*durations[b].max() for b in plan]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), dpi=90, layout="constrained", width_ratios=(3, 1))
-    axes[0].bar(range(len(plan)), padded, 1., color="#d55e00", label=f"padding {padding(durations, plan):.1%}")
-    axes[0].bar(range(len(plan)), real, 1., color="#0072b2", label="speech")
-    axes[0].set(xlabel="micro-batch of the epoch", ylabel="seconds", xlim=(0, min(len(plan), 120)))
-    axes[0].legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.1, ncols=2) # above the bars
-    axes[1].hist([len(b) for b in plan], 20, color="#0072b2"); axes[1].set(xlabel="utterances of a micro-batch", ylabel="micro-batches")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), width_ratios=(3, 1))
+    axes[0].bar(range(len(plan)), padded, 1., color="C1", label=f"padding {padding(durations, plan):.1%}")
+    axes[0].bar(range(len(plan)), real, 1., color="C0", label="speech")
+    axes[0].set(xlabel="micro-batch of the epoch", ylabel="seconds", xlim=(-0.5, min(len(plan), 120) - 0.5))
+    axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.1, ncols=2) # above the bars
+    axes[1].hist([len(b) for b in plan], 20); axes[1].set(xlabel="utterances of a micro-batch", ylabel="micro-batches")
     return figure

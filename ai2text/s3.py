@@ -124,7 +124,10 @@ def _lasting(self:S3Stream, do, *arguments):
         else: self.failures = 0; return done
         self.failures += 1
         if self.failures == self.server.tries: raise ShardError(f"{self.url}: lost at byte {self.at}, after {self.failures} attempts: {reason}") from reason
-        time.sleep(random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT*4**(self.failures - 1)))) # nosec B311 # only so that readers do not come back all at once
+        _wait(self.failures)
+
+def _wait(failures:int): # so many in a row
+    time.sleep(random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT*4**(failures - 1)))) # nosec B311 # only so that readers do not come back all at once
 
 # %% ../nbs/45_s3.ipynb #68475322
 def register_gopen(
@@ -249,8 +252,8 @@ def tracked(
     paths:list,  # files of one DVC repository: outputs, or in folders that are
     rev:str="",  # git revision; empty: as the `dvc.lock` and `.dvc` files of the workspace say
 )->list:         # for each a `Path` in DVC's cache or in a remote that is a folder, or a `Remote`
-    "Where DVC keeps files; `ShardError` for what it does not track."
-    paths = [Path(p).absolute() for p in paths]
+    "Where DVC keeps files; `ShardError` for what it does not track, and for a remote that is not to be had."
+    paths, then = [Path(p).absolute() for p in paths], f" at {rev}" if rev else ""
     root = next((p for p in paths[0].parents if (p/".dvc").is_dir()), None)
     if root is None: raise ShardError(f"{paths[0]}: not here, and not in a repository of DVC; give the path of the shards")
     from dvc.exceptions import DvcException # takes seconds to import: only those who have no shards wait for it
@@ -259,11 +262,15 @@ def tracked(
     from dvc.scm import SCMError
     try:
         with Repo.open(str(root), rev=rev or None) as repo: return [_kept(repo, p.relative_to(root).as_posix()) for p in paths]
-    except DataIndexDirError as e: raise ShardError(f"{paths[0]}: not here, and DVC cannot read what the remote has{' at ' + rev if rev else ''}: {e.__cause__ or e}; look at its keys (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or `dvc remote modify --local`), and whether it was pushed (`dvc push`)") from e
-    except (DvcException, SCMError) as e: raise ShardError(f"{paths[0]}: not here, and DVC does not give it{' at ' + rev if rev else ''}: {e}") from e
+    except DataIndexDirError as e:
+        reason = e.__cause__ or e
+        if _broke(reason): raise ShardError(f"{paths[0]}: not here, and the line to the remote broke at each of {Server().tries} attempts to look it up in DVC{then}: {reason}; start again when the line is better, or `dvc pull` the shards") from e
+        raise ShardError(f"{paths[0]}: not here, and DVC cannot read what the remote has{then}: {reason}; look at its keys (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or `dvc remote modify --local`), and whether it was pushed (`dvc push`)") from e
+    except (DvcException, SCMError) as e: raise ShardError(f"{paths[0]}: not here, and DVC does not give it{then}: {e}") from e
 
+# %% ../nbs/45_s3.ipynb #7c81f0b0
 def _kept(repo, path):
-    index, entry = repo.get_data_index_entry(repo.fs.join(repo.root_dir, path))
+    index, entry = _entry(repo, repo.fs.join(repo.root_dir, path))
     near, here = index.storage_map.get_cache(entry)
     if near.exists(here): return Path(here)
     name = repo.config["core"].get("remote")
@@ -274,3 +281,20 @@ def _kept(repo, path):
     if not url.startswith("s3://"): raise ShardError(f"{path}: the remote {name!r} is {url.partition(':')[0]}, shards are streamed from s3 only; `dvc pull` them")
     names = dict(endpoint="endpointurl", profile="profile", key="access_key_id", secret="secret_access_key", token="session_token", region="region") # nosec B106 # names of settings
     return Remote(url, Server(**{ours: settings[theirs] for ours,theirs in names.items() if settings.get(theirs)}))
+
+def _entry(repo, path):
+    "DVC's index and its entry of a file; asked again when the line to the remote breaks."
+    from dvc.repo.data import DataIndexDirError
+    for failures in range(1, Server().tries):
+        try: return repo.get_data_index_entry(path)
+        except DataIndexDirError as e:
+            if not _broke(e.__cause__): raise
+        _wait(failures)
+    return repo.get_data_index_entry(path)
+
+def _broke(reason)->bool:
+    "Whether an answer broke off on its way. A server that never answers is no such case: DVC has asked it often enough."
+    from aiohttp import ClientPayloadError
+    from botocore.exceptions import HTTPClientError
+    from botocore.parsers import ResponseParserError
+    return isinstance(reason, (ClientPayloadError, HTTPClientError, ResponseParserError, ConnectionError, TimeoutError))

@@ -140,6 +140,7 @@ def _decoded(path, sample_rate:int):
     if exact: return wave, rate
     return np.rint(resample_exact(wave, rate, sample_rate)*32768).clip(-32768, 32767).astype(np.int16), rate
 
+# %% ../nbs/40_shards.ipynb #743f8f41
 def encode(
     pcm,             # (T,) int16
     sample_rate:int, # Hz
@@ -400,6 +401,7 @@ def write_shards(
         shutil.rmtree(_notes(index_path))
     return index
 
+# %% ../nbs/40_shards.ipynb #396cacaf
 def _clear(folder, *patterns, keep=()):
     for path in [p for pattern in patterns for p in folder.glob(pattern) if p.name not in keep]: path.unlink()
 
@@ -570,18 +572,18 @@ def plot_spread(
 ):                # a figure
     "Median and range of the utterances' lengths, shard by shard."
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(indexes), figsize=(9, 2.8), dpi=90, layout="constrained", sharey=True, squeeze=False,
+    figure, axes = plt.subplots(1, len(indexes), figsize=(9, 2.8), sharey=True, squeeze=False,
                                 width_ratios=[1 + len(i.shards)**0.5 for i in indexes.values()])
     for axis,(split,index) in zip(axes[0], indexes.items()):
         bands = np.array([np.quantile(index.duration[index.shard == s], [0, .1, .5, .9, 1]) for s in range(len(index.shards))])
         at = np.arange(len(bands))
-        axis.vlines(at, bands[:,0], bands[:,4], color="0.75", label="all")
-        axis.vlines(at, bands[:,1], bands[:,3], color="tab:blue", linewidth=4, label="80%")
-        axis.plot(at, bands[:,2], "o", color="white", markeredgecolor="black", markersize=5, label="median")
-        axis.axhline(np.median(index.duration), color="black", linewidth=0.8, linestyle=":", label="median of the split")
+        axis.vlines(at, bands[:,0], bands[:,4], color="0.46", linewidth=1, label="all")
+        axis.vlines(at, bands[:,1], bands[:,3], linewidth=4, label="80%")
+        axis.plot(at, bands[:,2], "o", color="C4", markersize=5, label="median")
+        axis.axhline(np.median(index.duration), color="0.46", linewidth=0.8, linestyle=":", label="median of the split")
         axis.set(xlabel="shard", xlim=(-0.8, len(bands) - 0.2), ylim=(0, None))
-        axis.set_title(f"{split}: {len(index):,} utterances", fontsize=10)
+        axis.set_title(f"{split}: {len(index):,} utterances")
         axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axes[0,0].set_ylabel("seconds")
-    figure.legend(*axes[0,0].get_legend_handles_labels(), fontsize=8, ncol=4, loc="outside upper center")
+    axes[0,0].set_ylabel("seconds of an utterance")
+    figure.legend(*axes[0,0].get_legend_handles_labels(), ncol=4, loc="outside upper center")
     return figure

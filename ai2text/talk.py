@@ -21,6 +21,7 @@ class Segments:
     def add(self,
         message:dict,  # as the runtime sends it
     )->str:            # the transcript
+        "Take in a message."
         self.texts[message.get("segment", 0)] = message.get("text", "").strip()
         return " ".join(filter(None, self.texts.values()))
 

@@ -52,6 +52,7 @@ def _loudness()->np.ndarray: # (words, mels) natural logs
     waves_WT = torch.from_numpy(np.stack([whistle(w, 0.4, 0.)[0] for w in WORDS]))
     return Fbank()(waves_WT, torch.full((len(WORDS),), waves_WT.shape[1]))[0][:,20].numpy()
 
+# %% ../nbs/47_toy.ipynb #95ec17f1
 def toy_bundle(
     folder,            # made
     chunk:int=8,       # encoder frames of a chunk

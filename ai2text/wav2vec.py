@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -227,68 +228,78 @@ class Wav2Vec2(nn.Module):
         values = {k: getattr(self.shape, k) for k in encoder_keys(self.architecture)}
         return dict(architecture=self.architecture, encoder={k: list(v) if isinstance(v, tuple) else v for k,v in values.items()}, freeze_features=self.frozen, layer_decay=self.layer_decay)
 
-    @property
-    def frame_samples(self)->int:
-        "Samples from one encoder frame to the next."
-        return int(np.prod(self.shape.conv_stride))
+# %% ../nbs/65_wav2vec.ipynb #436eee59
+@patch
+def freeze(self:Wav2Vec2,
+    on:bool=True, # leave the convolutions as they are
+):
+    "Train the convolutions, or do not."
+    self.frozen, self.encoder.feature_extractor._requires_grad = on, not on
+    for p in self.encoder.feature_extractor.parameters(): p.requires_grad_(not on)
 
-    def freeze(self,
-        on:bool=True, # leave the convolutions as they are
-    ):
-        "Train the convolutions, or do not."
-        self.frozen, self.encoder.feature_extractor._requires_grad = on, not on
-        for p in self.encoder.feature_extractor.parameters(): p.requires_grad_(not on)
+@patch
+def checkpointing(self:Wav2Vec2,
+    on:bool=True,  # in training
+):
+    "Keep each layer's input alone for the backward pass, and compute the rest of it again there (Chen et al. 2016)."
+    if on: self.encoder.gradient_checkpointing_enable(dict(use_reentrant=False))
+    else: self.encoder.gradient_checkpointing_disable()
 
-    def checkpointing(self,
-        on:bool=True,  # in training
-    ):
-        "Keep each layer's input alone for the backward pass, and compute the rest of it again there (Chen et al. 2016)."
-        if on: self.encoder.gradient_checkpointing_enable(dict(use_reentrant=False))
-        else: self.encoder.gradient_checkpointing_disable()
+@patch
+def rates(self:Wav2Vec2)->dict:
+    "Factors on the learning rate, by prefix of the parameters' names: lower layers know more of what they need already."
+    if self.layer_decay == 1: return {}
+    layers = self.shape.num_hidden_layers
+    above = {f"encoder.encoder.layers.{i}.": self.layer_decay**(layers - i) for i in range(layers)}
+    return above | dict.fromkeys(("encoder.feature_extractor", "encoder.feature_projection", "encoder.encoder.pos_conv_embed", "encoder.masked_spec_embed"), self.layer_decay**(layers + 1))
 
-    def rates(self)->dict:
-        "Factors on the learning rate, by prefix of the parameters' names: lower layers know more of what they need already."
-        if self.layer_decay == 1: return {}
-        layers = self.shape.num_hidden_layers
-        above = {f"encoder.encoder.layers.{i}.": self.layer_decay**(layers - i) for i in range(layers)}
-        return above | dict.fromkeys(("encoder.feature_extractor", "encoder.feature_projection", "encoder.encoder.pos_conv_embed", "encoder.masked_spec_embed"), self.layer_decay**(layers + 1))
+# %% ../nbs/65_wav2vec.ipynb #f698db98
+@patch(as_prop=True)
+def frame_samples(self:Wav2Vec2)->int:
+    "Samples from one encoder frame to the next."
+    return int(np.prod(self.shape.conv_stride))
 
-    def prepare(self,
-        batch:Batch,
-    )->tuple:         # normalised wave (B, T), mask of its samples (B, T), encoder frames (B,)
-        "What the encoder takes; an utterance shorter than one frame is padded to it."
-        step, fewest = self.frame_samples, self._window
-        lengths = batch.lengths.clamp(min=fewest)
-        width = fewest + 8*step*-(-(int(lengths.max()) - fewest)//(8*step))
-        wave = nn.functional.pad(normalise_wave(batch.audio, batch.lengths), (0, width - batch.audio.shape[1]))
-        frames = self.encoder._get_feat_extract_output_lengths(lengths)
-        for norm in self.norm: norm.frames = (lengths - self.shape.conv_kernel[0])//self.shape.conv_stride[0] + 1
-        return wave, (torch.arange(width, device=wave.device) < lengths[:,None]).long(), frames
+@patch(as_prop=True)
+def _window(self:Wav2Vec2)->int: # samples that one frame is made of
+    n = 1
+    for kernel,stride in zip(reversed(self.shape.conv_kernel), reversed(self.shape.conv_stride)): n = (n - 1)*stride + kernel
+    return n
 
-    @property
-    def _window(self)->int: # samples that one frame is made of
-        n = 1
-        for kernel,stride in zip(reversed(self.shape.conv_kernel), reversed(self.shape.conv_stride)): n = (n - 1)*stride + kernel
-        return n
+@patch
+def prepare(self:Wav2Vec2,
+    batch:Batch,
+)->tuple:         # normalised wave (B, T), mask of its samples (B, T), encoder frames (B,)
+    "What the encoder takes; an utterance shorter than one frame is padded to it."
+    step, fewest = self.frame_samples, self._window
+    lengths = batch.lengths.clamp(min=fewest)
+    width = fewest + 8*step*-(-(int(lengths.max()) - fewest)//(8*step))
+    wave = nn.functional.pad(normalise_wave(batch.audio, batch.lengths), (0, width - batch.audio.shape[1]))
+    frames = self.encoder._get_feat_extract_output_lengths(lengths)
+    for norm in self.norm: norm.frames = (lengths - self.shape.conv_kernel[0])//self.shape.conv_stride[0] + 1
+    return wave, (torch.arange(width, device=wave.device) < lengths[:,None]).long(), frames
 
-    def encode(self,
-        batch:Batch,
-        augment:bool=False, # hide stretches of time
-    ):                # logits (B, F, V), frames (B,)
-        "Scores over tokens."
-        wave, inside, frames = self.prepare(batch)
-        c, masks = self.shape, {}
-        if augment and c.mask_time_prob: masks = dict(mask_time_indices=time_mask(frames, int(self.encoder._get_feat_extract_output_lengths(wave.shape[1])), c.mask_time_prob, c.mask_time_length, c.mask_time_min_masks))
-        with drawn() if augment and c.mask_feature_prob else contextlib.nullcontext(): x = self.encoder(wave, attention_mask=inside, **masks).last_hidden_state
-        return self.head(self.dropout(x)), frames
+# %% ../nbs/65_wav2vec.ipynb #affbfc3a
+@patch
+def encode(self:Wav2Vec2,
+    batch:Batch,
+    augment:bool=False, # hide stretches of time
+):                # logits (B, F, V), frames (B,)
+    "Scores over tokens."
+    wave, inside, frames = self.prepare(batch)
+    c, masks = self.shape, {}
+    if augment and c.mask_time_prob: masks = dict(mask_time_indices=time_mask(frames, int(self.encoder._get_feat_extract_output_lengths(wave.shape[1])), c.mask_time_prob, c.mask_time_length, c.mask_time_min_masks))
+    with drawn() if augment and c.mask_feature_prob else contextlib.nullcontext(): x = self.encoder(wave, attention_mask=inside, **masks).last_hidden_state
+    return self.head(self.dropout(x)), frames
 
-    def forward(self, batch:Batch)->Loss:
-        "CTC loss summed over the batch's utterances."
-        logits, frames = self.encode(batch, augment=self.training)
-        return ctc_loss(logits, frames, [self.tokenizer.encode(t) for t in batch.transcripts])
+@patch
+def forward(self:Wav2Vec2, batch:Batch)->Loss:
+    "CTC loss summed over the batch's utterances."
+    logits, frames = self.encode(batch, augment=self.training)
+    return ctc_loss(logits, frames, [self.tokenizer.encode(t) for t in batch.transcripts])
 
-    @torch.no_grad()
-    def transcribe(self, batch:Batch)->list:
-        "A greedy `Hypothesis` for each utterance."
-        logits, frames = self.encode(batch)
-        return greedy(logits, frames, self.tokenizer, self.frame_samples/SAMPLE_RATE)
+@patch
+@torch.no_grad()
+def transcribe(self:Wav2Vec2, batch:Batch)->list:
+    "A greedy `Hypothesis` for each utterance."
+    logits, frames = self.encode(batch)
+    return greedy(logits, frames, self.tokenizer, self.frame_samples/SAMPLE_RATE)
