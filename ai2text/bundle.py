@@ -82,6 +82,7 @@ def read_graph(
     named = lambda values: {v.name: sizes(v) for v in values}
     return named(model.graph.input), named(model.graph.output), {p.key: p.value for p in model.metadata_props}
 
+# %% ../nbs/91_bundle.ipynb #50cb1b40
 def _same(path, what:str, found, wanted, mend:str=MEND):
     if found != wanted: raise BundleError(f"{path}: {what}: {found!r} instead of {wanted!r}; {mend}")
 
@@ -130,8 +131,6 @@ def window_samples(
     frames = SUBSAMPLING*(chunk_size - 1) + right_context + 2
     return 160*frames + 120 # frames every 10 ms, 25 ms wide, the first around 5 ms
 
-SETTINGS = dict(format=int, name=str, chunk_size=int, num_left_chunks=int, sample_rate=int, vocab_size=int, normaliser=str, features=dict, offline=dict, wer=dict)
-
 @dataclass(frozen=True)
 class Bundle:
     "A folder that `check_bundle` has found whole."
@@ -154,6 +153,9 @@ class Bundle:
     def model(self, int8:bool=False)->Path:
         "The streaming graph."
         return self.folder/("model.int8.onnx" if int8 else "model.onnx")
+
+# %% ../nbs/91_bundle.ipynb #89fd2095
+SETTINGS = dict(format=int, name=str, chunk_size=int, num_left_chunks=int, sample_rate=int, vocab_size=int, normaliser=str, features=dict, offline=dict, wer=dict)
 
 def seal(
     folder, # with all of `FILES`
@@ -267,6 +269,7 @@ def _blocks(fs, path:str, where:str, remote:str):
     with _asking(where, remote), fs.open(path, "rb") as source:
         while block := source.read(1 << 20): yield block
 
+# %% ../nbs/91_bundle.ipynb #c8e58801
 def _fetch(fs, path:str, to:Path, where:str, remote:str)->bool: # whether something was written
     "Write the bundle of a revision into `to`, or find it there."
     from tqdm.auto import tqdm
@@ -290,6 +293,7 @@ def _fetch(fs, path:str, to:Path, where:str, remote:str)->bool: # whether someth
         except BundleError as e: raise BundleError(f"{where}: was released with a fault: {str(e).replace(f'{part}/', '')}") from None
     return True
 
+# %% ../nbs/91_bundle.ipynb #05903dbd
 def get(
     tag:str,        # a release, as recogniser@v1.0.0; a name alone, for its newest release; or any git revision
     repo:str=".",   # git repository of the project: a folder or an address
