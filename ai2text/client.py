@@ -118,6 +118,7 @@ class Recogniser:
         found = self.decoder.decode(scores_NV)
         return found.text, [Word(w.word, w.start + start, w.end + start, w.confidence) for w in self.decoder.words(found, scores_NV)]
 
+# %% ../nbs/95_client.ipynb #e236b2cd
 _recogniser = None # of a worker
 
 def _start(recogniser):
