@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUBPROTOCOL', 'LOOPBACK', 'SHORTEST', 'FRAME_BYTES', 'LOUDEST', 'ID', 'LONGEST_TEXT', 'AHEAD', 'PIECE', 'LATENCIES',
-           'PATIENCE', 'token_protocol', 'shown_token', 'admit', 'Ended', 'samples', 'Store', 'new_id', 'Stream',
-           'processor_seconds', 'Metrics', 'Service', 'running', 'read_token', 'serve']
+           'PATIENCE', 'shown_token', 'admit', 'Ended', 'samples', 'Store', 'new_id', 'Stream', 'processor_seconds',
+           'Metrics', 'Service', 'running', 'read_token', 'serve']
 
 # %% ../nbs/94_serve.ipynb #6ff42cf4
 import asyncio, base64, binascii, contextlib, hashlib, hmac, io, json, os, re, secrets, signal, sys, time, unicodedata
@@ -27,10 +27,6 @@ from .supervisor import SAMPLE_RATE, Runtime, command
 
 # %% ../nbs/94_serve.ipynb #5df261bc
 SUBPROTOCOL, LOOPBACK, SHORTEST = "ai2text", ("127.0.0.1", "localhost", "::1"), 16 # characters of a token, at least
-
-def token_protocol(token:str)->str:
-    "The subprotocol by which a browser shows a token."
-    return "token." + base64.urlsafe_b64encode(token.encode()).decode().rstrip("=")
 
 def shown_token(
     headers, # of a request
