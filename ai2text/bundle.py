@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT', 'FILES', 'SUMS', 'N_BINS', 'SUBSAMPLING', 'MAX_BYTES', 'MEND', 'INPUTS', 'OUTPUTS', 'METADATA', 'MODEL_TYPE',
            'FLOAT', 'INT64', 'BOOL', 'OPERATORS', 'SETTINGS', 'ARTIFACT', 'BundleError', 'check_tokens', 'read_graph',
-           'check_streaming', 'check_offline', 'window_samples', 'Bundle', 'seal', 'check_bundle', 'releases',
-           'pick_release', 'get']
+           'check_streaming', 'check_offline', 'window_samples', 'Bundle', 'seal', 'check_bundle', 'session',
+           'releases', 'pick_release', 'get']
 
 # %% ../nbs/91_bundle.ipynb #e8cfa7c4
 import atexit, contextlib, hashlib, json, re, sys, unicodedata
@@ -198,6 +198,17 @@ def check_bundle(
     for key in ("vocab_size", "right_context"): _same(where, key, config.get(key), float32[key])
     check_offline(bundle.offline, config["vocab_size"])
     return bundle
+
+# %% ../nbs/91_bundle.ipynb #3abeb216
+def session(
+    path, # an ONNX file
+):        # of onnxruntime
+    "A graph, ready to run on one thread of a processor."
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 # %% ../nbs/91_bundle.ipynb #0ccdb385
 ARTIFACT = "recogniser"  # the bundle's name in dvc.yaml

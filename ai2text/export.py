@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIN_SAMPLES', 'TOLERANCE', 'PIECES_MS', 'WAYS', 'NoPast', 'spectrum_matrix', 'Offline', 'write_graph', 'write_int8',
-           'write_graphs', 'session', 'run_stream', 'with_silence', 'ExportError', 'Agreement', 'compare_graphs',
-           'listen', 'compare_runtime', 'latency_curve', 'rates', 'plot_latency', 'card', 'settings', 'export_bundle',
+           'write_graphs', 'run_stream', 'with_silence', 'ExportError', 'Agreement', 'compare_graphs', 'listen',
+           'compare_runtime', 'latency_curve', 'rates', 'plot_latency', 'card', 'settings', 'export_bundle',
            'ExportConfig', 'verdict', 'spread', 'take', 'gap', 'time_chunks', 'streaming_model', 'recommended',
            'export', 'revisions']
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .audio import HIGH_HZ, HOP, LEFT_EDGE, LOG_FLOOR, LOW_HZ, N_FFT, N_MELS, PCM_SCALE, PREEMPHASIS, RIGHT_EDGE, WINDOW, mel_filters, num_frames, povey_window
 from .batch import SAMPLE_RATE, Batch
-from .bundle import FORMAT, INPUTS, MODEL_TYPE, OUTPUTS, Bundle, check_bundle, seal, window_samples
+from .bundle import FORMAT, INPUTS, MODEL_TYPE, OUTPUTS, Bundle, check_bundle, seal, session, window_samples
 from .config import ConfigError, Layout, atomic_folder, import_closure, opt, read_json, read_jsonl, sha256, write_json
 from .conformer import FRAME_SECONDS, RIGHT_CONTEXT, SUBSAMPLING, Conformer, rotary
 from .ctc import greedy
@@ -138,15 +138,6 @@ def write_graphs(
                 dynamic_shapes=({1: torch.export.Dim("samples", min=MIN_SAMPLES)},))
 
 # %% ../nbs/92_export.ipynb #5f8d0d77
-def session(
-    path, # an ONNX file
-):        # runs it on one thread
-    "onnxruntime on a processor."
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
 def run_stream(
     graph,               # session of model.onnx or model.int8.onnx
     features:np.ndarray, # (F, M) of samples x 32768

@@ -21,7 +21,7 @@ from fastcore.meta import delegates
 from aiohttp import ClientError, WSMsgType, web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from .bundle import Bundle, check_bundle
+from .bundle import Bundle, check_bundle, session
 from .config import ConfigError, atomic_write, read_json
 from .supervisor import SAMPLE_RATE, Runtime, command
 
@@ -81,10 +81,7 @@ class Store:
         folder,        # made
         bundle:Bundle, # that recognises
     ):
-        import onnxruntime
-        self.folder, self.bundle, options = Path(folder), bundle, onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        self.graph = onnxruntime.InferenceSession(str(bundle.offline), options, providers=["CPUExecutionProvider"])
+        self.folder, self.bundle, self.graph = Path(folder), bundle, session(bundle.offline)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def confidence(self,
