@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT', 'FILES', 'SUMS', 'N_BINS', 'SUBSAMPLING', 'MAX_BYTES', 'MEND', 'INPUTS', 'OUTPUTS', 'METADATA', 'MODEL_TYPE',
            'FLOAT', 'INT64', 'BOOL', 'OPERATORS', 'SETTINGS', 'ARTIFACT', 'BundleError', 'check_tokens', 'read_graph',
-           'check_streaming', 'check_offline', 'window_samples', 'Bundle', 'seal', 'check_bundle', 'releases',
-           'pick_release', 'get']
+           'check_streaming', 'check_offline', 'window_samples', 'Bundle', 'seal', 'check_bundle', 'session',
+           'releases', 'pick_release', 'get']
 
 # %% ../nbs/91_bundle.ipynb #e8cfa7c4
 import atexit, contextlib, hashlib, json, re, sys, unicodedata
@@ -82,6 +82,7 @@ def read_graph(
     named = lambda values: {v.name: sizes(v) for v in values}
     return named(model.graph.input), named(model.graph.output), {p.key: p.value for p in model.metadata_props}
 
+# %% ../nbs/91_bundle.ipynb #50cb1b40
 def _same(path, what:str, found, wanted, mend:str=MEND):
     if found != wanted: raise BundleError(f"{path}: {what}: {found!r} instead of {wanted!r}; {mend}")
 
@@ -130,8 +131,6 @@ def window_samples(
     frames = SUBSAMPLING*(chunk_size - 1) + right_context + 2
     return 160*frames + 120 # frames every 10 ms, 25 ms wide, the first around 5 ms
 
-SETTINGS = dict(format=int, name=str, chunk_size=int, num_left_chunks=int, sample_rate=int, vocab_size=int, normaliser=str, features=dict, offline=dict, wer=dict)
-
 @dataclass(frozen=True)
 class Bundle:
     "A folder that `check_bundle` has found whole."
@@ -154,6 +153,9 @@ class Bundle:
     def model(self, int8:bool=False)->Path:
         "The streaming graph."
         return self.folder/("model.int8.onnx" if int8 else "model.onnx")
+
+# %% ../nbs/91_bundle.ipynb #89fd2095
+SETTINGS = dict(format=int, name=str, chunk_size=int, num_left_chunks=int, sample_rate=int, vocab_size=int, normaliser=str, features=dict, offline=dict, wer=dict)
 
 def seal(
     folder, # with all of `FILES`
@@ -196,6 +198,17 @@ def check_bundle(
     for key in ("vocab_size", "right_context"): _same(where, key, config.get(key), float32[key])
     check_offline(bundle.offline, config["vocab_size"])
     return bundle
+
+# %% ../nbs/91_bundle.ipynb #3abeb216
+def session(
+    path, # an ONNX file
+):        # of onnxruntime
+    "A graph, ready to run on one thread of a processor."
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 # %% ../nbs/91_bundle.ipynb #0ccdb385
 ARTIFACT = "recogniser"  # the bundle's name in dvc.yaml
@@ -267,6 +280,7 @@ def _blocks(fs, path:str, where:str, remote:str):
     with _asking(where, remote), fs.open(path, "rb") as source:
         while block := source.read(1 << 20): yield block
 
+# %% ../nbs/91_bundle.ipynb #c8e58801
 def _fetch(fs, path:str, to:Path, where:str, remote:str)->bool: # whether something was written
     "Write the bundle of a revision into `to`, or find it there."
     from tqdm.auto import tqdm
@@ -290,6 +304,7 @@ def _fetch(fs, path:str, to:Path, where:str, remote:str)->bool: # whether someth
         except BundleError as e: raise BundleError(f"{where}: was released with a fault: {str(e).replace(f'{part}/', '')}") from None
     return True
 
+# %% ../nbs/91_bundle.ipynb #05903dbd
 def get(
     tag:str,        # a release, as recogniser@v1.0.0; a name alone, for its newest release; or any git revision
     repo:str=".",   # git repository of the project: a folder or an address

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .batch import SAMPLE_RATE
 from .beam import Decoder, Word
-from .bundle import check_bundle
+from .bundle import check_bundle, session
 from .config import ConfigError, atomic_write
 from .parallel import _start_worker, read_ahead
 from .pieces import LONGEST, pieces, read_blocks
@@ -93,12 +93,7 @@ class Recogniser:
         self.decoder = Decoder(self.bundle.tokens, lm, hotwords=tuple(hotwords), **decoding)
 
     @functools.cached_property
-    def session(self):
-        import onnxruntime
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        return onnxruntime.InferenceSession(str(self.bundle.offline), options, providers=["CPUExecutionProvider"])
+    def session(self): return session(self.bundle.offline)
 
     def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k != "session"}
 
@@ -118,6 +113,7 @@ class Recogniser:
         found = self.decoder.decode(scores_NV)
         return found.text, [Word(w.word, w.start + start, w.end + start, w.confidence) for w in self.decoder.words(found, scores_NV)]
 
+# %% ../nbs/95_client.ipynb #e236b2cd
 _recogniser = None # of a worker
 
 def _start(recogniser):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIN_SAMPLES', 'TOLERANCE', 'PIECES_MS', 'WAYS', 'NoPast', 'spectrum_matrix', 'Offline', 'write_graph', 'write_int8',
-           'write_graphs', 'session', 'run_stream', 'with_silence', 'ExportError', 'Agreement', 'compare_graphs',
-           'listen', 'compare_runtime', 'latency_curve', 'rates', 'plot_latency', 'card', 'settings', 'export_bundle',
+           'write_graphs', 'run_stream', 'with_silence', 'ExportError', 'Agreement', 'compare_graphs', 'listen',
+           'compare_runtime', 'latency_curve', 'rates', 'plot_latency', 'card', 'settings', 'export_bundle',
            'ExportConfig', 'verdict', 'spread', 'take', 'gap', 'time_chunks', 'streaming_model', 'recommended',
            'export', 'revisions']
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .audio import HIGH_HZ, HOP, LEFT_EDGE, LOG_FLOOR, LOW_HZ, N_FFT, N_MELS, PCM_SCALE, PREEMPHASIS, RIGHT_EDGE, WINDOW, mel_filters, num_frames, povey_window
 from .batch import SAMPLE_RATE, Batch
-from .bundle import FORMAT, INPUTS, MODEL_TYPE, OUTPUTS, Bundle, check_bundle, seal, window_samples
+from .bundle import FORMAT, INPUTS, MODEL_TYPE, OUTPUTS, Bundle, check_bundle, seal, session, window_samples
 from .config import ConfigError, Layout, atomic_folder, import_closure, opt, read_json, read_jsonl, sha256, write_json
 from .conformer import FRAME_SECONDS, RIGHT_CONTEXT, SUBSAMPLING, Conformer, rotary
 from .ctc import greedy
@@ -92,6 +92,7 @@ def _clean(model, metadata:dict):
     for key,value in metadata.items(): model.metadata_props.add(key=key, value=str(value))
     return model
 
+# %% ../nbs/92_export.ipynb #7cfb5156
 def write_graph(
     module:nn.Module,  # in evaluation mode
     inputs:dict,       # name -> example
@@ -137,15 +138,6 @@ def write_graphs(
                 dynamic_shapes=({1: torch.export.Dim("samples", min=MIN_SAMPLES)},))
 
 # %% ../nbs/92_export.ipynb #5f8d0d77
-def session(
-    path, # an ONNX file
-):        # runs it on one thread
-    "onnxruntime on a processor."
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
 def run_stream(
     graph,               # session of model.onnx or model.int8.onnx
     features:np.ndarray, # (F, M) of samples x 32768
@@ -285,14 +277,14 @@ def plot_latency(
 ):                 # a figure
     "Error rate against latency, a line for each past."
     import matplotlib.pyplot as plt
-    figure, ax = plt.subplots(figsize=(6.5, 3.2), dpi=90, layout="constrained")
-    for left,colour in zip(sorted({r["left_chunks"] for r in rows}), ("#56b4e9", "#0072b2", "#009e73", "#e69f00", "#cc79a7", "#d55e00")):
+    figure, ax = plt.subplots(figsize=(6.5, 3.2))
+    for left in sorted({r["left_chunks"] for r in rows}):
         line = sorted((r for r in rows if r["left_chunks"] == left), key=lambda r: r["latency_ms"])
-        ax.plot([r["latency_ms"] for r in line], [100*r["wer"] for r in line], ".-", color=colour, label=f"{left} chunks of the past")
+        ax.plot([r["latency_ms"] for r in line], [100*r["wer"] for r in line], ".-", label=f"{left} chunks of the past")
     for r in rows:
-        if (r["chunk"], r["left_chunks"]) == chosen: ax.plot(r["latency_ms"], 100*r["wer"], "o", ms=11, mfc="none", color="black", label="the bundle")
-    ax.axhline(100*full, color="0.5", ls=":", label="whole utterances")
-    ax.set(xlabel="latency: ms from a sound to its score, at most", ylabel="WER on test, %"); ax.legend(frameon=False, fontsize=8)
+        if (r["chunk"], r["left_chunks"]) == chosen: ax.plot(r["latency_ms"], 100*r["wer"], "o", ms=11, mfc="none", color="0.46", label="the bundle")
+    ax.axhline(100*full, color="0.46", ls=":", label="whole utterances")
+    ax.set(xlabel="latency: ms from a sound to its score, at most", ylabel="WER on test, %"); ax.legend()
     return figure
 
 # %% ../nbs/92_export.ipynb #0459c5b1
@@ -308,6 +300,7 @@ def _measured(config:dict)->str:
     lines.append(f"Trained on {speech['training_hours']:.1f} h of {', '.join(speech['training_corpora'])}.")
     return "\n".join(lines)
 
+# %% ../nbs/92_export.ipynb #e646adb4
 def card(
     config:dict, # config.json
 )->str:          # Markdown
@@ -463,6 +456,7 @@ def take(
         found.append(dataclasses.replace(b, audio=b.audio[at, :int(lengths.max())], lengths=lengths, transcripts=[b.transcripts[i] for i in at], ids=[b.ids[i] for i in at], skipped=[]))
     return found
 
+# %% ../nbs/92_export.ipynb #3bd8596d
 def gap(
     worse:list,   # `utterance_rows`
     better:list,  # of the same utterances
@@ -514,6 +508,7 @@ def recommended(
     if best == config.model: return f"{config.model} is exported, as the comparison recommends."
     return f"{config.model} is exported, but the comparison recommends {best or 'none'}: set export.model, or read {path.relative_to(layout.root)} for why."
 
+# %% ../nbs/92_export.ipynb #5769cea3
 def export(
     config:ExportConfig,
     layout:Layout,

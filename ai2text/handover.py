@@ -136,6 +136,7 @@ def show(
         if known: text.append(f"rank correlation with the WER of a session, {name}: {', '.join(known)}")
     return "\n".join(text + [f"{name}: {e}" for name,s in sides.items() for e in s["errors"][:5]])
 
+# %% ../nbs/96_handover.ipynb #88fefd40
 def handover(
     a:Path,              # bundle that serves
     b:Path,              # bundle that shall take over

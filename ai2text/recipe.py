@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['POLICIES', 'BUDGET_ONLY', 'LIBRARIES', 'MADE', 'FEATURE_BATCHES', 'OR_NOT', 'SPOILT', 'TrainConfig', 'load_model',
            'InitConfig', 'init', 'transcribe_split', 'split_loader', 'measure', 'run_recipe', 'environment', 'set_up',
-           'peak_memory', 'why_stop', 'StopWhen', 'LiveCurve', 'packed', 'OutOfReach', 'kept_by_dvc', 'unlike', 'bring',
-           'train_rank', 'fit', 'made_of', 'train_together', 'join', 'publish', 'read_again', 'train', 'summary',
-           'plot_curve']
+           'peak_memory', 'NotePeak', 'why_stop', 'StopWhen', 'LiveCurve', 'packed', 'OutOfReach', 'kept_by_dvc',
+           'unlike', 'bring', 'train_rank', 'fit', 'made_of', 'train_together', 'join', 'publish', 'read_again',
+           'train', 'summary', 'plot_curve']
 
 # %% ../nbs/88_recipe.ipynb #ae2fed4b
 import dataclasses, hashlib, importlib.metadata, importlib.util, json, math, os, platform, resource, shutil, subprocess, sys, time
@@ -179,6 +179,7 @@ def run_recipe(
     code = import_closure("ai2text.recipe", f"ai2text.{load_config(start)['family']}")
     return recipe, [*code, layout.split_index("train"), layout.split_index("dev"), *sorted(p for folder in (start, start/"tokenizer") for p in folder.iterdir() if p.is_file())]
 
+# %% ../nbs/88_recipe.ipynb #a4eb4aaf
 LIBRARIES = ("numpy", "torchaudio", "soundfile", "transformers", "dvc")  # beside torch, what results may depend on
 MADE = ("results", "comparison", "papermill_runs", "dvc.lock", "README.md") # kept in git, made by the pipeline
 
@@ -202,6 +203,8 @@ def environment()->dict:
     return found
 
 # %% ../nbs/88_recipe.ipynb #056c8598
+FEATURE_BATCHES = 30  # micro-batches that the features' mean and deviation are measured on
+
 def set_up(
     config:TrainConfig,
     model,           # with the weights to start from
@@ -219,11 +222,15 @@ def set_up(
         seed=config.seed, threads=config.threads, ranks=ranks)
     return trainer, train_loader(rank=ranks.rank, world=ranks.world)
 
+# %% ../nbs/88_recipe.ipynb #94846a1a
 def peak_memory(device:torch.device)->int:
     "Bytes: on a GPU the most that torch held there, else the most that the process was."
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
 
-FEATURE_BATCHES = 30  # micro-batches that the features' mean and deviation are measured on
+class NotePeak:
+    "An observer that keeps `memory.json` in the run's folder."
+    def __init__(self, folder): self.path = Path(folder)/"memory.json"
+    def on_checkpoint(self, trainer, path): write_json(self.path, dict(memory_bytes=peak_memory(trainer.device)))
 
 # %% ../nbs/88_recipe.ipynb #f16f2953
 def _chances(
@@ -334,6 +341,7 @@ def kept_by_dvc(
     except (DvcException, SCMError, OSError, BotoCoreError) as e: raise OutOfReach(" ".join(str(e).split())) from e
     return files
 
+# %% ../nbs/88_recipe.ipynb #2f49d7f9
 def unlike(a:dict, b:dict)->str:
     "In what two recipes differ, in words."
     parts = lambda r: {(f"{section}.{k}", json.dumps(v, sort_keys=True)) for section,values in r["recipe"].items() for k,v in values.items()} | {tuple(f) for f in r["files"]}
@@ -390,10 +398,9 @@ def train_rank(
         tracker = TTQTracker(read_milestones(milestones), folder/"ttq_log.json", price_per_hour=config.price_per_hour or None, about=about, startup_seconds=time.monotonic() - born,
                              announce=lambda text: tqdm.write(text, file=sys.stderr))
         policies = [StopWhen(tracker, config.stop_when, config.min_probability)] if config.stop_when else []
-        watching = [TTQObserver(tracker), *policies, LiveCurve(folder/"live"), Progress(), *observers]
+        watching = [TTQObserver(tracker), *policies, LiveCurve(folder/"live"), NotePeak(folder), Progress(), *observers]
     trainer.fit(loader, config.budget, watching, folder, evaluate=evaluate, go_on=go_on,
                 evaluate_every=Every(config.evaluate_every_steps, config.evaluate_every_minutes), checkpoint_every=Every(minutes=config.checkpoint_minutes))
-    if ranks.main: write_json(folder/"memory.json", dict(memory_bytes=peak_memory(trainer.device)))
 
 def fit(
     name:str,            # of the model, M
@@ -561,10 +568,10 @@ def plot_curve(
     import matplotlib.pyplot as plt
     with open(path, newline="", encoding="utf-8") as f: rows = list(csv.DictReader(f))
     column = lambda name: [float(r[name]) for r in rows]
-    figure, axes = plt.subplots(1, 3, figsize=(10, 2.6), dpi=90, layout="constrained")
-    axes[0].plot(column("step"), column("train_loss"), ".-", color="#0072b2"); axes[0].set(xlabel="step", ylabel="training loss an utterance", ylim=(0, None))
-    for name,colour in (("val_wer", "#d55e00"), ("val_cer", "#009e73")): axes[1].plot(column("step"), [100*v for v in column(name)], ".-", color=colour, label=f"{name[4:].upper()} on dev")
-    axes[1].set(xlabel="step", ylabel="%", ylim=(0, None)); axes[1].legend(frameon=False, fontsize=8)
-    axes[2].plot(column("step"), column("grad_norm"), ".-", color="#0072b2"); axes[2].set(xlabel="step", ylabel="gradient norm before clipping", ylim=(0, None))
-    rate = axes[2].twinx(); rate.plot(column("step"), column("lr"), ":", color="0.3"); rate.set(ylabel="learning rate (dotted)", ylim=(0, None))
+    figure, axes = plt.subplots(1, 3, figsize=(10, 2.6))
+    axes[0].plot(column("step"), column("train_loss"), ".-"); axes[0].set(xlabel="step", ylabel="training loss an utterance", ylim=(0, None))
+    for name,colour in (("val_wer", "C1"), ("val_cer", "C2")): axes[1].plot(column("step"), [100*v for v in column(name)], ".-", color=colour, label=name[4:].upper())
+    axes[1].set(xlabel="step", ylabel="error rate on dev, %", ylim=(0, None)); axes[1].legend()
+    axes[2].plot(column("step"), column("grad_norm"), ".-"); axes[2].set(xlabel="step", ylabel="gradient norm before clipping", ylim=(0, None))
+    rate = axes[2].twinx(); rate.plot(column("step"), column("lr"), ":", color="0.46"); rate.set(ylabel="learning rate (dotted)", ylim=(0, None))
     return figure

@@ -30,6 +30,7 @@ LENGTHS = Bins("duration", (1, 2, 4, 8, 16), ("under 1 s", "1 to 2 s", "2 to 4 s
 SNRS = Bins("snr_db", (10, 20, 30, 40), ("under 10 dB", "10 to 20 dB", "20 to 30 dB", "30 to 40 dB", "over 40 dB"))
 SEEN = Bins("", (1, 10, 100, 1000), ("never", "1 to 9 times", "10 to 99 times", "100 to 999 times", "1000 times or more")) # of a word in the training text
 
+# %% ../nbs/87_scorecard.ipynb #badd19b1
 def _draw(rows, values_NK, samples, seed):
     "Bootstrap sums of columns, by speaker where all rows name one and there are enough of them; what was drawn, and how many there are."
     speakers = [r["speaker"] for r in rows]
@@ -98,7 +99,7 @@ def plot_tones(
     counts = tone_confusions(rows)
     shares = 100*counts/np.maximum(counts.sum(1, keepdims=True), 1)
     wrong = np.ma.masked_array(shares, np.eye(len(counts), dtype=bool))
-    figure, ax = plt.subplots(figsize=(6.4, 4.8), dpi=90, layout="constrained")
+    figure, ax = plt.subplots(figsize=(6.4, 4.8))
     top = max(float(wrong.max()), 1.)
     colours = plt.get_cmap("Blues").with_extremes(bad="0.88")
     image = ax.imshow(wrong, cmap=colours, vmin=0, vmax=top)
@@ -164,6 +165,7 @@ def segments(
         last = place
     return [tuple(f) for f in found]
 
+# %% ../nbs/87_scorecard.ipynb #d5e20e20
 def matched_pairs(
     rows_a, # of utterances.jsonl
     rows_b, # of another system, same utterances in any order
@@ -196,13 +198,12 @@ def _bars(ax, found, rate:str, title:str):
     names, at, values = [str(g["group"]) for g in found], np.arange(len(found)), np.array([100*g[rate] for g in found])
     ends = np.array([[0, 0] if g[rate + "_low"] is None else [100*(g[rate] - g[rate + "_low"]), 100*(g[rate + "_high"] - g[rate])] for g in found]).T.clip(0)
     ax.barh(at, values, .7, color=SAID, alpha=.55)
-    ax.errorbar(values, at, xerr=ends, fmt="none", ecolor="black", elinewidth=1)
+    ax.errorbar(values, at, xerr=ends, fmt="none", ecolor="0.46", elinewidth=1)
     ax.set_yticks(at, [f"{name}  ({g['words']})" for name,g in zip(names, found)], fontsize=7)
-    ax.set_title(title, fontsize=9, loc="left")
+    ax.set_title(title)
     ax.set_xlim(0, None)
     ax.tick_params(axis="x", labelsize=7)
     ax.invert_yaxis()
-    ax.spines[["top", "right"]].set_visible(False)
 
 def plot_errors(
     rows,            # of utterances.jsonl
@@ -210,7 +211,7 @@ def plot_errors(
 ):                   # a figure
     "Error rate by speaker, dialect, length, noise, and frequency of the word; in brackets the words of the references."
     import matplotlib.pyplot as plt
-    figure = plt.figure(figsize=(11, 4.8), dpi=90, layout="constrained")
+    figure = plt.figure(figsize=(11, 4.8))
     axes = figure.subplot_mosaic([["speaker", "dialect", "duration"], ["speaker", "snr", "seen"]])
     speakers = groups(rows, "speaker")
     shown = speakers if len(speakers) <= 16 else speakers[:8] + speakers[-8:]
@@ -222,15 +223,16 @@ def plot_errors(
     for name,ax in axes.items(): ax.set_xlabel("reference words missed, %" if name == "seen" else "WER, %", fontsize=8)
     return figure
 
+# %% ../nbs/87_scorecard.ipynb #f899c3d9
 def plot_latency(
     latency, # rows of timing.json
 ):           # a figure
     "Seconds from audio to text, one utterance at a time, against its length."
     import matplotlib.pyplot as plt
-    figure, ax = plt.subplots(figsize=(5, 2.6), dpi=90, layout="constrained")
+    figure, ax = plt.subplots(figsize=(5, 2.6))
     x, y, slowest = ([row[k] for row in latency] for k in ("audio_seconds", "seconds", "slowest"))
     ax.plot(x, [1000*v for v in y], "o-", color=SAID, label="median")
     ax.plot(x, [1000*v for v in slowest], "^:", color=HEARD, label="slowest")
     ax.set(xlabel="length of the utterance, s", ylabel="latency, ms", xlim=(0, 1.05*max(x)), ylim=(0, 1100*max(slowest)))
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend()
     return figure

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUBPROTOCOL', 'LOOPBACK', 'SHORTEST', 'FRAME_BYTES', 'LOUDEST', 'ID', 'LONGEST_TEXT', 'AHEAD', 'PIECE', 'LATENCIES',
-           'PATIENCE', 'token_protocol', 'shown_token', 'admit', 'Ended', 'samples', 'Store', 'new_id', 'Stream',
-           'processor_seconds', 'Metrics', 'Service', 'running', 'read_token', 'serve']
+           'PATIENCE', 'shown_token', 'admit', 'Ended', 'samples', 'Store', 'new_id', 'Stream', 'processor_seconds',
+           'Metrics', 'Service', 'running', 'read_token', 'serve']
 
 # %% ../nbs/94_serve.ipynb #6ff42cf4
 import asyncio, base64, binascii, contextlib, hashlib, hmac, io, json, os, re, secrets, signal, sys, time, unicodedata
@@ -16,19 +16,17 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import soundfile
+from fastcore.basics import patch
+from fastcore.meta import delegates
 from aiohttp import ClientError, WSMsgType, web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from .bundle import Bundle, check_bundle
+from .bundle import Bundle, check_bundle, session
 from .config import ConfigError, atomic_write, read_json
 from .supervisor import SAMPLE_RATE, Runtime, command
 
 # %% ../nbs/94_serve.ipynb #5df261bc
 SUBPROTOCOL, LOOPBACK, SHORTEST = "ai2text", ("127.0.0.1", "localhost", "::1"), 16 # characters of a token, at least
-
-def token_protocol(token:str)->str:
-    "The subprotocol by which a browser shows a token."
-    return "token." + base64.urlsafe_b64encode(token.encode()).decode().rstrip("=")
 
 def shown_token(
     headers, # of a request
@@ -83,10 +81,7 @@ class Store:
         folder,        # made
         bundle:Bundle, # that recognises
     ):
-        import onnxruntime
-        self.folder, self.bundle, options = Path(folder), bundle, onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        self.graph = onnxruntime.InferenceSession(str(bundle.offline), options, providers=["CPUExecutionProvider"])
+        self.folder, self.bundle, self.graph = Path(folder), bundle, session(bundle.offline)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def confidence(self,
@@ -166,91 +161,100 @@ class Stream:
         try: await sending
         except (ClientError, OSError) as e: raise Ended(1012, "runtime", "the recogniser was restarted; connect again") from e
 
-    async def _up(self):
-        service, last = self.service, time.monotonic()
-        while True:
-            message = await self._next(last)
-            if message.type is WSMsgType.TEXT:
-                if message.data != "Done": raise Ended(1003, "text", "a text other than Done; audio goes in binary frames of float32, 16 kHz")
-                self.done = time.monotonic()
-                return await self._end()
-            if message.type is not WSMsgType.BINARY: raise Ended(1006, "frame too big" if self.client.close_code == 1009 else "client gone", "the client is gone")
-            wave = samples(message.data)
-            if not len(wave): continue
-            if self.received + len(wave) > service.seconds*SAMPLE_RATE: raise Ended(1008, "too long", f"more than {service.seconds:g} s of audio; open a new stream")
-            for start in range(0, len(wave), PIECE):
-                piece = wave[start:start+PIECE]
-                self.arrivals.append((self.received + len(piece), time.monotonic()))
-                while self.received - self.results*self.shift > self.ahead:
-                    self.moved.clear()
-                    await self.moved.wait()
-                self.received += len(piece)
-                if service.store: self.wave += piece.tobytes()
-                await self._ask(self.runtime.send_bytes(piece.tobytes()))
-            service.audio.inc(len(wave)/SAMPLE_RATE)
-            last = time.monotonic()
+# %% ../nbs/94_serve.ipynb #f342f6de
+@patch
+async def _up(self:Stream):
+    service, last = self.service, time.monotonic()
+    while True:
+        message = await self._next(last)
+        if message.type is WSMsgType.TEXT:
+            if message.data != "Done": raise Ended(1003, "text", "a text other than Done; audio goes in binary frames of float32, 16 kHz")
+            self.done = time.monotonic()
+            return await self._end()
+        if message.type is not WSMsgType.BINARY: raise Ended(1006, "frame too big" if self.client.close_code == 1009 else "client gone", "the client is gone")
+        wave = samples(message.data)
+        if not len(wave): continue
+        if self.received + len(wave) > service.seconds*SAMPLE_RATE: raise Ended(1008, "too long", f"more than {service.seconds:g} s of audio; open a new stream")
+        for start in range(0, len(wave), PIECE):
+            piece = wave[start:start+PIECE]
+            self.arrivals.append((self.received + len(piece), time.monotonic()))
+            while self.received - self.results*self.shift > self.ahead:
+                self.moved.clear()
+                await self.moved.wait()
+            self.received += len(piece)
+            if service.store: self.wave += piece.tobytes()
+            await self._ask(self.runtime.send_bytes(piece.tobytes()))
+        service.audio.inc(len(wave)/SAMPLE_RATE)
+        last = time.monotonic()
 
-    async def _end(self):
-        "Let the runtime hear the end, once it has answered for all that was said."
-        wanted = -(-self.received//self.shift)
-        if wanted: await self._ask(self.runtime.send_bytes(bytes(4*max(0, (wanted - 1)*self.shift + self.bundle.window - self.received))))
-        while self.results < wanted:
-            self.moved.clear()
-            await self.moved.wait()
-        await self._ask(self.runtime.send_str("Done"))
+@patch
+async def _end(self:Stream):
+    "Let the runtime hear the end, once it has answered for all that was said."
+    wanted = -(-self.received//self.shift)
+    if wanted: await self._ask(self.runtime.send_bytes(bytes(4*max(0, (wanted - 1)*self.shift + self.bundle.window - self.received))))
+    while self.results < wanted:
+        self.moved.clear()
+        await self.moved.wait()
+    await self._ask(self.runtime.send_str("Done"))
 
-    async def _next(self,
-        last:float, # when audio came last
-    ):
-        "The next message. Who is silent is pinged and must answer; while we do not read, nobody is judged."
-        idle, pinged = last + self.service.idle, False
-        while True:
-            try: message = await self.client.receive(max(0.001, min(idle - time.monotonic(), self.service.heartbeat/(1 + pinged))))
-            except asyncio.TimeoutError:
-                if time.monotonic() >= idle: raise Ended(1008, "idle", f"no audio for {self.service.idle:g} s; send Done at the end") from None
-                if pinged: raise Ended(1006, "no pong", "no answer to a ping") from None
-                await self.client.ping()
-                pinged = True
-                continue
-            if message.type is WSMsgType.PING: await self.client.pong(message.data)
-            elif message.type is not WSMsgType.PONG: return message
-            pinged = False
+@patch
+async def _next(self:Stream,
+    last:float, # when audio came last
+):
+    "The next message. Who is silent is pinged and must answer; while we do not read, nobody is judged."
+    idle, pinged = last + self.service.idle, False
+    while True:
+        try: message = await self.client.receive(max(0.001, min(idle - time.monotonic(), self.service.heartbeat/(1 + pinged))))
+        except asyncio.TimeoutError:
+            if time.monotonic() >= idle: raise Ended(1008, "idle", f"no audio for {self.service.idle:g} s; send Done at the end") from None
+            if pinged: raise Ended(1006, "no pong", "no answer to a ping") from None
+            await self.client.ping()
+            pinged = True
+            continue
+        if message.type is WSMsgType.PING: await self.client.pong(message.data)
+        elif message.type is not WSMsgType.PONG: return message
+        pinged = False
 
-    async def _say(self, text:str):
-        "Send to the client, who must read."
-        try: await asyncio.wait_for(self.client.send_str(text), self.service.heartbeat)
-        except asyncio.TimeoutError: raise Ended(1008, "not reading", "results were not read") from None
+# %% ../nbs/94_serve.ipynb #a0ef3d60
+@patch
+async def _say(self:Stream, text:str):
+    "Send to the client, who must read."
+    try: await asyncio.wait_for(self.client.send_str(text), self.service.heartbeat)
+    except asyncio.TimeoutError: raise Ended(1008, "not reading", "results were not read") from None
 
-    async def _down(self):
-        async for message in self.runtime:
-            if message.data == "Done!":
-                await self._say("Done!")
-                return self.outcome.set_result(None)
-            result = json.loads(message.data)
-            self.results += 1
-            self.moved.set()
-            self.text, now = result["text"], time.monotonic()
-            decoded = min(self.results*self.shift, self.received) if self.done else self.results*self.shift
-            latency = max(0., now - self._needed())
-            result |= dict(decoded=round(decoded/SAMPLE_RATE, 3), received=round(self.received/SAMPLE_RATE, 3), latency=round(latency, 4)) | (dict(id=self.id) if self.service.store else {})
-            self.service.measure(latency if self.received/SAMPLE_RATE < now - self.began + 1 else None, self.shift/SAMPLE_RATE)
-            await self._say(json.dumps(result, ensure_ascii=False))
-            if result["is_final"] and self.service.store: await self._keep(decoded)
-        raise Ended(1012, "runtime", "the recogniser was restarted; connect again")
+@patch
+async def _down(self:Stream):
+    async for message in self.runtime:
+        if message.data == "Done!":
+            await self._say("Done!")
+            return self.outcome.set_result(None)
+        result = json.loads(message.data)
+        self.results += 1
+        self.moved.set()
+        self.text, now = result["text"], time.monotonic()
+        decoded = min(self.results*self.shift, self.received) if self.done else self.results*self.shift
+        latency = max(0., now - self._needed())
+        result |= dict(decoded=round(decoded/SAMPLE_RATE, 3), received=round(self.received/SAMPLE_RATE, 3), latency=round(latency, 4)) | (dict(id=self.id) if self.service.store else {})
+        self.service.measure(latency if self.received/SAMPLE_RATE < now - self.began + 1 else None, self.shift/SAMPLE_RATE)
+        await self._say(json.dumps(result, ensure_ascii=False))
+        if result["is_final"] and self.service.store: await self._keep(decoded)
+    raise Ended(1012, "runtime", "the recogniser was restarted; connect again")
 
-    def _needed(self)->float:
-        "When the last sample that the newest result needed had come; the time of `Done` if silence after the end was part of it."
-        last = (self.results - 1)*self.shift + self.bundle.window
-        while self.arrivals and self.arrivals[0][0] < last: self.arrivals.popleft()
-        return self.arrivals[0][1] if self.arrivals else self.done or time.monotonic()
+@patch
+def _needed(self:Stream)->float:
+    "When the last sample that the newest result needed had come; the time of `Done` if silence after the end was part of it."
+    last = (self.results - 1)*self.shift + self.bundle.window
+    while self.arrivals and self.arrivals[0][0] < last: self.arrivals.popleft()
+    return self.arrivals[0][1] if self.arrivals else self.done or time.monotonic()
 
-    async def _keep(self, end:int):
-        "Save the segment that ends at a sample, and begin the next."
-        count = 4*(end - self.cut)
-        wave, id, text = np.frombuffer(bytes(self.wave[:count]), "<f4"), self.id, self.text
-        del self.wave[:count]
-        self.cut, self.id, self.text = end, new_id(), ""
-        await self.service.save(id, wave, text)
+@patch
+async def _keep(self:Stream, end:int):
+    "Save the segment that ends at a sample, and begin the next."
+    count = 4*(end - self.cut)
+    wave, id, text = np.frombuffer(bytes(self.wave[:count]), "<f4"), self.id, self.text
+    del self.wave[:count]
+    self.cut, self.id, self.text = end, new_id(), ""
+    await self.service.save(id, wave, text)
 
 # %% ../nbs/94_serve.ipynb #3f01b05f
 LATENCIES = 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12 # s
@@ -348,19 +352,6 @@ class Service:
         await self.runner.cleanup()
         await self.runtime.stop()
 
-    def about(self)->str:
-        "What is on, and what is not."
-        b, r = self.bundle, self.runtime
-        network = "in a network of its own: reachable through this service only" if r.private else (f"LISTENS ON EVERY INTERFACE at port {r.port}, WITHOUT A LOGIN: this system allows no network of its own to it. Close the port with a firewall, "
-                                                                                                    "or run the service in a container that publishes its own port only")
-        return "\n".join([f"{self.url}  model {b.config['name']}, a result each {0.04*b.chunk_size:g} s",
-                          f"  token     {'required' if self.token else 'none: every account and program of this machine may use it'}",
-                          f"  runtime   {network}",
-                          f"  limits    {self.most} streams, {self.seconds:g} s of audio each, closed after {self.idle:g} s without audio; TLS and rate limits are a reverse proxy's",
-                          f"  keep      {f'RECORDINGS ARE SAVED in {self.store.folder}' if self.store else 'nothing'}"])
-
-    # requests
-
     @web.middleware
     async def _errors(self, request, handler):
         try: return await handler(request)
@@ -368,82 +359,104 @@ class Service:
             self.metrics.refused.labels(e.status).inc()
             raise
 
-    async def _front(self, request):
-        if request.headers.get("Upgrade", "").lower() == "websocket": return await self._stream(request)
-        scripts = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in re.findall(r"<script>(.*?)</script>", self.page, re.S))
-        policy = f"default-src 'none'; script-src {scripts} blob:; style-src 'unsafe-inline'; connect-src 'self'; media-src blob:; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        return web.Response(text=self.page, content_type="text/html", headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"})
+# %% ../nbs/94_serve.ipynb #cdf13808
+@patch
+def about(self:Service)->str:
+    "What is on, and what is not."
+    b, r = self.bundle, self.runtime
+    network = "in a network of its own: reachable through this service only" if r.private else (f"LISTENS ON EVERY INTERFACE at port {r.port}, WITHOUT A LOGIN: this system allows no network of its own to it. Close the port with a firewall, "
+                                                                                                "or run the service in a container that publishes its own port only")
+    return "\n".join([f"{self.url}  model {b.config['name']}, a result each {0.04*b.chunk_size:g} s",
+                      f"  token     {'required' if self.token else 'none: every account and program of this machine may use it'}",
+                      f"  runtime   {network}",
+                      f"  limits    {self.most} streams, {self.seconds:g} s of audio each, closed after {self.idle:g} s without audio; TLS and rate limits are a reverse proxy's",
+                      f"  keep      {f'RECORDINGS ARE SAVED in {self.store.folder}' if self.store else 'nothing'}"])
 
-    async def _health(self, request):
-        ready = self.runtime.ready.is_set()
-        return web.json_response(dict(ready=ready, token=bool(self.token), keep=bool(self.store), model=self.bundle.config["name"]), status=200 if ready else 503)
+# %% ../nbs/94_serve.ipynb #d2df82ce
+@patch
+async def _front(self:Service, request):
+    if request.headers.get("Upgrade", "").lower() == "websocket": return await self._stream(request)
+    scripts = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in re.findall(r"<script>(.*?)</script>", self.page, re.S))
+    policy = f"default-src 'none'; script-src {scripts} blob:; style-src 'unsafe-inline'; connect-src 'self'; media-src blob:; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    return web.Response(text=self.page, content_type="text/html", headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"})
 
-    async def _metrics(self, request):
-        admit(request.headers, self.token)
-        return web.Response(body=self.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+@patch
+async def _health(self:Service, request):
+    ready = self.runtime.ready.is_set()
+    return web.json_response(dict(ready=ready, token=bool(self.token), keep=bool(self.store), model=self.bundle.config["name"]), status=200 if ready else 503)
 
-    async def _correct(self, request):
-        admit(request.headers, self.token)
-        if not self.store: raise web.HTTPNotFound(text="nothing is kept here: start with --keep DIR")
-        if request.content_type != "application/json": raise web.HTTPUnsupportedMediaType(text="send JSON: {\"id\": ..., \"text\": ...}")
-        try: asked = await request.json()
-        except ValueError: raise web.HTTPBadRequest(text="the body is no JSON") from None
-        if not isinstance(asked, dict): raise web.HTTPBadRequest(text="the body is no JSON object")
-        try: return web.json_response(await asyncio.to_thread(self.store.correct, asked.get("id"), asked.get("text")))
-        except KeyError: raise web.HTTPNotFound(text="no recording of that id") from None
-        except ConfigError as e: raise web.HTTPBadRequest(text=str(e)) from None
+@patch
+async def _metrics(self:Service, request):
+    admit(request.headers, self.token)
+    return web.Response(body=self.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    async def _stream(self, request):
-        admit(request.headers, self.token)
-        busy = lambda text: web.HTTPServiceUnavailable(text=text, headers={"Retry-After": "1"})
-        if self.inside >= self.most: raise busy(f"{self.most} streams are open, which is the most; try again later")
-        self.inside += 1
+@patch
+async def _correct(self:Service, request):
+    admit(request.headers, self.token)
+    if not self.store: raise web.HTTPNotFound(text="nothing is kept here: start with --keep DIR")
+    if request.content_type != "application/json": raise web.HTTPUnsupportedMediaType(text="send JSON: {\"id\": ..., \"text\": ...}")
+    try: asked = await request.json()
+    except ValueError: raise web.HTTPBadRequest(text="the body is no JSON") from None
+    if not isinstance(asked, dict): raise web.HTTPBadRequest(text="the body is no JSON object")
+    try: return web.json_response(await asyncio.to_thread(self.store.correct, asked.get("id"), asked.get("text")))
+    except KeyError: raise web.HTTPNotFound(text="no recording of that id") from None
+    except ConfigError as e: raise web.HTTPBadRequest(text=str(e)) from None
+
+# %% ../nbs/94_serve.ipynb #3a5e2877
+@patch
+async def _stream(self:Service, request):
+    admit(request.headers, self.token)
+    busy = lambda text: web.HTTPServiceUnavailable(text=text, headers={"Retry-After": "1"})
+    if self.inside >= self.most: raise busy(f"{self.most} streams are open, which is the most; try again later")
+    self.inside += 1
+    try:
+        try: runtime = await asyncio.wait_for(self._connected(), PATIENCE)
+        except asyncio.TimeoutError: raise busy("the recogniser is starting; try again") from None
+        client = web.WebSocketResponse(autoping=False, max_msg_size=4*FRAME_BYTES, timeout=2., compress=False, protocols=(SUBPROTOCOL,))
+        async with runtime:
+            await client.prepare(request)
+            self.streams.add(stream := Stream(self, client, runtime))
+            end, code, text = "done", 1000, ""
+            try: await stream.run()
+            except Ended as e: end, code, text = e.kind, e.code, str(e)
+            except Exception as e:
+                end, code, text = "error", 1011, "an error of the service"
+                self.log(f"stream: {type(e).__name__}: {e}")
+            finally: self.streams.discard(stream)
+        self.metrics.streams.labels(end).inc()
+        try: await asyncio.wait_for(client.close(code=code, message=text.encode()), 5)
+        except asyncio.TimeoutError: request.transport.abort() # who does not read does not hear this either
+    finally: self.inside -= 1
+    return client
+
+@patch
+async def _connected(self:Service):
+    "A WebSocket to the runtime; one that has just died is not known to be dead at once."
+    while True:
+        await self.runtime.ready.wait()
+        with contextlib.suppress(ClientError, OSError): return await self.runtime.connect()
+        await asyncio.sleep(0.05)
+
+@patch
+def measure(self:Service, latency, decoded:float):
+    "Count a result."
+    if latency is not None: self.metrics.latency.observe(latency)
+    self.metrics.decoded.inc(decoded)
+
+@patch
+async def save(self:Service, id:str, wave, text:str):
+    "Keep a segment that has words; a full disk does not end a stream."
+    what = "without words"
+    if text:
         try:
-            try: runtime = await asyncio.wait_for(self._connected(), PATIENCE)
-            except asyncio.TimeoutError: raise busy("the recogniser is starting; try again") from None
-            client = web.WebSocketResponse(autoping=False, max_msg_size=4*FRAME_BYTES, timeout=2., compress=False, protocols=(SUBPROTOCOL,))
-            async with runtime:
-                await client.prepare(request)
-                self.streams.add(stream := Stream(self, client, runtime))
-                end, code, text = "done", 1000, ""
-                try: await stream.run()
-                except Ended as e: end, code, text = e.kind, e.code, str(e)
-                except Exception as e:
-                    end, code, text = "error", 1011, "an error of the service"
-                    self.log(f"stream: {type(e).__name__}: {e}")
-                finally: self.streams.discard(stream)
-            self.metrics.streams.labels(end).inc()
-            try: await asyncio.wait_for(client.close(code=code, message=text.encode()), 5)
-            except asyncio.TimeoutError: request.transport.abort() # who does not read does not hear this either
-        finally: self.inside -= 1
-        return client
+            await asyncio.to_thread(self.store.add, id, wave, text)
+            what = "kept"
+        except OSError as e:
+            what = "failed"
+            self.log(f"keep: {e.filename}: {e.strerror}")
+    self.metrics.kept.labels(what).inc()
 
-    # of streams
-
-    async def _connected(self):
-        "A WebSocket to the runtime; one that has just died is not known to be dead at once."
-        while True:
-            await self.runtime.ready.wait()
-            with contextlib.suppress(ClientError, OSError): return await self.runtime.connect()
-            await asyncio.sleep(0.05)
-
-    def measure(self, latency, decoded:float):
-        "Count a result."
-        if latency is not None: self.metrics.latency.observe(latency)
-        self.metrics.decoded.inc(decoded)
-
-    async def save(self, id:str, wave, text:str):
-        "Keep a segment that has words; a full disk does not end a stream."
-        what = "without words"
-        if text:
-            try:
-                await asyncio.to_thread(self.store.add, id, wave, text)
-                what = "kept"
-            except OSError as e:
-                what = "failed"
-                self.log(f"keep: {e.filename}: {e.strerror}")
-        self.metrics.kept.labels(what).inc()
-
+# %% ../nbs/94_serve.ipynb #d091ac66
 @contextlib.asynccontextmanager
 async def running(
     bundle,               # folder of an exported model
@@ -468,27 +481,21 @@ def read_token( # nosec B107 # the name of a file, not a token
     if not token: raise ConfigError(f"--token-file {token_file}: is empty; write a token into it, as from `openssl rand -hex 16`")
     return token
 
+# %% ../nbs/94_serve.ipynb #80c3e8d7
+@delegates(Service.__init__, but=["token", "alone", "log"])
 def serve( # nosec B107 # the name of a file, not a token
     bundle:Path,          # folder of an exported model, as models/export
     host:str="127.0.0.1", # address to listen on; another than this machine's own needs a token
     port:int=8000,        # 0 = any that is free
     token_file:str="",    # file with the token that clients must show; without it AI2TEXT_TOKEN of the environment
-    int8:bool=False,      # the graph with weights of 8 bits
-    threads:int=0,        # that decode; 0 = one for each core
-    streams:int=64,       # at once
-    seconds:float=14400., # of audio in one stream, at most
-    idle:float=60.,       # seconds without audio after which a stream is closed
-    heartbeat:float=30.,  # seconds of silence after which a client is pinged, and in which it must read what it is sent
-    silence:float=1.2,    # seconds of silence that end a segment
-    longest:float=20.,    # seconds of a segment, at most
     keep:str="",          # folder for recordings and their texts; empty: nothing is kept
+    **kwargs              # of `Service`
 ):
     "Run an exported model as a streaming service, until a signal."
-    settings = dict(int8=int8, threads=threads, streams=streams, seconds=seconds, idle=idle, heartbeat=heartbeat, silence=silence, longest=longest, keep=keep)
     async def main():
         ending, loop = asyncio.Event(), asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT): loop.add_signal_handler(number, ending.set)
-        async with running(bundle, host, port, token=read_token(token_file), log=lambda line: print(line, file=sys.stderr, flush=True), **settings) as service:
+        async with running(bundle, host, port, token=read_token(token_file), log=lambda line: print(line, file=sys.stderr, flush=True), keep=keep, **kwargs) as service:
             print(service.about(), flush=True)
             await ending.wait()
             print("ai2text serve: stops", flush=True)

@@ -41,6 +41,7 @@ def megabytes(
         with contextlib.suppress(OSError): pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages*os.sysconf("SC_PAGE_SIZE")/1e6
 
+# %% ../nbs/97_serve_faults.ipynb #fbce90dc
 @dataclass(frozen=True)
 class Target:
     "A running service, seen from outside."
@@ -76,6 +77,7 @@ class Target:
             await asyncio.sleep(0.05)
         return float("inf")
 
+# %% ../nbs/97_serve_faults.ipynb #4f27a16e
 @contextlib.asynccontextmanager
 async def serving(
     bundle,        # folder

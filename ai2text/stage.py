@@ -209,6 +209,7 @@ def _parent()->int:
     except ProcessLookupError: gone = True
     return -1 if gone else pid
 
+# %% ../nbs/98_stage.ipynb #0077b7ea
 class Watch:
     "A context that passes signals and the death of the parent on to the process `pid`, as one interrupt. As long as there is none, they end this process."
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -320,6 +321,7 @@ def _values(name:str, root:Path, notebook:Path, given:dict, settings:list)->dict
     for key,item in (params.get("corpora") or {}).items(): make(stage_config("corpus"), item, f"params.yaml: corpora.{key}")
     return values
 
+# %% ../nbs/98_stage.ipynb #335ab79c
 def run_stage(
     name:str,         # the stage, as train; or a benchmark, as benchmarks/shards
     model:str=None,   # the model, a key of models in params.yaml

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEW_USER', 'NEW_NET', 'SET_FLAGS', 'UP', 'PARENT_DEATH', 'PORT', 'SAMPLE_RATE', 'FIRST', 'LAST', 'START', 'isolate',
-           'keep', 'command', 'Runtime']
+           'keep', 'command', 'Program', 'Runtime']
 
 # %% ../nbs/93_supervisor.ipynb #afec770f
 import asyncio, contextlib, ctypes, fcntl, json, os, select, shutil, signal, socket, struct, subprocess, sys, time
@@ -82,11 +82,47 @@ def command(
             f"--num-work-threads={threads}", "--num-threads=1", "--num-io-threads=1", f"--max-batch-size={2*threads}", f"--end-tail-padding={bundle.window/SAMPLE_RATE + 0.03:.2f}",
             f"--rule1-min-trailing-silence={2*silence}", f"--rule2-min-trailing-silence={silence}", f"--rule3-min-utterance-length={longest}", f"--log-file={os.devnull}", "--print-args=false"]
 
+# %% ../nbs/93_supervisor.ipynb #b473e695
+class Program:
+    "The program that a keeper runs, as one talks to it."
+    port, heard, session = 0, 0., None # where it listens; when it last said something; of aiohttp, in the program's network
+    _line = None                       # to its keeper
+
+    def socket(self)->socket.socket:
+        "A new socket where the program runs."
+        self._line.sendall(b"s")
+        fds = socket.recv_fds(self._line, 1, 1)[1]
+        if not fds: raise ConnectionError("the program has ended")
+        return socket.socket(fileno=fds[0])
+
+    def connect(self):
+        "A WebSocket to the program, as a context; `aiohttp.ClientError` or OSError when it is not there."
+        return self.session.ws_connect(f"ws://127.0.0.1:{self.port}/", max_msg_size=0, autoclose=True)
+
+    async def answers(self,
+        timeout:float, # s
+    )->bool:
+        "Whether the program transcribes a second of silence."
+        import aiohttp
+        try: return await asyncio.wait_for(self._transcribes(), timeout)
+        except (OSError, aiohttp.ClientError, asyncio.TimeoutError, ValueError): return False
+
+    async def _transcribes(self)->bool:
+        async with self.connect() as ws:
+            await ws.send_bytes(bytes(4*SAMPLE_RATE))
+            await ws.send_str("Done")
+            results = 0
+            async for message in ws:
+                if message.data == "Done!": break
+                results += "text" in json.loads(message.data)
+                self.heard = time.monotonic()
+            return results > 0
+
 # %% ../nbs/93_supervisor.ipynb #38f6dcb8
 FIRST, LAST = 0.1, 30. # s before starting again: at once, and at most
 START       = 60.      # s that a graph may take to load
 
-class Runtime:
+class Runtime(Program):
     "A recognising program that is started again whenever it ends."
     def __init__(self,
         command:list[str],   # from `command`
@@ -95,8 +131,8 @@ class Runtime:
         log=print,           # gets its lines, and ours
     ):
         self.command, self.alone, self.patience, self.log = command, alone, patience, log
-        self.ready, self.restarts, self.pid, self.port, self.private, self.heard = asyncio.Event(), 0, None, 0, False, 0.
-        self._line = self._watcher = None
+        self.ready, self.restarts, self.pid, self.private = asyncio.Event(), 0, None, False
+        self._watcher = None
 
     async def start(self):
         "Run until `stop`; raises `ConfigError` if the program does not come up even once."
@@ -161,36 +197,6 @@ class Runtime:
         while piece := await stream.read(1 << 16):
             for text in piece.decode("utf-8", "replace").splitlines():
                 if text.strip(): self.log(f"runtime: {text[:500]}")
-
-    def socket(self)->socket.socket:
-        "A new socket where the program runs."
-        self._line.sendall(b"s")
-        fds = socket.recv_fds(self._line, 1, 1)[1]
-        if not fds: raise ConnectionError("the program has ended")
-        return socket.socket(fileno=fds[0])
-
-    def connect(self):
-        "A WebSocket to the program, as a context; `aiohttp.ClientError` or OSError when it is not there."
-        return self.session.ws_connect(f"ws://127.0.0.1:{self.port}/", max_msg_size=0, autoclose=True)
-
-    async def answers(self,
-        timeout:float, # s
-    )->bool:
-        "Whether the program transcribes a second of silence."
-        import aiohttp
-        try: return await asyncio.wait_for(self._transcribes(), timeout)
-        except (OSError, aiohttp.ClientError, asyncio.TimeoutError, ValueError): return False
-
-    async def _transcribes(self)->bool:
-        async with self.connect() as ws:
-            await ws.send_bytes(bytes(4*SAMPLE_RATE))
-            await ws.send_str("Done")
-            results = 0
-            async for message in ws:
-                if message.data == "Done!": break
-                results += "text" in json.loads(message.data)
-                self.heard = time.monotonic()
-            return results > 0
 
 # %% ../nbs/93_supervisor.ipynb #e407cf13
 #| eval: false

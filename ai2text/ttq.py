@@ -11,7 +11,6 @@ __all__ = ['VERSION', 'PENDING', 'ACHIEVED', 'LATE', 'MISSED', 'LOOK', 'Mileston
 import json, math, os, statistics, time, warnings
 import numpy as np
 from dataclasses import asdict, dataclass
-from json import dumps
 from pathlib import Path
 from fastcore.basics import patch
 from .config import ConfigError, make, opt, sha256, write_json, write_jsonl
@@ -78,7 +77,7 @@ class EntryFile:
 
     def append(self, entry:dict):
         "One line, whole and on the disk; or an error and the file as before."
-        line = (dumps(entry, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        line = (json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n").encode()
         if os.fstat(self.file).st_size != self.size: raise RuntimeError(f"{self.path}: another process writes this log; end it, or start this run again in a folder of its own")
         try:
             if os.write(self.file, line) < len(line): raise OSError(28, "No space left on device", str(self.path))
@@ -320,6 +319,7 @@ def spell_hours(
     "Hours in the unit that people would take."
     return f"{hours*3600:.0f} s" if hours < 1/30 else f"{round(hours*60, 1):g} min" if hours < 2 else f"{round(hours, 1):g} h"
 
+# %% ../nbs/85_ttq.ipynb #848a963a
 class TTQTracker:
     "Track milestones; the log survives crashes, resumes and changed clocks."
     def __init__(self,
@@ -481,6 +481,7 @@ def load_log(
     if log["version"] > VERSION: raise ConfigError(f"{path}: written as version {log['version']}, this program reads up to {VERSION}; update ai2text")
     return dict(forecasts=[], calibration={}) | log
 
+# %% ../nbs/85_ttq.ipynb #a655c562
 def to_target(
     log:dict,     # as of `load_log`
 )->list[dict]:    # wer, state, hours, audio_hours, cost; None if not reached
@@ -504,6 +505,7 @@ def foretold(
         texts[m["wer"]] = f"{spell_share(m['probability'])} likely, {when}"
     return texts
 
+# %% ../nbs/85_ttq.ipynb #e3d70f64
 def spell_share(
     probability:float,
 )->str:
