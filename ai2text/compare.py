@@ -10,9 +10,10 @@ __all__ = ['CLAIMS', 'POLICIES', 'SIGNIFICANT', 'MARKS', 'read_result', 'gather'
 import csv, io, json, subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from .budget import spell_hours
 from .config import ConfigError, Layout, atomic_write, find_root, load_params, make, opt, write_json
 from .scorecard import matched_pairs, paired_difference
-from .ttq import spell_hours, to_target
+from .ttq import to_target
 
 # %% ../nbs/90_compare.ipynb #d882b7ea
 def read_result(

@@ -11,8 +11,9 @@ import math, statistics, time
 from json import dumps
 from pathlib import Path
 import numpy as np
+from .budget import spell_hours
 from .config import ConfigError
-from .ttq import ACHIEVED, LATE, MISSED, PENDING, forecast_run, foretold, load_log, spell_hours, spell_share, score, summary, to_target, verdicts
+from .ttq import ACHIEVED, LATE, MISSED, PENDING, forecast_run, foretold, load_log, spell_share, score, summary, to_target, verdicts
 
 # %% ../nbs/86_outlook.ipynb #adc05390
 COLOURS = {PENDING: "#0072b2", ACHIEVED: "#009e73", LATE: "#e69f00", MISSED: "#d55e00"} # of the palette of Okabe and Ito

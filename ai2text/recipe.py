@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from . import __version__
-from .budget import Budget, Every, WarmupConstantDecay
+from .budget import Budget, Every, WarmupConstantDecay, spell_hours
 from .checkpoint import Lock, about as says, load_checkpoint, load_config, load_weights, pack_run, run_folder, runs, save_model, unpack_run
 from .config import ConfigError, Layout, find_root, import_closure, load_params, make, opt, read_json, read_jsonl, sha256, write_json
 from .family import build_model, model_class
@@ -28,7 +28,7 @@ from .optimizer import OPTIMIZERS, make_optimizer
 from .ranks import MINUTES, LostMachine, Ranks, launch
 from .text import NORMALISER_VERSION, load_tokenizer
 from .trainer import Progress, TrainerOptimized, dtypes
-from .ttq import Books, TTQObserver, TTQTracker, load_log, read_entries, read_milestones, spell_hours, summary as milestone_rows, to_target
+from .ttq import Books, TTQObserver, TTQTracker, load_log, read_entries, read_milestones, summary as milestone_rows, to_target
 
 # %% ../nbs/88_recipe.ipynb #43b202e0
 POLICIES = dict(confirmed="every milestone is confirmed", missed="the budget of the next milestone is spent", hopeless="the next milestone is out of reach")
@@ -313,7 +313,8 @@ def kept_by_dvc(
     root = next((p for p in folder.parents if (p/".dvc").is_dir()), None)
     if root is None: raise OutOfReach("this is no repository of DVC")
     if not any(f"path: {folder.relative_to(p).as_posix()}\n" in (p/"dvc.lock").read_text("utf-8") for p in folder.parents if (p/"dvc.lock").is_file()): raise OutOfReach("no `dvc.lock` names one")
-    from botocore.exceptions import BotoCoreError # these take a second to import: only those who need them wait
+    from aiohttp import ClientError # these take a second to import: only those who need them wait
+    from botocore.exceptions import BotoCoreError
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
     from dvc.scm import SCMError
@@ -322,7 +323,7 @@ def kept_by_dvc(
         try:
             with fs.open(path, "rb") as f:
                 while block := f.read(1 << 20): yield block
-        except (OSError, BotoCoreError) as e: raise OutOfReach(f"{path}: {e}") from e
+        except (OSError, BotoCoreError, ClientError) as e: raise OutOfReach(f"{path}: {e}") from e
     def place(storage, entry):
         fs, path = storage.get_cache(entry)
         try: return (fs, path) if fs.exists(path) else storage.get_remote(entry)
@@ -338,7 +339,7 @@ def kept_by_dvc(
                 fs, path = place(index.storage_map, entry)
                 files["/".join(k[len(key):])] = entry.hash_info.value, lambda fs=fs, path=path: blocks(fs, path)
     except KeyError as e: raise OutOfReach("it is no output of a stage any more") from e
-    except (DvcException, SCMError, OSError, BotoCoreError) as e: raise OutOfReach(" ".join(str(e).split())) from e
+    except (DvcException, SCMError, OSError, BotoCoreError, ClientError) as e: raise OutOfReach(" ".join(str(e).split())) from e
     return files
 
 # %% ../nbs/88_recipe.ipynb #2f49d7f9

@@ -707,6 +707,7 @@ def fit(self:TrainerOptimized,
         finally:
             if outcome != "finished": self.stopped = ""
             self._tell("on_end", outcome)
+        if self.folder: write_json(self.folder/"result.json", result) # when all observers have their end: nobody comes back to a run that says it is finished
     return result
 
 # %% ../nbs/80_trainer.ipynb #fc0e7326
@@ -720,9 +721,7 @@ def _finish(self:TrainerOptimized)->dict:
     result = _finite(dict(step=s.step, epoch=s.epoch, units=s.units, audio_hours=self.audio_hours, hours=self.clocks.hours, seconds=self.clocks.read(),
         budget=self.budget.name, stopped=self.stopped, final=s.curve[-1] if s.curve else {}, best=best, skipped=s.skipped, spikes=s.spikes, overflows=s.overflows,
         counts=s.counts, dtype=str(self.dtype)[6:], effective_batch_size=self.effective_batch_size))
-    result = self.ranks.same(result) # before it is written: a run that says it is finished needs nobody any more
-    if self.folder: write_json(self.folder/"result.json", result)
-    return result
+    return self.ranks.same(result)
 
 @patch
 def _finished(self:TrainerOptimized, go_on:bool)->tuple[dict,dict,dict]|None:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'PENDING', 'ACHIEVED', 'LATE', 'MISSED', 'LOOK', 'Milestone', 'read_milestones', 'read_entries',
-           'EntryFile', 'Books', 'verdicts', 'score', 'calibrate', 'forecast_run', 'spell_hours', 'TTQTracker',
-           'load_log', 'to_target', 'foretold', 'spell_share', 'summary', 'TTQObserver']
+           'EntryFile', 'Books', 'verdicts', 'score', 'calibrate', 'forecast_run', 'TTQTracker', 'load_log',
+           'to_target', 'foretold', 'spell_share', 'summary', 'TTQObserver']
 
 # %% ../nbs/85_ttq.ipynb #6471db10
 import json, math, os, statistics, time, warnings
@@ -13,6 +13,7 @@ import numpy as np
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from fastcore.basics import patch
+from .budget import spell_hours
 from .config import ConfigError, make, opt, sha256, write_json, write_jsonl
 from .forecast import EARLY, LATE as LATEST, Futures, arrival, futures
 
@@ -312,12 +313,6 @@ def _plain(value, name:str):
     if isinstance(value, float): return value if math.isfinite(value) else None
     if hasattr(value, "item"): return _plain(value.item(), name)
     raise TypeError(f"{name}: {value!r} cannot be written as JSON; give numbers, texts, lists or dicts")
-
-def spell_hours(
-    hours:float,
-)->str:
-    "Hours in the unit that people would take."
-    return f"{hours*3600:.0f} s" if hours < 1/30 else f"{round(hours*60, 1):g} min" if hours < 2 else f"{round(hours, 1):g} h"
 
 # %% ../nbs/85_ttq.ipynb #848a963a
 class TTQTracker:
