@@ -468,7 +468,7 @@ def plot_samples(
     for ax,row in zip(axs[:,0], rows):
         wave_T, rate = read_wave(Path(folder)/row["audio_filepath"], SHOWN)
         if len(wave_T) > rate//40: plot_words(ax, wave_T, row.get("words", []), rate, fontsize=8)
-        ax.set_title(f"{row['speaker'][:24]}, {row['split']}: {row['text_raw'][:100]}", parse_math=False)
+        ax.set_title(f"{', '.join(filter(None, (row['speaker'][:24], row['split'])))}: {row['text_raw'][:100]}", parse_math=False)
     axs[-1,0].set_xlabel("seconds")
     return fig
 
