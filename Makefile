@@ -81,7 +81,7 @@ notebooks: $(STAMP)
 pytest: export OMP_NUM_THREADS := 1
 pytest: $(STAMP)
 	@echo "--- pytest"
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --ignore=tests/test_house.py --cov --flags "$(FLAGS)"
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=12 --ignore=tests/test_house.py --cov --flags "$(FLAGS)"
 
 # The bucket of the remote `minio`, in .s3/; the keys are of this server alone. Ctrl-C ends it.
 s3: $(STAMP)
