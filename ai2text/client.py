@@ -38,7 +38,9 @@ class Transcript:
     lines:list=field(default_factory=list)      # text of each piece
 
     @property
-    def text(self)->str: return " ".join(filter(None, self.lines))
+    def text(self)->str:
+        "All pieces as one line."
+        return " ".join(filter(None, self.lines))
     @property
     def confidence(self)->float:
         "Mean of the words' confidences; 0 without a word."
@@ -69,6 +71,7 @@ def subtitles(
     words,      # `Word`s
     mark:str,   # as for `clock`
 ):              # (number, time line, text) of each cue
+    "What SRT and WebVTT have in common."
     for number,shown in enumerate(cues(words), 1):
         yield number, f"{clock(shown[0].start, mark)} --> {clock(max(shown[-1].end, shown[0].start + 0.001), mark)}", " ".join(w.word for w in shown)
 
@@ -93,13 +96,16 @@ class Recogniser:
         self.decoder = Decoder(self.bundle.tokens, lm, hotwords=tuple(hotwords), **decoding)
 
     @functools.cached_property
-    def session(self): return session(self.bundle.offline)
+    def session(self):
+        "The graph for whole utterances, loaded on first use."
+        return session(self.bundle.offline)
 
     def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k != "session"}
 
     def log_probs(self,
         wave_T,      # samples, 16 kHz
     )->np.ndarray:   # (N, V) natural logs, 25 frames a second
+        "What the decoder reads of one piece."
         wave_T = np.asarray(wave_T, np.float32)
         short = max(0, self.bundle.config["offline"]["min_samples"] - len(wave_T))
         return self.session.run(["log_probs"], dict(audio=np.pad(wave_T, (0, short))[None]))[0][0]
@@ -216,6 +222,7 @@ class Shown:
     def __init__(self, file): self.file, self.last, self.terminal = file, "", file.isatty()
 
     def show(self, text:str):
+        "Put a text in the last one's place; in a log, on a line of its own."
         if text == self.last: return
         self.last = text
         if self.terminal:
@@ -225,6 +232,7 @@ class Shown:
         self.file.flush()
 
     def clear(self):
+        "Leave a terminal's line empty."
         if self.terminal: self.file.write("\r\x1b[K"); self.file.flush()
 
 def stream( # nosec B107 # the name of a file, not a token

@@ -52,8 +52,9 @@ def disagreement(
 
 # %% ../nbs/96_handover.ipynb #3824c1e7
 def ranks(
-    values_N,
+    values_N,  # numbers
 )->np.ndarray: # (N,) from 0; equal values share their mean rank
+    "Places in ascending order."
     _,index,count = np.unique(np.asarray(values_N), return_inverse=True, return_counts=True)
     return (np.cumsum(count) - (count + 1)/2)[index]
 

@@ -34,7 +34,9 @@ class Session:
     speaker: str = ""
 
     @property
-    def duration(self)->float: return len(self.wave)/SAMPLE_RATE
+    def duration(self)->float:
+        "Seconds of speech."
+        return len(self.wave)/SAMPLE_RATE
 
     def blocks(self, seconds:float=BLOCK)->list[bytes]:
         "The samples as the service takes them."

@@ -228,7 +228,11 @@ def _curve(rows:list, x, y, low:str, high:str, at:str, wer:str, scale:float=1.)-
     return [*band, f'<path class="line" d="M{"L".join(place(r, wer) for r in rows)}"/>', *(f'<circle class="dot" cx="{x(r[at]*scale)}" cy="{y(r[wer])}" r="2.6"/>' for r in rows)]
 
 # %% ../nbs/81_site.ipynb #6a88516c
-def percent(share)->str: return "not measured" if share is None else f"{100*share:.1f}%"
+def percent(
+    share, # 0.1 is 10%; or None
+)->str:
+    "A share as people read it."
+    return "not measured" if share is None else f"{100*share:.1f}%"
 
 def _within(row:dict, name:str="wer")->str: return f"{100*row[f'{name}_low']:.1f} to {100*row[f'{name}_high']:.1f}%"
 
@@ -365,7 +369,9 @@ class Pipeline:
     benchmarks:list
 
     @property
-    def models(self)->list[str]: return sorted(p.parent.name for p in (self.layout.root/"results").glob("*/ttq_log.json"))
+    def models(self)->list[str]:
+        "Names of the models that have results."
+        return sorted(p.parent.name for p in (self.layout.root/"results").glob("*/ttq_log.json"))
     def read(self, path):
         "A result, None where there is none."
         path = self.layout.root/path
