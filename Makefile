@@ -2,6 +2,7 @@
 # constraints.txt; a second call finds the stamp and installs nothing.
 #   make demo   run the whole pipeline and print what came out
 #   make test   every check and every test
+#   make benchmarks  whether every benchmark runs, on tiny data
 #   make compare  train three families of models on equal terms, five minutes each, and say which to take
 #   make try NB=55_ctc  the loop of a day: export, clean, test one notebook, the rules of the house
 #   make report  all reports, the comparison and the milestones as pages, in _site
@@ -33,7 +34,7 @@ export HOME := $(CURDIR)/$(VENV)/home
 export PIP_NO_CACHE_DIR := 1
 endif
 
-.PHONY: help demo compare report test try check notebooks pytest s3 lab docs setup
+.PHONY: help demo compare report test try check notebooks pytest benchmarks s3 lab docs setup
 .NOTPARALLEL:
 
 help:
@@ -71,11 +72,16 @@ check: $(STAMP)
 	@echo "--- house rules"
 	@$(BIN)/python -m pytest -q tests/test_house.py
 
-# Every notebook runs from top to bottom, with its own definitions.
+# Every notebook runs from top to bottom, with its own definitions; benchmarks, whose subject is others as much as us, by themselves.
 notebooks: export OMP_NUM_THREADS := 1
 notebooks: $(STAMP)
 	@echo "--- nbdev_test"
-	@$(BIN)/nbdev_test --n_workers $(WORKERS) --timing --flags "$(FLAGS)"
+	@$(BIN)/nbdev_test --n_workers $(WORKERS) --timing --flags "$(FLAGS)" --skip_folder_re '^[_.]|^benchmarks$$'
+
+benchmarks: export OMP_NUM_THREADS := 1
+benchmarks: $(STAMP)
+	@echo "--- nbdev_test of benchmarks"
+	@$(BIN)/nbdev_test --path nbs/benchmarks --n_workers $(WORKERS) --timing --flags "$(FLAGS)"
 
 # What crosses modules, and every notebook's tests again, on the exported package: a file of tests in each of $(WORKERS) processes.
 pytest: export OMP_NUM_THREADS := 1
