@@ -87,7 +87,7 @@ benchmarks: $(STAMP)
 pytest: export OMP_NUM_THREADS := 1
 pytest: $(STAMP)
 	@echo "--- pytest"
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=12 --ignore=tests/test_house.py --cov --flags "$(FLAGS)"
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=12 --ignore=tests/test_house.py --cov --flags "$(FLAGS)"
 
 # The bucket of the remote `minio`, in .s3/; the keys are of this server alone. Ctrl-C ends it.
 s3: $(STAMP)

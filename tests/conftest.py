@@ -62,7 +62,12 @@ def flags(pytestconfig):
     return set(pytestconfig.getoption("--flags").split())
 
 
+# The longest first, so that of two processes neither is left alone with one at the end.
+LONG = ["test_pipeline.py", "test_goon.py", "test_pipeline_kills.py", "test_tutorials.py", "test_from_remote.py", "test_cluster.py", "test_remote.py", "test_registry.py", "test_compare.py", "test_ttq_kills.py", "test_raw.py"]
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     asked = set(config.getoption("--flags").split())
     for item in items:
         for flag in {"slow", "cuda"} - asked:
