@@ -61,7 +61,7 @@ try: $(STAMP)
 	@$(BIN)/nbdev_clean --fname nbs/$(NB).ipynb
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/$(NB).ipynb --do_print
 	@$(BIN)/ruff check ai2text nbs/$(NB).ipynb
-	@$(BIN)/python -m pytest -q tests/test_house.py -k "$(notdir $(NB)) or imports or sync"
+	@$(BIN)/python -m pytest -q tests/test_house.py -k "$(notdir $(NB)) or sync or required"
 
 # The rules of the house: seconds, so they come first.
 check: $(STAMP)
