@@ -1,7 +1,9 @@
 "What every test shares: the notebooks of the house, and which slow ones to run."
 import json
 import os
+import random
 import re
+import socket
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -76,6 +78,18 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def root(): return ROOT
+
+
+def free_port()->int:
+    "A port of this machine for a server that starts in a moment; none of those that the system hands to whoever asks meanwhile."
+    handed = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first = int(handed.read_text().split()[0]) if handed.exists() else 32768
+    for port in random.SystemRandom().sample(range(10_000, max(first, 11_000)), 100):
+        with socket.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try: s.bind(("127.0.0.1", port)); return port
+            except OSError: continue
+    raise OSError("no free port found")
 
 
 class Store(NamedTuple):

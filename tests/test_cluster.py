@@ -1,7 +1,7 @@
 """Two machines make one run: each has its own working tree, the second streams its shards from an S3 server, and either may be killed and come back.
 
 The machines are process trees on this one. Each is started as on a machine of its own, by `fit` and by `join`; only what they train on is noted on the way."""
-import csv, json, os, shutil, signal, socket, subprocess, sys, threading, time
+import csv, json, os, shutil, signal, subprocess, sys, threading, time
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from ai2text.recipe import InitConfig, TrainConfig, fit, init, join
 from ai2text.shard_index import load_index
 from ai2text.tiny import tiny_workspace
 from ai2text.trainer import TrainerOptimized
+from conftest import free_port
 
 STEPS, MILESTONES = 40, [dict(wer=0.3, budget_hours=1)]
 
@@ -78,9 +79,6 @@ def wait_for(holds, *machines, seconds=300):
     while not holds():
         assert time.monotonic() < until, "it did not happen in time: " + "\n".join(m.said for m in machines)
         time.sleep(0.02)
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as s: return s.getsockname()[1]
 
 # Their trees
 

@@ -2,7 +2,6 @@
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from ai2text.config import ConfigError, read_jsonl, sha256, write_jsonl
 from ai2text.faults import KEY, SECRET, serve_s3
 from ai2text.shard_index import ShardError, load_index
 from ai2text.shards import ShardsConfig, create_shards, safe_key, verify, write_shards
-from conftest import ROOT
+from conftest import ROOT, free_port
 from workspace import Workspace, environment
 
 SIZES = dict(train=60, dev=9, test=9)
@@ -72,9 +71,7 @@ def start(*command, cwd):
 @pytest.fixture(scope="module")
 def cluster(trees):
     "A scheduler, and a worker in each clone; `worker(name)` starts one again."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     address = f"tcp://127.0.0.1:{port}"
     def worker(name):
         started[name] = start("distributed.cli.dask_worker", address, "--host", "127.0.0.1", "--nthreads", "1", "--no-dashboard", "--no-nanny", "--name", name,

@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ import soundfile as sf
 
 from ai2text.config import ConfigError, sha256
 from ai2text.shards import create_shards, verify
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 OPTIONS = dict(shard_size=10, codec="flac")
 
@@ -91,11 +90,10 @@ def test_killed_at_any_moment(corpus, whole, tmp_path):
 def scheduler(tmp_path):
     "A Dask scheduler with two worker processes on this machine: its address, and the workers."
     pytest.importorskip("distributed")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{s.getsockname()[1]}"
+    port = free_port()
+    address = f"tcp://127.0.0.1:{port}"
     quiet = dict(env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    started = [subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", address.split(":")[-1], "--no-dashboard"], **quiet)]
+    started = [subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard"], **quiet)]
     started += [subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_worker", address, "--host", "127.0.0.1", "--nthreads", "1", "--no-dashboard", "--no-nanny",
                                   "--local-directory", tmp_path/f"worker {i}"], **quiet) for i in range(2)]
     try:

@@ -1,7 +1,7 @@
 """One window is one batch, two ranks are one, and whatever goes wrong on one goes wrong on both.
 
 The ranks are real processes. Importing torch takes longer than their runs, so one process imports it and forks all of them."""
-import json, math, os, random, signal, socket, subprocess, sys, time
+import json, math, os, random, signal, subprocess, sys, time
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from ai2text.conformer import Conformer
 from ai2text.ranks import Ranks
 from ai2text.text import CharTokenizer
 from ai2text.trainer import Interrupted, TrainerOptimized
+from conftest import free_port
 
 STEPS, KILLS = 30, 6
 
@@ -169,8 +170,7 @@ RUNS = dict(
 
 def fork(name, top, world):
     "The processes of a run."
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    pids = []
+    port, pids = free_port(), []
     for rank in range(world):
         if pid := os.fork(): pids.append(pid); continue
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo0" if sys.platform == "darwin" else "lo")
