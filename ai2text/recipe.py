@@ -65,7 +65,6 @@ class TrainConfig:
     master:str = opt("127.0.0.1:29400", "address of the first machine for the others, host:port; whoever reaches it is trusted, so on a private network")
     memory_gb:float = opt(0., "memory of a GPU that may be used; micro-batches are split to fit into it; 0 = all", ge=0)
     checkpointing:bool = opt(False, "compute activations again in the backward pass instead of keeping them: less memory, more time")
-    compile:bool = opt(False, "compile the model for a GPU")
     stop_when:list[str] = opt([], "when to stop before the budget is used up: confirmed (all milestones), missed (the next one's budget is spent), hopeless (the next one)", choices=POLICIES)
     min_probability:float = opt(0.05, "hopeless is a milestone that two forecasts in a row call less probable", ge=0, le=1)
     price_per_hour:float = opt(0., "of the machine, for the cost in the log", ge=0)
@@ -218,7 +217,7 @@ def set_up(
     if hasattr(model, "fit_features"): model.fit_features(batch for batch, _ in zip(train_loader(), range(FEATURE_BATCHES)))
     trainer = TrainerOptimized(model, make_optimizer(model, config.optimizer, config.lr, config.weight_decay), batch_size=None, accumulation_steps=config.accumulation_steps,
         use_amp=config.use_amp, gradient_clip_val=config.gradient_clip_val, amp_dtype=config.amp_dtype, schedule=WarmupConstantDecay(config.warmup_steps, config.decay),
-        ema_decay=config.ema_decay, average_last=config.average_last, memory_gb=config.memory_gb, checkpointing=config.checkpointing, compile=config.compile,
+        ema_decay=config.ema_decay, average_last=config.average_last, memory_gb=config.memory_gb, checkpointing=config.checkpointing,
         seed=config.seed, threads=config.threads, ranks=ranks)
     return trainer, train_loader(rank=ranks.rank, world=ranks.world)
 

@@ -117,7 +117,6 @@ class TrainerOptimized:
         threads:int=0,               # CPU threads; 0: as torch has them
         memory_gb:float=0.,          # GiB of a CUDA device that may be used, as much as fits of a micro-batch at once; 0: all
         checkpointing:bool=False,    # compute activations again instead of keeping them: less memory, more time
-        compile:bool=False,          # compile the model's `forward`, on CUDA
         max_norm_ratio:float=10.,    # a gradient norm so many times the median of the last ones is a bad step; 0: none is
         max_bad_steps:int=10,        # bad steps in a row before the run is given up
         ranks:Ranks|None=None,       # processes that train together, of which this is one
@@ -126,6 +125,7 @@ class TrainerOptimized:
         if threads: torch.set_num_threads(threads)
         self.ranks = ranks or Ranks()
         self.device = self.ranks.device if device == "auto" else torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None: self.device = torch.device("cuda", torch.cuda.current_device()) # limits of memory want its number
         self.model, self.optimizer, self.criterion = model.to(self.device), optimizer, criterion
         self.batch_size, self.accumulation_steps, self.gradient_clip_val = batch_size, accumulation_steps, gradient_clip_val
         self.dtype = pick_dtype(amp_dtype, self.device) if use_amp else torch.float32
@@ -136,9 +136,7 @@ class TrainerOptimized:
         if checkpointing:
             if not hasattr(model, "checkpointing"): raise ValueError(f"checkpointing: {type(model).__name__} cannot; leave it off")
             model.checkpointing(True)
-        if self.device.type == "cuda":
-            if memory_gb: torch.cuda.set_per_process_memory_fraction(min(1., memory_gb*2**30/torch.cuda.mem_get_info(self.device)[1]), self.device)
-            if compile: model.compile()
+        if self.device.type == "cuda" and memory_gb: torch.cuda.set_per_process_memory_fraction(min(1., memory_gb*2**30/torch.cuda.mem_get_info(self.device)[1]), self.device)
         for group in optimizer.param_groups: group.setdefault("initial_lr", group["lr"])
         self.state, self.clocks, self.folder, self.last, self.observers = State(), Clocks(), None, {}, []
         self.count_names, self._look = [], bool(memory_gb)
