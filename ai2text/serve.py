@@ -331,7 +331,7 @@ class Service:
         if not self.token and host not in LOOPBACK: raise ConfigError(f"--host {host}: without a token only this machine may be served; set --token-file or AI2TEXT_TOKEN")
         app = web.Application(client_max_size=1 << 16, middlewares=[self._errors])
         app.add_routes([web.get("/", self._front), web.get("/health", self._health), web.get("/metrics", self._metrics), web.post("/correct", self._correct)])
-        self.runner = web.AppRunner(app, access_log=None, shutdown_timeout=5.)
+        self.runner = web.AppRunner(app, access_log=None, shutdown_timeout=20.)
         await self.runner.setup()
         try:
             site = web.TCPSite(self.runner, host, port)
@@ -412,7 +412,7 @@ async def _stream(self:Service, request):
     try:
         try: runtime = await asyncio.wait_for(self._connected(), PATIENCE)
         except asyncio.TimeoutError: raise busy("the recogniser is starting; try again") from None
-        client = web.WebSocketResponse(autoping=False, max_msg_size=4*FRAME_BYTES, timeout=2., compress=False, protocols=(SUBPROTOCOL,))
+        client = web.WebSocketResponse(autoping=False, max_msg_size=4*FRAME_BYTES, timeout=5., compress=False, protocols=(SUBPROTOCOL,))
         async with runtime:
             await client.prepare(request)
             self.streams.add(stream := Stream(self, client, runtime))
@@ -424,7 +424,7 @@ async def _stream(self:Service, request):
                 self.log(f"stream: {type(e).__name__}: {e}")
             finally: self.streams.discard(stream)
         self.metrics.streams.labels(end).inc()
-        try: await asyncio.wait_for(client.close(code=code, message=text.encode()), 5)
+        try: await asyncio.wait_for(client.close(code=code, message=text.encode()), 6)
         except asyncio.TimeoutError: request.transport.abort() # who does not read does not hear this either
     finally: self.inside -= 1
     return client

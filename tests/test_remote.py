@@ -111,9 +111,14 @@ class Machine:
     def cache(self): return self.root/".dvc/cache"
 
 
+def names(folder:Path)->dict:
+    "The objects of a cache or a remote by name. What a killed one was writing is none: it has its name when it is whole."
+    return {p.parent.name + p.name: p for p in folder.rglob("??/*") if re.fullmatch(r"[0-9a-f]{32}(?!.*\.tmp$).*", p.parent.name + p.name)}
+
+
 def objects(folder:Path)->set:
     "The names of the objects of a cache or a remote; each one is what its name says."
-    found = {p.parent.name + p.name: p for p in folder.rglob("*") if p.is_file() and re.fullmatch("[0-9a-f]{2}", p.parent.name)}
+    found = names(folder)
     wrong = [name for name, p in found.items() if hashlib.md5(p.read_bytes()).hexdigest() != name.removesuffix(".dir")]
     assert not wrong, f"corrupt: {wrong}"
     return set(found)
@@ -145,7 +150,7 @@ def clone(a, name="b"):
 
 def wait_for(count, folder, process):
     "Until a folder has so many objects, while the process lives."
-    while process.is_alive() and len(list(folder.rglob("??/*"))) < count: time.sleep(0.01)
+    while process.is_alive() and len(names(folder)) < count: time.sleep(0.01)
     assert process.is_alive(), f"it ended before there were {count} objects"
 
 
