@@ -423,9 +423,9 @@ async def _stream(self:Service, request):
                 end, code, text = "error", 1011, "an error of the service"
                 self.log(f"stream: {type(e).__name__}: {e}")
             finally: self.streams.discard(stream)
-        self.metrics.streams.labels(end).inc()
-        try: await asyncio.wait_for(client.close(code=code, message=text.encode()), 6)
-        except asyncio.TimeoutError: request.transport.abort() # who does not read does not hear this either
+            self.metrics.streams.labels(end).inc()
+            try: await asyncio.wait_for(client.close(code=code, message=text.encode()), 6) # before the runtime's connection, whose end may take longer
+            except asyncio.TimeoutError: request.transport.abort() # who does not read does not hear this either
     finally: self.inside -= 1
     return client
 

@@ -25,9 +25,10 @@ STEPS, MILESTONES = 40, [dict(wer=0.3, budget_hours=1)]
 # A machine
 
 def noting(ranks, **run):
-    "What a rank does, with a note of each step's utterances in its own tree; a step that is made again replaces the first."
+    "What a rank does, with a note of each step's utterances in its own tree; a step that is made again replaces the first. Slowly, so that it is met on its way."
     make_step = TrainerOptimized.train_step
     def train_step(self, window, used=0.):
+        time.sleep(0.1)
         done = make_step(self, window, used)
         with open(Path(run["root"], "seen.jsonl"), "a") as f: f.write(json.dumps(dict(step=self.state.step, parts=[[b.epoch, b.ids] for b in window])) + "\n")
         return done

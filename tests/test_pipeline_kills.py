@@ -26,7 +26,7 @@ VICTIMS = ("kernel", "runner", "dvc", "group") # innermost first
 MADE = ("dvc.lock", ".dvc/cache", ".runs", "data", "models", "results", "comparison", "papermill_runs")
 CUT = {"dvc.lock": ("dvc.lock' validation failed", "dvc.lock' is invalid", "unable to read: 'dvc.lock'"), ".dvc/tmp/rwlock": ("Unable to read RWLock-file",)}
 MARK = "AI2TEXT_KILLS" # in the environment of all that a workspace's `dvc repro` starts
-WAIT = 120             # seconds until what was not killed must have ended by itself
+WAIT = 300             # seconds until what was not killed must have ended by itself
 # What a run's clock, memory or the machine's load is in: files that hold nothing else, and keys of others.
 CLOCK_FILES = {f"results/{M}/ttq_log.json", f"results/{M}/live/hours.tsv", f"results/{M}-eval/timing.json", "comparison/export_timing.json",
                *(f"papermill_runs/{name}.ipynb" for name in (f"train-{M}", f"evaluate-{M}", "compare", "export"))}

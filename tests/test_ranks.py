@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from ai2text import recipe
 from ai2text.checkpoint import latest, load_checkpoint
 from ai2text.config import Layout
 from ai2text.ranks import WORKER, RankError, launch
 from ai2text.recipe import InitConfig, TrainConfig, fit, init
 from ai2text.tiny import tiny_workspace
+from ai2text.trainer import TrainerOptimized
 from ai2text.ttq import load_log
 
 # What runs in a rank
@@ -48,6 +50,13 @@ def waits(ranks, folder):
     pids = ranks.gather(os.getpid())
     if ranks.main: Path(folder, "pids").write_text(" ".join(map(str, pids)))
     while True: time.sleep(0.05)
+
+def slowly(ranks, **run):
+    "The project's own training, slowly, so that it is met on its way."
+    make_step = TrainerOptimized.train_step
+    def train_step(self, *arguments): time.sleep(0.2); return make_step(self, *arguments)
+    TrainerOptimized.train_step = train_step
+    recipe.train_rank(ranks, **run)
 
 # What is expected of them
 
@@ -126,7 +135,8 @@ def ranks_of(process):
     "The processes that train."
     return [p for p in process.children(recursive=True) if p.cmdline()[1:] == ["-c", WORKER]]
 
-def test_asked_to_stop_then_killed_two_ranks_end_as_if_left_alone(layout, whole):
+def test_asked_to_stop_then_killed_two_ranks_end_as_if_left_alone(layout, whole, monkeypatch):
+    monkeypatch.setattr(recipe, "launch", lambda function, *arguments: launch(here(slowly), *arguments))
     top, me = layout.runs/"killed", psutil.Process()
     when_saved(top, range(2, 16), lambda: me.send_signal(signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt, match=r"SIGTERM at step \d+; saved as .*, run it again to go on"): run(layout, "killed", nproc=2)

@@ -1,7 +1,7 @@
 """A run that is killed at random moments, or asked to stop, ends as one that was left alone, bit for bit.
 
 The processes are real ones. Importing torch takes longer than the run, so one process imports it and forks each trainer: it does nothing but wait and kill."""
-import csv, math, os, random, signal, subprocess, sys, time
+import csv, math, os, random, shutil, signal, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 
@@ -73,15 +73,18 @@ def kill_at_random(top, dtype):
     began = time.monotonic()
     assert os.waitpid(fork(top/"whole", dtype), 0)[1] == 0
     took, draw, kills = time.monotonic() - began, random.Random(0), 0
-    while not (top/"killed/result.json").exists():
-        child = fork(top/"killed", dtype)
-        if kills < KILLS:
-            time.sleep(draw.uniform(0, 0.25*took))
-            os.kill(child, signal.SIGKILL)
-            kills += 1
-        status = os.waitpid(child, 0)[1]
-        assert status in (0, signal.SIGKILL), status
-    print(kills)
+    while kills < 5: # a machine that has become faster since: once more, with shorter lives
+        shutil.rmtree(top/"killed", ignore_errors=True)
+        kills = 0
+        while not (top/"killed/result.json").exists():
+            child = fork(top/"killed", dtype)
+            if kills < KILLS:
+                time.sleep(draw.uniform(0, 0.25*took))
+                os.kill(child, signal.SIGKILL)
+                kills += 1
+            status = os.waitpid(child, 0)[1]
+            assert status in (0, signal.SIGKILL), status
+        took /= 2
 
 def same_end(a:Path, b:Path):
     "Weights, averages and curve, clocks apart."
@@ -99,13 +102,12 @@ def start(*args):
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_kill_anywhere(tmp_path, dtype):
-    out, err = (p := start("kill", tmp_path, dtype)).communicate(timeout=300)
+    err = (p := start("kill", tmp_path, dtype)).communicate(timeout=300)[1]
     assert p.returncode == 0, err
-    assert int(out) >= 5, "the run ended before it could be killed often enough to mean something"
     same_end(tmp_path/"whole", tmp_path/"killed")
 
 def test_asked_to_stop(tmp_path):
-    p = start("train", tmp_path/"run", "fp32", 0.01)
+    p = start("train", tmp_path/"run", "fp32", 0.05)
     while not latest(tmp_path/"run/checkpoints") and p.poll() is None: time.sleep(0.01)
     p.send_signal(signal.SIGTERM)
     time.sleep(0.01)

@@ -98,7 +98,7 @@ def scheduler(tmp_path):
                                   "--local-directory", tmp_path/f"worker {i}"], **quiet) for i in range(2)]
     try:
         from distributed import Client
-        with Client(address, timeout=20, set_as_default=False) as client: client.wait_for_workers(2, timeout=20)
+        with Client(address, timeout=200, set_as_default=False) as client: client.wait_for_workers(2, timeout=200)
         yield address, started[1:]
     finally:
         for process in started[::-1]:

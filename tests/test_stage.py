@@ -138,7 +138,7 @@ def test_failure_keeps_the_report(tmp_path):
 def test_dead_kernel_is_a_failure(tmp_path):
     root = project(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     process = start(root)
-    assert process.wait(20) == 1
+    assert process.wait(120) == 1
     assert "DeadKernelError" in failure(root)
 
 
@@ -151,7 +151,7 @@ def test_signals_become_one_interrupt(tmp_path, signum):
     process.send_signal(signum)
     time.sleep(0.4)
     os.killpg(process.pid, signum)
-    assert process.wait(20) == 128 + signum
+    assert process.wait(120) == 128 + signum
     assert (root/"saved").read_text() == "1"
     assert failure(root).endswith(f"interrupted by {signum.name}\n```")
     wait_for(lambda: not any(map(alive, pids)))
@@ -163,7 +163,7 @@ def test_swallowed_interrupt_stops_the_stage(tmp_path, cells):
     process = start(root)
     started(root)
     process.terminate()
-    assert process.wait(20) == 143
+    assert process.wait(120) == 143
     assert (root/"saved").exists() and not (root/"next").exists()
 
 
@@ -196,7 +196,7 @@ def test_kernel_ends_with_a_killed_runner(tmp_path):
     process = start(root)
     pids = started(root)
     process.kill()
-    wait_for(lambda: not any(map(alive, pids)), seconds=3)
+    wait_for(lambda: not any(map(alive, pids)))
     assert not (root/"saved").exists()
 
 
@@ -209,7 +209,7 @@ def test_processes_of_a_stage_end_with_it(tmp_path, signum):
     wait_for((root/"started").exists, seconds=180)
     pids = started(root)
     process.send_signal(signum)
-    assert process.wait(30) == (143 if signum == signal.SIGTERM else -signal.SIGKILL)
+    assert process.wait(120) == (143 if signum == signal.SIGTERM else -signal.SIGKILL)
     wait_for(lambda: not any(map(alive, pids)))
     if signum == signal.SIGKILL: return
     assert all((root/f"saved-{rank}").exists() for rank in (0, 1))

@@ -154,13 +154,14 @@ def wrong(epoch, every):
     return criterion
 
 class Slow:
-    def on_step(self, trainer): time.sleep(0.02)
+    def __init__(self, seconds): self.seconds = seconds
+    def on_step(self, trainer): time.sleep(self.seconds)
 
 RUNS = dict(
     one=lambda ranks, folder: train(ranks, folder),
     two=lambda ranks, folder: train(ranks, folder),
-    killed=lambda ranks, folder: train(ranks, folder, observers=[Slow()]),
-    asked=lambda ranks, folder: train(ranks, folder, observers=[Slow()]),
+    killed=lambda ranks, folder: train(ranks, folder, observers=[Slow(0.02)]),
+    asked=lambda ranks, folder: train(ranks, folder, observers=[Slow(0.1)]),
     memory=lambda ranks, folder: train(ranks, folder, full(ranks, 2)),
     skipped=lambda ranks, folder: train(ranks, folder, wrong(1, 13)),
     aborted=lambda ranks, folder: train(ranks, folder, wrong(2, 2)),

@@ -68,7 +68,7 @@ class Workspace:
 
     def folders(self)->set: return set(self.root.glob(f".runs/{M}/*/*/"))
 
-    def wait_for_checkpoint(self, known:set, seconds:float=120.)->tuple:
+    def wait_for_checkpoint(self, known:set, seconds:float=300.)->tuple:
         "Wait until a run that is not `known` has saved a step; its folder and the step."
         until = time.monotonic() + seconds
         while time.monotonic() < until:
