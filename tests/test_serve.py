@@ -106,7 +106,7 @@ def test_back_pressure(bundle):
             assert heard.code == 1000 and abs(heard.results[-1]["decoded"] - times*len(wave)/SAMPLE_RATE) < 1
             assert heard.text.split().count("hai") == heard.text.split().count("ba") == times
         async with serving(bundle) as target: return await flood(target, wave, 300)
-    row = asyncio.run(main())
+    row = asyncio.run(asyncio.wait_for(main(), 600))
     assert row["as it should"], row
 
 

@@ -35,7 +35,7 @@ import os, signal, subprocess, sys, time
 from pathlib import Path
 interrupts = []
 signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))
-helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 Path("started").write_text(f"{os.getpid()} {helper.pid}")
 print("training")
 while not interrupts: time.sleep(0.05)
@@ -181,7 +181,7 @@ def test_death_of_the_parent_is_an_interrupt(tmp_path):
 @pytest.mark.parametrize("moment", ["in its imports", "before its first line"])
 def test_an_orphan_begins_nothing(tmp_path, moment):
     root = project(tmp_path, TRAIN)
-    (root/"kitchen.py").write_text("import os, pathlib, time\npathlib.Path('importing').write_text(str(os.getpid()))\ntime.sleep(60)" + KITCHEN)
+    (root/"kitchen.py").write_text("import os, pathlib, time\npathlib.Path('importing').write_text(str(os.getpid()))\ntime.sleep(600)" + KITCHEN)
     command = [sys.executable, "-c", "import subprocess, sys; subprocess.run([sys.executable, 'runner.py'])"]
     if moment == "before its first line": command = ["sh", "-c", f"DVC_STAGE=pour {sys.executable} runner.py & echo $! > importing"]
     parent = start(root, *command)
