@@ -23,7 +23,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 
 from .bundle import Bundle, check_bundle, session
 from .config import ConfigError, atomic_write, read_json
-from .supervisor import SAMPLE_RATE, Runtime, command
+from .supervisor import SAMPLE_RATE, Runtime, command, within
 
 # %% ../nbs/94_serve.ipynb #5df261bc
 SUBPROTOCOL, LOOPBACK, SHORTEST = "ai2text", ("127.0.0.1", "localhost", "::1"), 16 # characters of a token, at least
@@ -219,7 +219,8 @@ async def _next(self:Stream,
 @patch
 async def _say(self:Stream, text:str):
     "Send to the client, who must read."
-    try: await asyncio.wait_for(self.client.send_str(text), self.service.heartbeat)
+    try:
+        async with within(self.service.heartbeat): await self.client.send_str(text)
     except asyncio.TimeoutError: raise Ended(1008, "not reading", "results were not read") from None
 
 @patch
@@ -410,7 +411,8 @@ async def _stream(self:Service, request):
     if self.inside >= self.most: raise busy(f"{self.most} streams are open, which is the most; try again later")
     self.inside += 1
     try:
-        try: runtime = await asyncio.wait_for(self._connected(), PATIENCE)
+        try:
+            async with within(PATIENCE): runtime = await self._connected()
         except asyncio.TimeoutError: raise busy("the recogniser is starting; try again") from None
         client = web.WebSocketResponse(autoping=False, max_msg_size=4*FRAME_BYTES, timeout=5., compress=False, protocols=(SUBPROTOCOL,))
         async with runtime:
@@ -424,7 +426,8 @@ async def _stream(self:Service, request):
                 self.log(f"stream: {type(e).__name__}: {e}")
             finally: self.streams.discard(stream)
             self.metrics.streams.labels(end).inc()
-            try: await asyncio.wait_for(client.close(code=code, message=text.encode()), 6) # before the runtime's connection, whose end may take longer
+            try: # before the runtime's connection, whose end may take longer
+                async with within(6): await client.close(code=code, message=text.encode())
             except asyncio.TimeoutError: request.transport.abort() # who does not read does not hear this either
     finally: self.inside -= 1
     return client

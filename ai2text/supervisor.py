@@ -12,6 +12,9 @@ from pathlib import Path
 
 from .config import ConfigError
 
+if sys.version_info >= (3, 11): from asyncio import timeout as within
+else: from async_timeout import timeout as within # aiohttp brings it
+
 # %% ../nbs/93_supervisor.ipynb #a358d5e6
 NEW_USER, NEW_NET = 0x1000_0000, 0x4000_0000 # of unshare(2)
 SET_FLAGS, UP = 0x8914, 0x41                 # SIOCSIFFLAGS of netdevice(7); IFF_UP | IFF_RUNNING
@@ -104,7 +107,8 @@ class Program:
     )->bool:
         "Whether the program transcribes a second of silence."
         import aiohttp
-        try: return await asyncio.wait_for(self._transcribes(), timeout)
+        try:
+            async with within(timeout): return await self._transcribes()
         except (OSError, aiohttp.ClientError, asyncio.TimeoutError, ValueError): return False
 
     async def _transcribes(self)->bool:
@@ -185,7 +189,8 @@ class Runtime(Program):
         finally:
             self.ready.clear()
             self._line.close() # which ends the keeper, and the keeper the program
-            try: status = await asyncio.wait_for(asyncio.shield(ended), 5)
+            try:
+                async with within(5): status = await asyncio.shield(ended)
             except asyncio.TimeoutError:
                 process.kill()
                 status = await ended
