@@ -13,7 +13,7 @@ from pathlib import Path
 from .config import ConfigError
 
 if sys.version_info >= (3, 11): from asyncio import timeout as within
-else: from async_timeout import timeout as within # aiohttp brings it
+else: from async_timeout import timeout as within
 
 # %% ../nbs/93_supervisor.ipynb #a358d5e6
 NEW_USER, NEW_NET = 0x1000_0000, 0x4000_0000 # of unshare(2)
