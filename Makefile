@@ -112,7 +112,7 @@ README.md: nbs/index.ipynb nbs/images/run.png $(STAMP)
 
 nbs/images/run.png: results/conformer_ctc/ttq_log.json $(STAMP)
 	@mkdir -p $(@D)
-	@MPLBACKEND=agg MATPLOTLIBRC=ai2text/matplotlibrc $(BIN)/python -c "from ai2text.outlook import plot_ttq; from ai2text.ttq import load_log; plot_ttq(load_log('$<')).figure.savefig('$@', dpi=110)"
+	@MPLBACKEND=agg MATPLOTLIBRC=ai2text/matplotlibrc $(BIN)/python -c "from ai2text.ttq.plots import plot_ttq; from ai2text.ttq.log import load_log; plot_ttq(load_log('$<')).figure.savefig('$@', dpi=110)"
 
 setup: $(STAMP)
 

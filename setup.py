@@ -2,7 +2,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
@@ -27,7 +27,7 @@ setup(
     author_email=cfg["author_email"],
     url=cfg["git_url"],
     license="Apache-2.0",
-    packages=["ai2text"],
+    packages=find_packages(include=["ai2text", "ai2text.*"]),
     package_data={"ai2text": ["demo/*", "*.tsv", "web/*", "matplotlibrc"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),

@@ -102,7 +102,7 @@ class Store(NamedTuple):
 @pytest.fixture
 def store(tmp_path):
     "A real S3 server with an empty bucket named `bucket`. What comes into the folder after the first request may stay unseen: send it."
-    from ai2text.faults import KEY, SECRET, serve_s3
-    from ai2text.s3 import Server
+    from ai2text.testing.s3_faults import KEY, SECRET, serve_s3
+    from ai2text.data.storage import Server
     (tmp_path/"store/bucket").mkdir(parents=True)
     with serve_s3(tmp_path/"store") as url: yield Store(tmp_path/"store", url, Server(url, key=KEY, secret=SECRET, timeout=5))

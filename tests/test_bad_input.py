@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 import soundfile
 
-from ai2text.cli import main
-from ai2text.config import ConfigError, Layout, read_json, read_jsonl, sha256
+from ai2text.pipeline.cli import main
+from ai2text.core.files import read_json, read_jsonl, sha256
+from ai2text.core.layout import Layout
+from ai2text.core.params import ConfigError
 from ai2text import corpus as corpus_module
-from ai2text.corpus import CorpusConfig, make_corpus
-from ai2text.loader import create_webdataset_loader
-from ai2text.prepare import SPLITS, PrepareConfig, prepare
-from ai2text.shard_index import load_index
-from ai2text.shards import ShardsConfig, verify, write_shards
+from ai2text.corpora.corpus import CorpusConfig, make_corpus
+from ai2text.data.loader import create_webdataset_loader
+from ai2text.corpora.prepare import SPLITS, PrepareConfig, prepare
+from ai2text.data.shard_index import load_index
+from ai2text.data.shards import ShardsConfig, verify, write_shards
 from workspace import ROOT, M, Workspace, environment
 
 DIGITS = "không một hai ba bốn năm sáu bảy tám chín".split()
@@ -338,7 +340,7 @@ def test_wrong_corpus_path(tmp_path, monkeypatch, source, path, says):
 # Killed in the middle
 
 def test_killed_corpus_is_made_again(tmp_path):
-    killed("import ai2text.corpus as c\nspeak = c.record\ndef record(*a, **k): die(); return speak(*a, **k)\nc.record = record\n"
+    killed("import ai2text.corpora.corpus as c\nspeak = c.record\ndef record(*a, **k): die(); return speak(*a, **k)\nc.record = record\n"
            "c.make_corpus(c.CorpusConfig(sentences=6, dev_sentences=1, test_sentences=1, processes=1), 'demo', 'corpus')", tmp_path)
     assert os.listdir(tmp_path) == [".corpus.part"] and len(list(tmp_path.glob(".corpus.part/wav/*.wav"))) == 2
     make_corpus(CorpusConfig(sentences=6, dev_sentences=1, test_sentences=1, processes=1), "demo", tmp_path/"corpus")
@@ -350,7 +352,7 @@ def test_killed_prepare_leaves_no_whole_set(tmp_path):
     layout = corpus(release(tmp_path/"cv", train=["a", "b"], dev=["d"], test=["e"]), tmp_path)
     prepared(layout)
     whole = contents(layout.prepared)
-    killed("import ai2text.prepare as p\nwrite = p.write_jsonl\ndef write_jsonl(*a): die(); write(*a)\np.write_jsonl = write_jsonl\n"
+    killed("import ai2text.corpora.prepare as p\nwrite = p.write_jsonl\ndef write_jsonl(*a): die(); write(*a)\np.write_jsonl = write_jsonl\n"
            "p.prepare(p.PrepareConfig(tokenizer='char', processes=1), 'data/corpus', 'data/prepared')", tmp_path)
     assert sorted(p.name for p in layout.prepared.glob("*.json*")) == ["rejects.jsonl", "train.jsonl"]
     prepared(layout)
@@ -360,7 +362,7 @@ def test_killed_prepare_leaves_no_whole_set(tmp_path):
 def test_killed_shards_keep_what_is_whole(tmp_path):
     layout = corpus(release(tmp_path/"cv", train=["a", "b", "c", "d"], dev=["e"], test=["f"]), tmp_path)
     prepared(layout)
-    killed("import ai2text.shards as s\nfrom ai2text.config import Layout, read_jsonl\nend = s.tar_end\ndef tar_end(size): die(); return end(size)\ns.tar_end = tar_end\n"
+    killed("import ai2text.data.shards as s\nfrom ai2text.core.layout import Layout; from ai2text.core.files import read_jsonl\nend = s.tar_end\ndef tar_end(size): die(); return end(size)\ns.tar_end = tar_end\n"
            "l = Layout('.')\nconfig = s.ShardsConfig(shard_size=5, codec='wav', processes=1)\n"
            "s.write_shards(read_jsonl(l.manifest('train')), l.split_shards('train'), l.split_index('train'), config, audio_root=l.prepared)", tmp_path)
     folder, names = layout.split_shards("train"), ["shard-000000.tar", "shard-000001.tar"]
@@ -388,10 +390,10 @@ def test_full_disk_leaves_no_half_shard(tmp_path):
 # A model of other data
 
 def test_model_with_another_vocabulary_is_refused(tmp_path):
-    from ai2text.checkpoint import save_model
-    from ai2text.evaluate import EvaluateConfig, evaluate
-    from ai2text.family import build_model
-    from ai2text.text import load_tokenizer
+    from ai2text.models.store import save_model
+    from ai2text.evaluation.evaluate import EvaluateConfig, evaluate
+    from ai2text.models.registry import build_model
+    from ai2text.text.tokenizer import load_tokenizer
     layout = corpus(release(tmp_path/"cv", train=["a", "b"], dev=["d"], test=["e"]), tmp_path)
     prepared(layout)
     model = build_model(dict(family="conformer", size="tiny"), load_tokenizer(layout.tokenizer))
@@ -424,7 +426,7 @@ def fails(w:Workspace, *command:str, code:int)->str:
 
 def stage(w:Workspace, *words:str, code:int)->str:
     "The last line of a stage that fails, with its traceback nowhere but in the report."
-    lines = fails(w, sys.executable, "-m", "ai2text.cli", "stage", *words, code=code).splitlines()
+    lines = fails(w, sys.executable, "-m", "ai2text.pipeline.cli", "stage", *words, code=code).splitlines()
     # Progress bars apart, and what a kernel may say that is told to end just as its cell has ended.
     assert [line for line in lines if line.strip() and "%|" not in line and "KeyboardInterrupt caught in kernel" not in line] == lines[-1:], "\n".join(lines)
     return lines[-1]
@@ -452,7 +454,7 @@ def test_missing_corpus_in_the_terminal(workspace):
 
 def test_full_disk_and_missing_files_in_the_terminal(workspace):
     layout = Layout(workspace.root)
-    limited = ["bash", "-c", f"ulimit -f 200; exec '{sys.executable}' -m ai2text.cli stage shards"] # blocks of 1024 bytes
+    limited = ["bash", "-c", f"ulimit -f 200; exec '{sys.executable}' -m ai2text.pipeline.cli stage shards"] # blocks of 1024 bytes
     says = fails(workspace, *limited, code=1).splitlines()[-1]
     assert says.startswith("ai2text stage: stage shards: OSError: [Errno 27] File too large: 'data/shards/train/shard-000000.tar'"), says
     assert not list(workspace.root.glob("data/shards/*/*")) and not list(workspace.root.glob("data/index/*.json"))
@@ -461,7 +463,7 @@ def test_full_disk_and_missing_files_in_the_terminal(workspace):
     says = stage(workspace, "shards", code=1)
     assert "data/prepared/dev.jsonl'; run the stage that makes it, or `dvc repro` for all; its report" in says
     layout.manifest("dev").write_bytes(held)
-    done = workspace.run(sys.executable, "-m", "ai2text.cli", "stage", "shards")
+    done = workspace.run(sys.executable, "-m", "ai2text.pipeline.cli", "stage", "shards")
     assert done.startswith("train: 1 shards, 8 utterances") and verify(layout.split_shards("dev"), layout.split_index("dev")) == []
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from ai2text.audio import resample
-from ai2text.client import Recogniser, recognise, stream, transcribe
-from ai2text.latency import EDGE, Session, figures, load, measure_service, served
-from ai2text.pieces import LONGEST
-from ai2text.talk import Refused, run
-from ai2text.toy import WORDS, toy_bundle, whistle
+from ai2text.audio.io import resample
+from ai2text.serving.client import Recogniser, recognise, stream, transcribe
+from ai2text.serving.latency import EDGE, Session, figures, load, measure_service, served
+from ai2text.audio.segment import LONGEST
+from ai2text.serving.protocol import Refused, run
+from ai2text.testing.toy_bundle import WORDS, toy_bundle, whistle
 
 RATE, TOKEN = 16_000, "0123456789abcdef"
 

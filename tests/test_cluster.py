@@ -10,14 +10,18 @@ import pytest
 import torch
 
 from ai2text import recipe
-from ai2text.checkpoint import latest, load_checkpoint
-from ai2text.config import Layout, load_params, make, read_jsonl
-from ai2text.faults import KEY, SECRET, serve_s3
-from ai2text.ranks import launch
-from ai2text.recipe import InitConfig, TrainConfig, fit, init, join
-from ai2text.shard_index import load_index
-from ai2text.tiny import tiny_workspace
-from ai2text.trainer import TrainerOptimized
+from ai2text.training.checkpoint import latest, load_checkpoint
+from ai2text.core.files import read_jsonl
+from ai2text.core.layout import Layout
+from ai2text.core.params import load_params, make
+from ai2text.testing.s3_faults import KEY, SECRET, serve_s3
+from ai2text.core.distributed import launch
+from ai2text.training.init import InitConfig, init
+from ai2text.training.run import fit, join
+from ai2text.training.setup import TrainConfig
+from ai2text.data.shard_index import load_index
+from ai2text.testing.workspace import tiny_workspace
+from ai2text.training.trainer import TrainerOptimized
 from conftest import free_port
 
 STEPS, MILESTONES = 40, [dict(wer=0.3, budget_hours=1)]

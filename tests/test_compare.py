@@ -7,8 +7,8 @@ from conftest import ROOT
 from ruamel.yaml import YAML
 from workspace import Workspace
 
-from ai2text.config import load_params
-from ai2text.stage import EACH, STAGES, stage_parameters
+from ai2text.core.params import load_params
+from ai2text.pipeline.stage_runner import EACH, STAGES, stage_parameters
 
 PARAMS, MAIN = load_params(ROOT/"compare/params.yaml"), load_params(ROOT/"params.yaml")
 STEPS = 6
@@ -72,7 +72,7 @@ def test_second_time_nothing_runs(workspace): assert workspace.repro("compare/dv
 
 def test_command_line_says_it(workspace):
     env = dict(PYTHONPATH=str(workspace.root))
-    out = workspace.run("sh", "-c", "cd compare && python -m ai2text.cli compare", **env)
+    out = workspace.run("sh", "-c", "cd compare && python -m ai2text.pipeline.cli compare", **env)
     assert "recommended: conformer" in out and "one run of each model" in out
-    out = workspace.run("sh", "-c", "cd compare && python -m ai2text.cli compare --rev nosuch", ok=False, stderr=True, **env)
+    out = workspace.run("sh", "-c", "cd compare && python -m ai2text.pipeline.cli compare --rev nosuch", ok=False, stderr=True, **env)
     assert "metrics.json at nosuch" in out and "Traceback" not in out

@@ -14,16 +14,17 @@ import pytest
 import soundfile as sf
 from distributed import Client
 
-from ai2text.config import ConfigError, read_jsonl, sha256, write_jsonl
-from ai2text.faults import KEY, SECRET, serve_s3
-from ai2text.shard_index import ShardError, load_index
-from ai2text.shards import ShardsConfig, create_shards, safe_key, verify, write_shards
+from ai2text.core.files import read_jsonl, sha256, write_jsonl
+from ai2text.core.params import ConfigError
+from ai2text.testing.s3_faults import KEY, SECRET, serve_s3
+from ai2text.data.shard_index import ShardError, load_index
+from ai2text.data.shards import ShardsConfig, create_shards, safe_key, verify, write_shards
 from conftest import ROOT, free_port
 from workspace import Workspace, environment
 
 SIZES = dict(train=60, dev=9, test=9)
 OPTIONS = dict(shard_size=5, codec="flac")
-RUN = (sys.executable, "-m", "ai2text.cli")
+RUN = (sys.executable, "-m", "ai2text.pipeline.cli")
 
 
 def record(tree:Path):

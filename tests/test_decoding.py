@@ -13,14 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ai2text.beam import DEFAULTS, Decoder, align_tokens, save_weights, tune, tuned_weights, word_errors
-from ai2text.config import ConfigError, Layout, read_json, sha256, write_json
-from ai2text.ctc import BLANK, ctc_loss, greedy
-from ai2text.lm import UNKNOWN, build_lm, fit_lm, load_lm
-from ai2text.loader import create_webdataset_loader
-from ai2text.family import build_model
-from ai2text.text import CharTokenizer, train_tokenizer
-from ai2text.tiny import tiny_workspace
+from ai2text.decoding.beam_search import DEFAULTS, Decoder, align_tokens, save_weights, tune, tuned_weights, word_errors
+from ai2text.core.files import read_json, sha256, write_json
+from ai2text.core.layout import Layout
+from ai2text.core.params import ConfigError
+from ai2text.models.ctc import BLANK, ctc_loss, greedy
+from ai2text.decoding.ngram_lm import UNKNOWN, build_lm, fit_lm, load_lm
+from ai2text.data.loader import create_webdataset_loader
+from ai2text.models.registry import build_model
+from ai2text.text.tokenizer import CharTokenizer, train_tokenizer
+from ai2text.testing.workspace import tiny_workspace
 
 EVERYTHING = dict(beam=10**6, min_prob=0., margin=math.inf)
 TEXTS = """tôi không biết anh ấy ở đâu|hôm nay trời mưa to lắm|anh ấy không biết hôm nay trời mưa|tôi ở nhà vì trời mưa to|anh ở đâu hôm nay|nhà tôi ở đây
@@ -148,7 +150,7 @@ def test_half_of_a_file_is_no_language_model(files, tmp_path):
 
 def test_modules_are_light():
     "A client that decodes what a bundle computed waits for no training code."
-    code = "import sys; from ai2text.lm import load_lm; print(*sorted({'torchaudio', 'webdataset', 'dvc', 'matplotlib', 'transformers'} & set(sys.modules)))"
+    code = "import sys; from ai2text.decoding.ngram_lm import load_lm; print(*sorted({'torchaudio', 'webdataset', 'dvc', 'matplotlib', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
 
 

@@ -15,15 +15,18 @@ import soundfile
 import torch
 
 from ai2text import export as exporting
-from ai2text.audio import read_audio
-from ai2text.batch import collate
-from ai2text.bundle import INPUTS, BundleError, check_bundle, seal
-from ai2text.checkpoint import save_model
-from ai2text.config import ConfigError, Layout, read_json, read_jsonl, write_json
-from ai2text.conformer import Conformer
-from ai2text.export import ExportConfig, ExportError, export, listen, recommended, run_stream, session, with_silence
-from ai2text.text import load_tokenizer
-from ai2text.tiny import tiny_workspace
+from ai2text.audio.io import read_audio
+from ai2text.core.batch import collate
+from ai2text.serving.bundle import INPUTS, BundleError, check_bundle, seal
+from ai2text.models.store import save_model
+from ai2text.core.files import read_json, read_jsonl, write_json
+from ai2text.core.layout import Layout
+from ai2text.core.params import ConfigError
+from ai2text.models.conformer import Conformer
+from ai2text.serving.bundle import session
+from ai2text.serving.export import ExportConfig, ExportError, export, listen, recommended, run_stream, with_silence
+from ai2text.text.tokenizer import load_tokenizer
+from ai2text.testing.workspace import tiny_workspace
 
 CHUNK, LEFT = 4, 2
 
@@ -211,8 +214,8 @@ def test_other_recommendation_is_told(layout):
 AGAIN = """
 import sys
 from pathlib import Path
-from ai2text.export import write_graphs
-from ai2text.recipe import load_model
+from ai2text.serving.export import write_graphs
+from ai2text.models.store import load_model
 write_graphs(load_model(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
 """
 

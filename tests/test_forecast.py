@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ai2text import forecast
-from ai2text.forecast import EARLY, LATE, START, Arrival, arrival, futures
+from ai2text.ttq.forecast import EARLY, LATE, START, Arrival, arrival, futures
 
 CURVES = Path(__file__).parent/"curves"
 SHARES = .25, .5, .75, .95                # targets: so far, in log WER, from the best evaluation until now to the best of the run

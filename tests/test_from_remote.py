@@ -9,18 +9,23 @@ from dataclasses import asdict
 
 import pytest
 
-import ai2text.loader
-import ai2text.s3
-from ai2text.config import Layout, load_params, make, read_jsonl
-from ai2text.corpus import CorpusConfig, make_corpus
-from ai2text.evaluate import EvaluateConfig, evaluate
-from ai2text.faults import KEY, SECRET, Faults, bad_line, serve_s3
-from ai2text.prepare import SPLITS, PrepareConfig, prepare
-from ai2text.ranks import Ranks
-from ai2text.recipe import InitConfig, TrainConfig, fit, init, publish, train_rank
-from ai2text.s3 import Cache, Server, client
-from ai2text.shard_index import ShardError, load_index
-from ai2text.shards import ShardsConfig, write_shards
+import ai2text.data.loader
+import ai2text.data.storage
+from ai2text.core.files import read_jsonl
+from ai2text.core.layout import Layout
+from ai2text.core.params import load_params, make
+from ai2text.corpora.corpus import CorpusConfig, make_corpus
+from ai2text.evaluation.evaluate import EvaluateConfig, evaluate
+from ai2text.testing.s3_faults import KEY, SECRET, Faults, bad_line, serve_s3
+from ai2text.corpora.prepare import SPLITS, PrepareConfig, prepare
+from ai2text.core.distributed import Ranks
+from ai2text.training.init import InitConfig, init
+from ai2text.training.publish import publish
+from ai2text.training.run import fit, train_rank
+from ai2text.training.setup import TrainConfig
+from ai2text.data.storage import Cache, Server, client
+from ai2text.data.shard_index import ShardError, load_index
+from ai2text.data.shards import ShardsConfig, write_shards
 from workspace import ROOT, M, Workspace
 
 STEPS = dict(max_steps=12, evaluate_every_steps=6)
@@ -193,8 +198,8 @@ def test_a_line_that_breaks(origin, bare, far, monkeypatch):
 def test_the_server_goes_away_and_comes_back(origin, bare, far, tmp_path, monkeypatch):
     "In the middle of a run: a clear error after the tries; the same command goes on when the server is back, and the result is as if nothing had happened."
     windows = dict(asdict(config(bare, TrainConfig, "train")), shuffle_buffer=10, checkpoint_minutes=1e-9)
-    monkeypatch.setattr(ai2text.s3, "LONGEST_WAIT", 0.05)
-    monkeypatch.setattr(ai2text.loader, "Cache", lambda: Cache(gb=2.5*max(s["bytes"] for s in load_index(Layout(bare.root).split_index("train")).shards)/1e9)) # room for two: the server is always needed
+    monkeypatch.setattr(ai2text.data.storage, "LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(ai2text.data.loader, "Cache", lambda: Cache(gb=2.5*max(s["bytes"] for s in load_index(Layout(bare.root).split_index("train")).shards)/1e9)) # room for two: the server is always needed
     class Gone:
         def on_step(self, trainer):
             if trainer.state.step == 2: server.close()

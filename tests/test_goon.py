@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ai2text.faults import KEY, SECRET
+from ai2text.testing.s3_faults import KEY, SECRET
 from workspace import M, Workspace
 
 SHORT = dict(train=dict(max_steps=60, evaluate_every_steps=30))

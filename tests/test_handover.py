@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from ai2text.config import ConfigError, write_jsonl
-from ai2text.handover import handover, pick
-from ai2text.toy import WORDS, toy_bundle, whistle
+from ai2text.core.files import write_jsonl
+from ai2text.core.params import ConfigError
+from ai2text.serving.shadow_test import handover, pick
+from ai2text.testing.toy_bundle import WORDS, toy_bundle, whistle
 
 
 @pytest.fixture(scope="module")

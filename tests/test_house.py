@@ -210,7 +210,7 @@ def test_import_is_light():
 def test_help_is_light():
     loaded = run_python("""
 import contextlib, io, sys
-from ai2text.cli import main
+from ai2text.pipeline.cli import main
 sys.argv = ["ai2text", "--help"]
 with contextlib.redirect_stdout(io.StringIO()) as out:
     try: main()

@@ -15,9 +15,9 @@ import soundfile as sf
 import torch
 import torch.distributed as dist
 
-from ai2text.config import write_json
-from ai2text.loader import create_webdataset_loader
-from ai2text.shards import ShardsConfig, write_shards
+from ai2text.core.files import write_json
+from ai2text.data.loader import create_webdataset_loader
+from ai2text.data.shards import ShardsConfig, write_shards
 
 fork = multiprocessing.get_context("fork")
 SHARDS = 1, 7

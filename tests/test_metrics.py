@@ -7,11 +7,11 @@ import jiwer
 import numpy as np
 import pytest
 
-from ai2text.config import import_closure
-from ai2text.metrics import align, aligned, score, score_rows, utterance_rows
-from ai2text.scorecard import details, matched_pairs, paired_difference, segments, tone_confusions
-from ai2text.text import FINALS, NUCLEI, ONSETS, TONES, VOWELS, place_tone
-from ai2text.tones import MISSED, missed, split_tone, strip_diacritics, strip_tones
+from ai2text.core.code import import_closure
+from ai2text.evaluation.metrics import align, aligned, score, score_rows, utterance_rows
+from ai2text.evaluation.scorecard import details, matched_pairs, paired_difference, segments, tone_confusions
+from ai2text.text.normalise import FINALS, NUCLEI, ONSETS, TONES, VOWELS, place_tone
+from ai2text.text.tones import MISSED, missed, split_tone, strip_diacritics, strip_tones
 
 
 def syllable(rng)->str:
@@ -171,4 +171,4 @@ def test_pairs_are_closer_than_intervals():
 
 def test_training_knows_nothing_of_it():
     "What only evaluation needs is in no run's fingerprint: an edit of a figure trains nothing again."
-    assert not {"evaluate", "scorecard", "tones"} & {path.stem for path in import_closure("ai2text.recipe", "conformer")}
+    assert not {"evaluate", "scorecard", "tones"} & {path.stem for path in import_closure("ai2text.training.run", "conformer")}

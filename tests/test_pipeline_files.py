@@ -9,8 +9,9 @@ import pytest
 from dvc.utils.hydra import apply_overrides
 from papermill import inspect_notebook
 
-from ai2text.config import import_closure, load_params
-from ai2text.stage import EACH, SINGULAR, STAGES, stage_parameters
+from ai2text.core.code import import_closure
+from ai2text.core.params import load_params
+from ai2text.pipeline.stage_runner import EACH, SINGULAR, STAGES, stage_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS = load_params(ROOT/"params.yaml")
@@ -39,7 +40,7 @@ def test_every_stage_is_in_the_pipeline(): assert set(PIPELINE) == set(STAGES)
 def test_command(name):
     assert DVC[name].get("foreach") == ("${%s}" % EACH[name] if name in EACH else None)
     option = f" --{SINGULAR[EACH[name]]} ${{key}}" if name in EACH else ""
-    assert PIPELINE[name]["cmd"] == f"exec python -m ai2text.cli stage {name}{option}"
+    assert PIPELINE[name]["cmd"] == f"exec python -m ai2text.pipeline.cli stage {name}{option}"
 
 
 @pytest.mark.parametrize("name", PIPELINE)
@@ -62,7 +63,7 @@ def test_parameters_fit(name):
 
 
 def test_every_list_of_milestones_is_sound():
-    from ai2text.ttq import read_milestones
+    from ai2text.ttq.log import read_milestones
     plan = [(m.wer, m.budget_hours) for m in read_milestones(PARAMS["milestones"]["plan"], "milestones.plan")]
     assert plan == [(0.30, 4), (0.20, 12), (0.15, 48), (0.10, 120)]
     for name, items in PARAMS["milestones"].items(): read_milestones(items, f"milestones.{name}")

@@ -51,7 +51,7 @@ def processes(root:Path)->dict:
             if p.environ().get(MARK) != str(root) or p.status() == psutil.STATUS_ZOMBIE: continue
             words = " ".join(p.cmdline())
         except (psutil.NoSuchProcess, psutil.AccessDenied): continue
-        found[p] = "runner" if "ai2text.cli stage" in words else "kernel" if "kernel_main" in words else "dvc" if words.endswith("repro") or "dvc repro " in words else words[:80]
+        found[p] = "runner" if "ai2text.pipeline.cli stage" in words else "kernel" if "kernel_main" in words else "dvc" if words.endswith("repro") or "dvc repro " in words else words[:80]
     return found
 
 

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from ai2text import recipe
-from ai2text.checkpoint import latest, load_checkpoint
-from ai2text.config import Layout
-from ai2text.ranks import WORKER, RankError, launch
-from ai2text.recipe import InitConfig, TrainConfig, fit, init
-from ai2text.tiny import tiny_workspace
-from ai2text.trainer import TrainerOptimized
-from ai2text.ttq import load_log
+from ai2text.training.checkpoint import latest, load_checkpoint
+from ai2text.core.layout import Layout
+from ai2text.core.distributed import WORKER, RankError, launch
+from ai2text.training.init import InitConfig, init
+from ai2text.training.run import fit
+from ai2text.training.setup import TrainConfig
+from ai2text.testing.workspace import tiny_workspace
+from ai2text.training.trainer import TrainerOptimized
+from ai2text.ttq.log import load_log
 
 # What runs in a rank
 
@@ -88,7 +90,7 @@ def test_the_end_of_one_is_the_end_of_all(function, says):
 @pytest.mark.parametrize("how, code", [(signal.SIGTERM, 3), (signal.SIGKILL, -signal.SIGKILL)])
 def test_they_end_with_who_started_them(tmp_path, how, code):
     "Asked to stop, they are asked too; killed, they are no orphans."
-    script = f"import sys\nfrom ai2text.ranks import launch\ntry: launch({here(waits)!r}, dict(folder={str(tmp_path)!r}), 2, threads=1)\nexcept KeyboardInterrupt as e: print(e); sys.exit(3)"
+    script = f"import sys\nfrom ai2text.core.distributed import launch\ntry: launch({here(waits)!r}, dict(folder={str(tmp_path)!r}), 2, threads=1)\nexcept KeyboardInterrupt as e: print(e); sys.exit(3)"
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     wait_for(lambda: (tmp_path/"pids").exists() and len((tmp_path/"pids").read_text().split()) == 2)
     pids = [int(pid) for pid in (tmp_path/"pids").read_text().split()]

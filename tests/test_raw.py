@@ -6,8 +6,8 @@ import pytest
 import soundfile as sf
 from dvc.repo import Repo
 
-from ai2text.faults import KEY, SECRET
-from ai2text.s3 import client
+from ai2text.testing.s3_faults import KEY, SECRET
+from ai2text.data.storage import client
 from workspace import Workspace, environment
 
 STAGES = "corpus@demo", "corpus@mine", "prepare"
@@ -26,13 +26,13 @@ def clip(path, number, loud=1.):
 RUNNER = """
 import sys
 from pathlib import Path
-from ai2text.config import Layout, load_params, make
+from ai2text.core.layout import Layout; from ai2text.core.params import load_params, make
 params, layout, stage = load_params("params.yaml"), Layout("."), sys.argv[2]
 if stage == "corpus":
-    from ai2text.corpus import CorpusConfig, make_corpus
+    from ai2text.corpora.importers import CorpusConfig; from ai2text.corpora.corpus import make_corpus
     make_corpus(make(CorpusConfig, params["corpora"][sys.argv[4]], "corpora"), sys.argv[4], layout.corpus(sys.argv[4]), layout.root)
 else:
-    from ai2text.prepare import PrepareConfig, prepare
+    from ai2text.corpora.checks import PrepareConfig; from ai2text.corpora.prepare import prepare
     prepare(make(PrepareConfig, params["prepare"], "prepare"), layout.corpora, layout.prepared, list(params["corpora"]), root=".")
 report = layout.reports/f"{'-'.join([stage, *sys.argv[4:]])}.ipynb"
 report.parent.mkdir(exist_ok=True)

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 from ruamel.yaml import YAML
 
-from ai2text.bundle import BundleError, check_bundle, get
-from ai2text.faults import KEY, SECRET, Faults, bad_line, serve_s3
-from ai2text.s3 import Server, client
-from ai2text.toy import toy_bundle
+from ai2text.serving.bundle import BundleError, check_bundle
+from ai2text.serving.release import get
+from ai2text.testing.s3_faults import KEY, SECRET, Faults, bad_line, serve_s3
+from ai2text.data.storage import Server, client
+from ai2text.testing.toy_bundle import toy_bundle
 
 DVC_YAML = """
 stages:

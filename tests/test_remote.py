@@ -19,7 +19,7 @@ import dvc.cli
 import dvc.logger
 import pytest
 
-from ai2text.faults import KEY, SECRET, Faults, bad_line, serve_s3
+from ai2text.testing.s3_faults import KEY, SECRET, Faults, bad_line, serve_s3
 
 for name in ("configobj", "dulwich.repo", "dvc.cachemgr", "dvc.cli.parser", "dvc.data_cloud", "dvc.lock", "dvc.repo", "dvc_data.index", "dvc_render.vega", "dvc_s3", "psutil", "s3fs", "scmrepo.git"):
     importlib.import_module(name) # once, here, and not in each process below

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from ai2text.batch import Loss, collate
-from ai2text.budget import Budget, Every, WarmupConstantDecay
-from ai2text.checkpoint import latest, load_checkpoint
-from ai2text.recipe import StopWhen
-from ai2text.trainer import Interrupted, TrainerOptimized
-from ai2text.ttq import TTQObserver, TTQTracker, load_log
+from ai2text.core.batch import Loss, collate
+from ai2text.training.budget import Budget, Every, WarmupConstantDecay
+from ai2text.training.checkpoint import latest, load_checkpoint
+from ai2text.ttq.stopping import StopWhen
+from ai2text.training.trainer import Interrupted, TrainerOptimized
+from ai2text.ttq.log import TTQObserver, TTQTracker, load_log
 
 STEPS, KILLS = 60, 25
 

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from ai2text.config import ConfigError, read_jsonl
-from ai2text.corpus import CorpusConfig, make_corpus
-from ai2text.serve import AHEAD, FRAME_BYTES, SAMPLE_RATE, Service, running
-from ai2text.serve_faults import Target, ended, flood, frames, killed, lies, processes, serving, strangers, talk, vanishing
-from ai2text.toy import toy_bundle, whistle
+from ai2text.core.files import read_jsonl
+from ai2text.core.params import ConfigError
+from ai2text.corpora.corpus import CorpusConfig, make_corpus
+from ai2text.serving.engine import SAMPLE_RATE
+from ai2text.serving.server import AHEAD, FRAME_BYTES, Service, running
+from ai2text.testing.serving_faults import Target, ended, flood, frames, killed, lies, processes, serving, strangers, talk, vanishing
+from ai2text.testing.toy_bundle import toy_bundle, whistle
 
 TOKEN = "a token of the service's tests"
 
@@ -161,7 +163,7 @@ def test_without_a_network_of_its_own_it_says_so(bundle):
 def test_tampered_bundle_and_wrong_settings(bundle, tmp_path):
     "No runtime is started for files that are not what they were."
     def run(*arguments, **environment):
-        code = "import sys; from ai2text.cli import arguments; from ai2text.serve import serve; import argparse; p = argparse.ArgumentParser(); arguments(p, serve, 'bundle'); serve(**vars(p.parse_args()))"
+        code = "import sys; from ai2text.pipeline.cli import arguments; from ai2text.serving.server import serve; import argparse; p = argparse.ArgumentParser(); arguments(p, serve, 'bundle'); serve(**vars(p.parse_args()))"
         done = subprocess.run([sys.executable, "-c", code, str(bundle), "--port", "0", *arguments], capture_output=True, text=True, env=os.environ | environment, timeout=60)
         return done.returncode, done.stdout, done.stderr.strip().splitlines()[-1] if done.stderr else ""
     code, out, error = run("--help")

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from ai2text.config import ConfigError, sha256
-from ai2text.shards import create_shards, verify
+from ai2text.core.files import sha256
+from ai2text.core.params import ConfigError
+from ai2text.data.shards import create_shards, verify
 from conftest import ROOT, free_port
 
 OPTIONS = dict(shard_size=10, codec="flac")
@@ -75,7 +76,7 @@ def kill_and_resume(command, out_dir, kills, seed=0):
 
 def command(corpus, out):
     options = dict(audio_dir=corpus[0], transcript_file=corpus[1], output_dir=out, processes=2, **OPTIONS)
-    return [sys.executable, "-m", "ai2text.cli", "shards", *(str(o) for k, v in options.items() for o in ("--" + k.replace("_", "-"), v))]
+    return [sys.executable, "-m", "ai2text.pipeline.cli", "shards", *(str(o) for k, v in options.items() for o in ("--" + k.replace("_", "-"), v))]
 
 
 def test_killed_at_any_moment(corpus, whole, tmp_path):

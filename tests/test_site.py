@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ai2text.site import GENERATOR, POLICY, site
+from ai2text.pipeline.site import GENERATOR, POLICY, site
 from conftest import ROOT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -11,15 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ai2text.batch import SAMPLE_RATE, collate
-from ai2text.checkpoint import load_config, load_weights, save_model
-from ai2text.config import ConfigError, Layout, make
-from ai2text.optimizer import make_optimizer
-from ai2text.pretrain import PretrainConfig, pretrain, unlabelled_loader
-from ai2text.text import CharTokenizer
-from ai2text.tiny import tiny_workspace
-from ai2text.trainer import TrainerOptimized
-from ai2text.wav2vec import WEIGHTS, Wav2Vec2, normalise_wave
+from ai2text.core.batch import SAMPLE_RATE, collate
+from ai2text.models.store import load_config, load_weights, save_model
+from ai2text.core.layout import Layout
+from ai2text.core.params import ConfigError, make
+from ai2text.training.optimizer import make_optimizer
+from ai2text.training.pretrain import PretrainConfig, pretrain, unlabelled_loader
+from ai2text.text.tokenizer import CharTokenizer
+from ai2text.testing.workspace import tiny_workspace
+from ai2text.training.trainer import TrainerOptimized
+from ai2text.models.wav2vec import WEIGHTS, Wav2Vec2, normalise_wave
 
 TOKENIZER = CharTokenizer()
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -198,8 +199,8 @@ def test_a_name_without_a_commit_is_refused():
 
 def test_weights_that_cannot_be_had_come_with_the_command_that_gets_them(tmp_path):
     code = f"""
-from ai2text.config import ConfigError
-from ai2text.wav2vec import find_release
+from ai2text.core.params import ConfigError
+from ai2text.models.wav2vec import find_release
 try: find_release("facebook/wav2vec2-base", "{COMMIT}")
 except ConfigError as e: print(e)"""
     env = os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path), PYTHONPATH=os.pathsep.join(sys.path))

@@ -203,7 +203,7 @@ def test_kernel_ends_with_a_killed_runner(tmp_path):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_processes_of_a_stage_end_with_it(tmp_path, signum):
     "Asked to stop, a stage asks its ranks; killed, it leaves none."
-    root = project(tmp_path, "from ai2text.ranks import launch\nlaunch('boiling:boil', {}, 2, threads=1)")
+    root = project(tmp_path, "from ai2text.core.distributed import launch\nlaunch('boiling:boil', {}, 2, threads=1)")
     (root/"boiling.py").write_text(BOIL)
     process = start(root)
     wait_for((root/"started").exists, seconds=180)

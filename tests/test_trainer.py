@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ai2text.batch import Batch, Loss, collate
-from ai2text.budget import Budget, Every, WarmupConstantDecay
-from ai2text.checkpoint import latest, load_batches, load_checkpoint
-from ai2text.conformer import Conformer
-from ai2text.ranks import Ranks
-from ai2text.text import CharTokenizer
-from ai2text.trainer import Interrupted, TrainerOptimized
+from ai2text.core.batch import Batch, Loss, collate
+from ai2text.training.budget import Budget, Every, WarmupConstantDecay
+from ai2text.training.checkpoint import latest, load_batches, load_checkpoint
+from ai2text.models.conformer import Conformer
+from ai2text.core.distributed import Ranks
+from ai2text.text.tokenizer import CharTokenizer
+from ai2text.training.trainer import Interrupted, TrainerOptimized
 from conftest import free_port
 
 STEPS, KILLS = 30, 6

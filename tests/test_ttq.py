@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ai2text.budget import Budget
-from ai2text.ttq import ACHIEVED, LATE, MISSED, TTQObserver, TTQTracker, forecast_run, load_log, read_entries, read_milestones, verdicts
+from ai2text.training.budget import Budget
+from ai2text.ttq.log import ACHIEVED, LATE, MISSED, TTQObserver, TTQTracker, forecast_run, load_log, read_entries, read_milestones, verdicts
 
 PLAN = [dict(wer=.30, budget_hours=4), dict(wer=.20, budget_hours=12), dict(wer=.15, budget_hours=48), dict(wer=.10, budget_hours=120)]
 
@@ -249,9 +249,9 @@ def test_a_run_that_was_stopped_says_why(tracker, clock):
 
 def test_with_the_trainer(tmp_path):
     import torch
-    from ai2text.batch import Loss, collate
-    from ai2text.budget import Every
-    from ai2text.trainer import TrainerOptimized
+    from ai2text.core.batch import Loss, collate
+    from ai2text.training.budget import Every
+    from ai2text.training.trainer import TrainerOptimized
     class Model(torch.nn.Module):
         def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.ones(1))
         def forward(self, batch): return Loss((self.w*batch.audio).pow(2).sum(), torch.tensor(float(len(batch))), {})

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ai2text.ttq import load_log, read_entries
+from ai2text.ttq.log import load_log, read_entries
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAN = [dict(wer=wer, budget_hours=hours) for wer,hours in ((.8, .1), (.6, 2), (.45, 3), (.35, 500), (.3, 500), (.1, 500))] # the last is never reached
@@ -21,7 +21,7 @@ JUMP = 9. # hours that a jumping clock is off at most
 
 LIFE = """
 import json, math, mmap, random, struct, sys, time
-from ai2text.ttq import TTQTracker
+from ai2text.ttq.log import TTQTracker
 
 log, page, life, step, wall, jump, seed = sys.argv[1], sys.argv[2], *map(float, sys.argv[3:])
 rng, step = random.Random(seed), int(step)

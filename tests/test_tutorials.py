@@ -15,7 +15,7 @@ def moved_in(root:Path):
     cells = ["".join(c["source"]) for c in json.loads((ROOT/"nbs/tutorials/family.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
     family, = [source for source in cells if "class Gru(" in source]
     end = "#| hide\nimport nbdev; nbdev.nbdev_export()"
-    needs, test = "#| hide\nfrom ai2text.text import CharTokenizer", "assert Gru.from_config(dict(width=8), CharTokenizer()).config == dict(width=8, layers=2)"
+    needs, test = "#| hide\nfrom ai2text.text.tokenizer import CharTokenizer", "assert Gru.from_config(dict(width=8), CharTokenizer()).config == dict(width=8, layers=2)"
     write(new_notebook(cells=[new_markdown_cell("# Gru\n> Forwards and backwards."), new_code_cell("#| default_exp gru"), *(new_code_cell(f"#| export\n{part}") for part in split(family)),
                               new_code_cell(needs), new_code_cell(test), new_code_cell(end)], metadata=dict(kernelspec=dict(display_name="python3", language="python", name="python3"))), root/"nbs/66_gru.ipynb")
     house = root/"nbs/70_family.ipynb"

@@ -8,14 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ai2text.batch import collate
-from ai2text.budget import Budget
-from ai2text.checkpoint import load_config, load_weights, save_model
-from ai2text.config import ConfigError, read_json, write_json
-from ai2text.optimizer import make_optimizer
-from ai2text.text import CharTokenizer
-from ai2text.trainer import TrainerOptimized
-from ai2text.whisper import TIED, Whisper, small_checkpoint
+from ai2text.core.batch import collate
+from ai2text.training.budget import Budget
+from ai2text.models.store import load_config, load_weights, save_model
+from ai2text.core.files import read_json, write_json
+from ai2text.core.params import ConfigError
+from ai2text.training.optimizer import make_optimizer
+from ai2text.text.tokenizer import CharTokenizer
+from ai2text.training.trainer import TrainerOptimized
+from ai2text.models.whisper import TIED, Whisper, small_checkpoint
 
 TEXTS = ["xin chào các bạn", "hôm nay trời đẹp quá", "một hai ba bốn năm"]
 NAME, REVISION = "openai/whisper-small", "0123456789"*4

@@ -8,7 +8,7 @@ import zipfile
 import pytest
 from ruamel.yaml import YAML
 
-from ai2text.cli import COMMANDS
+from ai2text.pipeline.cli import COMMANDS
 from conftest import ROOT
 
 WORKFLOWS = {path.name: YAML(typ="safe", pure=True).load(path.read_text("utf-8")) for path in sorted((ROOT/".github/workflows").glob("*.y*ml"))}
@@ -129,9 +129,9 @@ def test_source_archive_and_wheel_are_whole(tmp_path):
     assert package == {n for n in names if n.startswith("ai2text/")}, package ^ {n for n in names if n.startswith("ai2text/")}
     assert all(found[0][n] == (ROOT/n).read_bytes() for n in package)
     assert {"ai2text/demo/sentences.vi.txt", "ai2text/demo/LICENSE", "ai2text/web/index.html", "ai2text/web/report.css", "ai2text/abbreviations.tsv"} <= package
-    assert any(n.endswith("entry_points.txt") and b"ai2text=ai2text.cli:main" in data.replace(b" ", b"") for n, data in found[0].items())
+    assert any(n.endswith("entry_points.txt") and b"ai2text=ai2text.pipeline.cli:main" in data.replace(b" ", b"") for n, data in found[0].items())
     assert found[0] == found[1], "the archive builds another wheel"
     (to/"x").mkdir()
     with zipfile.ZipFile(next(to.glob("*.whl"))) as wheel: wheel.extractall(to/"x")
-    done = subprocess.run([sys.executable, "-c", "import ai2text.cli as c, sys; sys.exit(c.main(['--version']))"], cwd=to/"x", env={"PYTHONPATH": str(to/"x")}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", "import ai2text.pipeline.cli as c, sys; sys.exit(c.main(['--version']))"], cwd=to/"x", env={"PYTHONPATH": str(to/"x")}, capture_output=True, text=True)
     assert done.stdout.strip() == re.search(r"^version *= *(\S+)", SETTINGS, re.M)[1], done.stderr
