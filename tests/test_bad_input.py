@@ -21,11 +21,15 @@ from ai2text.core.files import read_json, read_jsonl, sha256
 from ai2text.core.layout import Layout
 from ai2text.core.params import ConfigError
 from ai2text import corpus as corpus_module
-from ai2text.corpora.corpus import CorpusConfig, make_corpus
+from ai2text.core.sections import CorpusConfig
+from ai2text.corpora.corpus import make_corpus
 from ai2text.data.loader import create_webdataset_loader
-from ai2text.corpora.prepare import SPLITS, PrepareConfig, prepare
+from ai2text.corpora.checks import SPLITS
+from ai2text.core.sections import PrepareConfig
+from ai2text.corpora.prepare import prepare
 from ai2text.data.shard_index import load_index
-from ai2text.data.shards import ShardsConfig, verify, write_shards
+from ai2text.core.sections import ShardsConfig
+from ai2text.data.shards import verify, write_shards
 from workspace import ROOT, M, Workspace, environment
 
 DIGITS = "không một hai ba bốn năm sáu bảy tám chín".split()
@@ -391,8 +395,9 @@ def test_full_disk_leaves_no_half_shard(tmp_path):
 
 def test_model_with_another_vocabulary_is_refused(tmp_path):
     from ai2text.models.store import save_model
-    from ai2text.evaluation.evaluate import EvaluateConfig, evaluate
-    from ai2text.models.registry import build_model
+    from ai2text.core.sections import EvaluateConfig
+    from ai2text.evaluation.evaluate import evaluate
+    from ai2text.models.store import build_model
     from ai2text.text.tokenizer import load_tokenizer
     layout = corpus(release(tmp_path/"cv", train=["a", "b"], dev=["d"], test=["e"]), tmp_path)
     prepared(layout)

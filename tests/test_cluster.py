@@ -16,9 +16,10 @@ from ai2text.core.layout import Layout
 from ai2text.core.params import load_params, make
 from ai2text.testing.s3_faults import KEY, SECRET, serve_s3
 from ai2text.core.distributed import launch
-from ai2text.training.init import InitConfig, init
+from ai2text.core.sections import InitConfig
+from ai2text.training.init import init
 from ai2text.training.run import fit, join
-from ai2text.training.setup import TrainConfig
+from ai2text.core.sections import TrainConfig
 from ai2text.data.shard_index import load_index
 from ai2text.testing.workspace import tiny_workspace
 from ai2text.training.trainer import TrainerOptimized

@@ -18,7 +18,8 @@ from ai2text.core.files import read_jsonl, sha256, write_jsonl
 from ai2text.core.params import ConfigError
 from ai2text.testing.s3_faults import KEY, SECRET, serve_s3
 from ai2text.data.shard_index import ShardError, load_index
-from ai2text.data.shards import ShardsConfig, create_shards, safe_key, verify, write_shards
+from ai2text.core.sections import ShardsConfig
+from ai2text.data.shards import create_shards, safe_key, verify, write_shards
 from conftest import ROOT, free_port
 from workspace import Workspace, environment
 

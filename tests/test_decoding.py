@@ -20,7 +20,7 @@ from ai2text.core.params import ConfigError
 from ai2text.models.ctc import BLANK, ctc_loss, greedy
 from ai2text.decoding.ngram_lm import UNKNOWN, build_lm, fit_lm, load_lm
 from ai2text.data.loader import create_webdataset_loader
-from ai2text.models.registry import build_model
+from ai2text.models.store import build_model
 from ai2text.text.tokenizer import CharTokenizer, train_tokenizer
 from ai2text.testing.workspace import tiny_workspace
 

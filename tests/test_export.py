@@ -24,7 +24,8 @@ from ai2text.core.layout import Layout
 from ai2text.core.params import ConfigError
 from ai2text.models.conformer import Conformer
 from ai2text.serving.bundle import session
-from ai2text.serving.export import ExportConfig, ExportError, export, listen, recommended, run_stream, with_silence
+from ai2text.core.sections import ExportConfig
+from ai2text.serving.export import ExportError, export, listen, recommended, run_stream, with_silence
 from ai2text.text.tokenizer import load_tokenizer
 from ai2text.testing.workspace import tiny_workspace
 

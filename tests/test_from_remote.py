@@ -14,18 +14,24 @@ import ai2text.data.storage
 from ai2text.core.files import read_jsonl
 from ai2text.core.layout import Layout
 from ai2text.core.params import load_params, make
-from ai2text.corpora.corpus import CorpusConfig, make_corpus
-from ai2text.evaluation.evaluate import EvaluateConfig, evaluate
+from ai2text.core.sections import CorpusConfig
+from ai2text.corpora.corpus import make_corpus
+from ai2text.core.sections import EvaluateConfig
+from ai2text.evaluation.evaluate import evaluate
 from ai2text.testing.s3_faults import KEY, SECRET, Faults, bad_line, serve_s3
-from ai2text.corpora.prepare import SPLITS, PrepareConfig, prepare
+from ai2text.corpora.checks import SPLITS
+from ai2text.core.sections import PrepareConfig
+from ai2text.corpora.prepare import prepare
 from ai2text.core.distributed import Ranks
-from ai2text.training.init import InitConfig, init
+from ai2text.core.sections import InitConfig
+from ai2text.training.init import init
 from ai2text.training.publish import publish
 from ai2text.training.run import fit, train_rank
-from ai2text.training.setup import TrainConfig
+from ai2text.core.sections import TrainConfig
 from ai2text.data.storage import Cache, Server, client
 from ai2text.data.shard_index import ShardError, load_index
-from ai2text.data.shards import ShardsConfig, write_shards
+from ai2text.core.sections import ShardsConfig
+from ai2text.data.shards import write_shards
 from workspace import ROOT, M, Workspace
 
 STEPS = dict(max_steps=12, evaluate_every_steps=6)

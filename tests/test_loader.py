@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from ai2text.core.files import write_json
 from ai2text.data.loader import create_webdataset_loader
-from ai2text.data.shards import ShardsConfig, write_shards
+from ai2text.core.sections import ShardsConfig
+from ai2text.data.shards import write_shards
 
 fork = multiprocessing.get_context("fork")
 SHARDS = 1, 7

@@ -13,9 +13,10 @@ from ai2text import recipe
 from ai2text.training.checkpoint import latest, load_checkpoint
 from ai2text.core.layout import Layout
 from ai2text.core.distributed import WORKER, RankError, launch
-from ai2text.training.init import InitConfig, init
+from ai2text.core.sections import InitConfig
+from ai2text.training.init import init
 from ai2text.training.run import fit
-from ai2text.training.setup import TrainConfig
+from ai2text.core.sections import TrainConfig
 from ai2text.testing.workspace import tiny_workspace
 from ai2text.training.trainer import TrainerOptimized
 from ai2text.ttq.log import load_log

@@ -17,7 +17,8 @@ from ai2text.testing.s3_faults import KEY, SECRET, Faults, bad_line
 from ai2text.data.loader import create_webdataset_loader
 from ai2text.data.storage import Cache, S3Stream, Server, _client, register_gopen
 from ai2text.data.shard_index import ShardError, load_index
-from ai2text.data.shards import ShardsConfig, write_shards
+from ai2text.core.sections import ShardsConfig
+from ai2text.data.shards import write_shards
 
 
 def make_shards(folder, count=60, shard_size=10, tone=5):

@@ -16,7 +16,8 @@ import soundfile as sf
 
 from ai2text.core.files import read_jsonl
 from ai2text.core.params import ConfigError
-from ai2text.corpora.corpus import CorpusConfig, make_corpus
+from ai2text.core.sections import CorpusConfig
+from ai2text.corpora.corpus import make_corpus
 from ai2text.serving.engine import SAMPLE_RATE
 from ai2text.serving.server import AHEAD, FRAME_BYTES, Service, running
 from ai2text.testing.serving_faults import Target, ended, flood, frames, killed, lies, processes, serving, strangers, talk, vanishing

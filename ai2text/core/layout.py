@@ -40,6 +40,7 @@ class Layout:
         return self.root/".." if is_workspace(self.root) and is_workspace(self.root/"..") and not (self.root/"nbs").is_dir() else self.root
 
     notebooks = property(lambda self: self.project/"nbs", doc="of which the reports are made")
+    identities = property(lambda self: self.project/"identity", doc="the code of each stage, which DVC compares")
     corpora   = property(lambda self: self.project/"data/corpus", doc="imported corpora, a folder each")
     prepared  = property(lambda self: self.project/"data/prepared", doc="manifests, rejects and the tokenizer")
     tokenizer = property(lambda self: self.prepared/"tokenizer", doc="trained on the prepared train split")

@@ -4,47 +4,27 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'BLOCK', 'FRAME_RATE', 'ROUNDING', 'SNR_DB', 'TRUNCATED', 'LOSSLESS', 'TWICE', 'CHUNK', 'UNKNOWN_LENGTH',
-           'REASONS', 'MARKUP', 'NOTED', 'FRAMES_PER_SECOND', 'PrepareConfig', 'signal_to_noise', 'measure', 'missing',
-           'probe', 'check_text', 'decibels', 'check_audio', 'sift', 'check_repeated', 'unknown_table', 'voice',
-           'draw_speakers', 'assign_splits', 'check_speakers', 'check_leak', 'check_duplicates', 'outputs', 'needed',
-           'check_time', 'describe']
+           'REASONS', 'MARKUP', 'NOTED', 'FRAMES_PER_SECOND', 'signal_to_noise', 'measure', 'missing', 'probe',
+           'check_text', 'decibels', 'check_audio', 'sift', 'check_repeated', 'unknown_table', 'voice', 'draw_speakers',
+           'assign_splits', 'check_speakers', 'check_leak', 'check_duplicates', 'outputs', 'needed', 'check_time',
+           'describe']
 
 # %% ../../nbs/corpora/40_checks.ipynb #3616b5c9
 import hashlib, os, re, unicodedata
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
-from ..core.params import ConfigError, opt
+from ..core.params import ConfigError
+from ..core.sections import PrepareConfig
 from ..core.files import sha256
 from ..text.normalise import foreign_words, unknown_characters, unknown_report, wrong_script
-from ..text.tokenizer import KINDS, Tokenizer, min_frames
+from ..text.tokenizer import Tokenizer, min_frames
 
 # %% ../../nbs/corpora/40_checks.ipynb #64dd3996
 SPLITS = ("train", "dev", "test")
-
-@dataclass
-class PrepareConfig:
-    "The section `prepare` of params.yaml."
-    min_seconds:float = opt(0.2, "shortest utterance kept", ge=0)
-    max_seconds:float = opt(30., "longest utterance kept", gt=0)
-    min_characters_per_second:float = opt(1., "a slower utterance is mostly silence, or half of its text is missing", ge=0)
-    max_characters_per_second:float = opt(40., "a faster utterance has text that was never spoken", gt=0)
-    silence_db:float = opt(-60., "an utterance whose peak is below this level (dB of full scale) is silent", le=0)
-    max_clipped:float = opt(0.02, "largest share of samples at full scale", gt=0, le=1)
-    max_reject_share:float = opt(0.1, "stop if a larger share of the utterances is rejected", ge=0, le=1)
-    splits:str = opt("source", "source: as the corpus has them, where it has them; speaker: always drawn by speaker", choices=("source", "speaker"))
-    dev_share:float = opt(0.05, "share of the utterances for dev, if it must be drawn", gt=0, lt=0.5)
-    test_share:float = opt(0.05, "share of the utterances for test, if it must be drawn", gt=0, lt=0.5)
-    seed:int = opt(0, "seed of that draw")
-    foreign:str = opt("keep", "words in letters that Vietnamese lacks: keep, spell them out, or reject the utterance", choices=("keep", "spell", "reject"))
-    abbreviations:str = opt("", "file of abbreviations and how they are read, from the project's root or absolute; empty: none")
-    tokenizer:str = opt("bpe", "pieces of words (bpe) or letters (char)", choices=KINDS)
-    vocab_size:int = opt(256, "symbols of a bpe tokenizer, the blank included", ge=2)
-    processes:int = opt(0, "processes that probe; 0 = one for each core", ge=0)
 
 # %% ../../nbs/corpora/40_checks.ipynb #d2f25776
 BLOCK = 1 << 18                # values decoded at a time

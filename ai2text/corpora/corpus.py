@@ -22,7 +22,8 @@ from ..core.tables import SPLIT_COLOURS
 from ..audio.io import Player as FilePlayer, read_wave
 from .tts import generator, plot_words
 from .demo import sentence, speaker_variant
-from .importers import CorpusConfig, REASONS, _reject, _where, sift_entries
+from ..core.sections import CorpusConfig
+from .importers import REASONS, _reject, _where, sift_entries
 
 # %% ../../nbs/corpora/30_corpus.ipynb #5fdb43a3
 LATER = 0.5 # s that a recording may be longer than its list says

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['REASONS', 'LINES', 'FIELDS', 'SPLIT_NAMES', 'AUDIO', 'ENDS', 'HOMES', 'IMPORTERS', 'TRANSCRIPTS', 'list_of',
            'read_text', 'read_list', 'read_lines', 'read_table', 'fields', 'nfc', 'Files', 'import_demo',
-           'import_common_voice', 'import_vivos', 'Pairs', 'import_json', 'import_nemo', 'write_nemo', 'import_csv',
-           'import_folder', 'refuse', 'CorpusConfig', 'sift_entries']
+           'import_common_voice', 'import_vivos', 'Pairs', 'import_json', 'import_nemo', 'write_nemo',
+           'export_manifest', 'import_csv', 'import_folder', 'refuse', 'check_source', 'sift_entries']
 
 # %% ../../nbs/corpora/20_importers.ipynb #c892fdab
 import csv, json, os, re, unicodedata
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..core.params import ConfigError, opt
-from ..core.files import write_jsonl
-from .demo import DemoConfig, SENTENCES, demo_sentences, plan_demo, record
+from ..core.params import ConfigError
+from ..core.sections import CorpusConfig
+from ..core.files import read_jsonl, write_jsonl
+from .demo import SENTENCES, demo_sentences, plan_demo, record
 
 # %% ../../nbs/corpora/20_importers.ipynb #dab9a9f1
 REASONS = {
@@ -174,7 +174,7 @@ def import_demo(cfg, source:Path|None):
         yield dict(file=SENTENCES, id=u.id, text_raw=u.sentence, speaker=u.voice.name, dialect=u.voice.dialect, split=u.split, record=partial(record, u, seed=cfg.seed))
 
 # %% ../../nbs/corpora/20_importers.ipynb #30e488c9
-def import_common_voice(cfg, source:Path):
+def import_common_voice(cfg:CorpusConfig, source:Path):
     "a language's folder of a Common Voice release, with clips/ and train.tsv in it, as cv-corpus-21.0/vi"
     tables = [split for split in ("test", "dev", "train") if (source/f"{split}.tsv").is_file()]
     if not tables or not (source/"clips").is_dir(): raise ConfigError(f"{source}: holds no {'clips/' if tables else 'test.tsv, dev.tsv, train.tsv'}; path must name {import_common_voice.__doc__}")
@@ -184,7 +184,7 @@ def import_common_voice(cfg, source:Path):
             yield where | dict(id=Path(name).stem, audio=os.path.join("clips", name), text_raw=row.get("sentence"), speaker=row.get("client_id"), dialect=row.get("accents"), split=split)
 
 # %% ../../nbs/corpora/20_importers.ipynb #7609d1bf
-def import_vivos(cfg, source:Path):
+def import_vivos(cfg:CorpusConfig, source:Path):
     "the folder of VIVOS, with train/ and test/, or one of these, with prompts.txt and waves/SPEAKER/ID.wav in it"
     parts = [name for name in ("test", "train", ".") if (source/name/"prompts.txt").is_file()]
     if not parts: raise ConfigError(f"{source}: holds neither prompts.txt nor train/prompts.txt; path must name {import_vivos.__doc__}")
@@ -219,14 +219,14 @@ def _json_records(path:Path)->list:
     if not isinstance(found, list): raise ConfigError(f"{path}: holds a {type(found).__name__}; {mend}")
     return [(where, dict(v)) if isinstance(v, Pairs) else (where | dict(reason="not JSON", detail=repr(v)[:80]), {}) for v in found]
 
-def import_json(cfg, source:Path):
+def import_json(cfg:CorpusConfig, source:Path):
     "the folder of the recordings that the JSON file `transcripts` names"
     records = _json_records(path := list_of(source, "", cfg.transcripts))
     if any("audio_filepath" in (*r, r.get("id")) for _,r in records): raise ConfigError(f"{path}: a manifest of NeMo's, with audio_filepath; set source to nemo")
     for where,cells in records: yield where | fields(cells)
 
 # %% ../../nbs/corpora/20_importers.ipynb #41747d1f
-def import_nemo(cfg, source:Path):
+def import_nemo(cfg:CorpusConfig, source:Path):
     "the folder of the recordings that NeMo's manifests name; `transcripts` is where the manifests are, if not there"
     at = list_of(source, ".", cfg.transcripts)
     manifests = sorted(p for p in at.glob("*.json*") if p.suffix in (".json", ".jsonl")) if at.is_dir() else [at]
@@ -252,14 +252,26 @@ def write_nemo(
         return dict(audio_filepath=audio, duration=row["duration"], text=row.get("text", row["text_raw"])) | more
     write_jsonl(path, map(theirs, rows))
 
+# %% ../../nbs/corpora/20_importers.ipynb #da27537b
+def export_manifest(
+    manifest:Path, # data/corpus/NAME/manifest.jsonl, as recorded; or data/prepared/SPLIT.jsonl, normalised and checked
+    to:Path,       # the file to write; its paths of recordings start from its folder
+)->str:
+    "Write a manifest for NeMo."
+    if not manifest.is_file(): raise ConfigError(f"{manifest}: no such manifest; run the stages `corpus` and `prepare`")
+    if to.exists() and to.samefile(manifest): raise ConfigError(f"{to}: is the manifest itself; give another file")
+    rows = read_jsonl(manifest)
+    write_nemo(rows, to, manifest.parent)
+    return f"{to}: {len(rows):,} utterances, {sum(row['duration'] for row in rows)/3600:.2f} h"
+
 # %% ../../nbs/corpora/20_importers.ipynb #d8d2e846
-def import_csv(cfg, source:Path):
+def import_csv(cfg:CorpusConfig, source:Path):
     "the folder that holds metadata.csv and the recordings, or wavs/"
     names = {2: ("id", "text"), 3: ("id", "text", "normalized_text")}
     for where,cells in read_table(list_of(source, "metadata.csv", cfg.transcripts), [("text", *FIELDS["text_raw"]), FIELDS["id"] + FIELDS["audio"]], names): yield where | fields(cells)
 
 # %% ../../nbs/corpora/20_importers.ipynb #890fa027
-def import_folder(cfg, source:Path):
+def import_folder(cfg:CorpusConfig, source:Path):
     "a folder of recordings, each with a .txt beside it; folders within are speakers"
     files = Files(source)
     for folder,below,names in os.walk(source):
@@ -318,25 +330,12 @@ def refuse(
 # %% ../../nbs/corpora/20_importers.ipynb #96d0d1ba
 TRANSCRIPTS = "json", "nemo", "csv" # sources with a list of any name
 
-@dataclass
-class CorpusConfig(DemoConfig):
-    "An item of the section `corpora` of params.yaml."
-    source:str = opt("demo", "how the corpus is laid out: a key of IMPORTERS")
-    path:str = opt("", "folder of the source, from the project's root or absolute; for demo, the one with sentences.vi.txt (empty = the text in the package)")
-    transcripts:str = opt("", "the list, from `path` or absolute: of json, the file; of csv, by default metadata.csv; of nemo, a manifest or a folder of them, by default `path`")
-    processes:int = opt(0, "processes; 0 = one for each core", ge=0)
-
-    def __post_init__(self):
-        if self.source not in IMPORTERS: raise ValueError(f"source {self.source!r} is not known; choose from {', '.join(IMPORTERS)}")
-        if self.source != "demo" and not self.path: raise ValueError(f"path is empty; give {IMPORTERS[self.source].__doc__}")
-        if self.source == "json" and not self.transcripts: raise ValueError("transcripts is empty; name the JSON file")
-        if self.transcripts and self.source not in TRANSCRIPTS: raise ValueError(f"transcripts is for {', '.join(TRANSCRIPTS)}; source {self.source} knows where they are")
-
-    def folder(self,
-        root=".", # folder that a relative `path` starts from
-    )->Path|None: # the source's; None if there is no `path`
-        "Where the source lies."
-        return Path(root)/Path(self.path).expanduser() if self.path else None
+def check_source(cfg:CorpusConfig):
+    "Refuse parameters that do not fit their source; `ConfigError` names the mend."
+    if cfg.source not in IMPORTERS: raise ConfigError(f"source {cfg.source!r} is not known; choose from {', '.join(IMPORTERS)}")
+    if cfg.source != "demo" and not cfg.path: raise ConfigError(f"path is empty; give {IMPORTERS[cfg.source].__doc__}")
+    if cfg.source == "json" and not cfg.transcripts: raise ConfigError("transcripts is empty; name the JSON file")
+    if cfg.transcripts and cfg.source not in TRANSCRIPTS: raise ConfigError(f"transcripts is for {', '.join(TRANSCRIPTS)}; source {cfg.source} knows where they are")
 
 # %% ../../nbs/corpora/20_importers.ipynb #a942d023
 def _reject(entry:dict)->dict:
@@ -350,6 +349,7 @@ def sift_entries(
     source:Path|None, # the folder of the source; None where the package has it
 )->tuple[list,list]:  # entries whose recordings are to be opened, and rejects
     "Everything that an importer finds."
+    check_source(cfg)
     importer, entries, rejects, seen = IMPORTERS[cfg.source], [], [], {}
     if source and not source.is_dir(): raise ConfigError(f"{source}: no such folder; path must name {importer.__doc__}")
     try: os.listdir(source or ".")

@@ -24,7 +24,8 @@ from ..core.tables import Html, SPLIT_COLOURS
 from ..text.normalise import ALPHABET, NORMALISER_VERSION, normalise, read_abbreviations
 from ..text.tokenizer import Tokenizer, train_tokenizer
 from ..audio.io import Player
-from .checks import PrepareConfig, REASONS, SPLITS, assign_splits, check_audio, check_duplicates, check_leak, check_repeated, check_speakers, check_text, check_time, decibels, describe, needed, outputs, probe, sift, unknown_table, voice
+from ..core.sections import PrepareConfig
+from .checks import REASONS, SPLITS, assign_splits, check_audio, check_duplicates, check_leak, check_repeated, check_speakers, check_text, check_time, decibels, describe, needed, outputs, probe, sift, unknown_table, voice
 
 # %% ../../nbs/corpora/50_prepare.ipynb #6d152869
 def corpus_folders(

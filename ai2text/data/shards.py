@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['plain_key', 'ZEROS', 'ROLLOFF', 'MAX_SECONDS', 'PIECE', 'TWICE', 'UNKNOWN', 'RECORD', 'BEFORE_SIZE', 'BEFORE_SUM',
-           'AFTER_SUM', 'FIXED_SUM', 'NOT_IN_SHARD', 'as_json', 'TRIAL', 'STRIDE', 'ShardsConfig', 'safe_key', 'spread',
-           'resample_exact', 'read_pcm', 'encode', 'tar_header', 'tar_end', 'utterance_block', 'plan_shards',
-           'versions', 'ShardTask', 'recipe', 'write_shard', 'locked', 'have_recordings', 'encode_shard',
-           'collect_shards', 'write_shards', 'read_transcripts', 'find_audio', 'create_shards', 'Problem', 'verify',
-           'check_shards', 'shard_rows', 'plot_spread']
+           'AFTER_SUM', 'FIXED_SUM', 'NOT_IN_SHARD', 'as_json', 'STRIDE', 'safe_key', 'spread', 'resample_exact',
+           'read_pcm', 'encode', 'tar_header', 'tar_end', 'utterance_block', 'plan_shards', 'versions', 'ShardTask',
+           'recipe', 'write_shard', 'locked', 'have_recordings', 'encode_shard', 'collect_shards', 'write_shards',
+           'read_transcripts', 'find_audio', 'create_shards', 'Problem', 'verify', 'check_shards', 'shard_rows',
+           'plot_spread']
 
 # %% ../../nbs/data/10_shards.ipynb #31d6b7ab
 import contextlib, fcntl, hashlib, io, json, marshal, math, os, re, shutil, socket, stat, struct, tarfile, time, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,23 +23,11 @@ import soundfile as sf
 
 from ..core.code import identity
 from ..core.files import atomic_write, read_json, sha256
-from ..core.params import make, opt
+from ..core.params import make
+from ..core.sections import ShardsConfig
 from ..core.parallel import cluster, in_parallel
 from .shard_index import AUDIO, AUDIO_SUFFIXES, BLOCK, COLUMNS, FORMAT, Index, ShardError, load_index, members, numbered, plain_pcm, printable, reject_summary, save_index
 from ..text.normalise import NORMALISER_VERSION, normalise
-
-# %% ../../nbs/data/10_shards.ipynb #4467d209
-@dataclass
-class ShardsConfig:
-    "How shards are written; `processes` and `scheduler` never change a byte."
-    shard_size:int = opt(1000, "utterances in a shard, at most", ge=1)
-    shard_mb:float = opt(0.0, "megabytes aimed at in a shard of fewer utterances; 0: only shard_size counts", ge=0)
-    codec:str = opt("flac", "flac: some 60% of the size; wav: decodes ten times faster", choices=("flac", "wav"))
-    sample_rate:int = opt(16_000, "Hz of the audio in the shards", ge=8_000, le=48_000)
-    seed:int = opt(0, "of the order in which utterances are spread over shards", ge=0)
-    processes:int = opt(0, "processes that encode; 0: one for each core", ge=0)
-    scheduler:str = opt("", "address of a Dask scheduler whose workers encode, as tcp://10.0.0.1:8786; empty: processes of this machine")
-    max_reject_share:float = opt(0.01, "stop when more than this share of the recordings cannot be read", ge=0, le=1)
 
 # %% ../../nbs/data/10_shards.ipynb #d8683c7c
 plain_key = re.compile("[A-Za-z0-9_-]{1,80}").fullmatch
@@ -202,33 +189,12 @@ def utterance_block(
     return b"".join(pieces), seconds
 
 # %% ../../nbs/data/10_shards.ipynb #1c640a76
-TRIAL = 100 # utterances encoded to see how many bytes a second takes
-
 def plan_shards(
-    rows:list,           # rows of a manifest, in their final order
-    seconds:list,        # of each row
-    config:ShardsConfig,
-    bytes_a_second:float=0, # of a shard; only needed for `shard_mb`
-)->list:                 # the rows of each shard
-    "Cut a list of rows into shards: each takes rows until it has `shard_size`, or the next one would pass `shard_mb`."
-    most, parts, full = config.shard_mb*1e6 or math.inf, [], 0.
-    for row,length in zip(rows, seconds):
-        size = length*bytes_a_second
-        if not parts or len(parts[-1]) == config.shard_size or full + size > most: parts.append([]); full = 0.
-        parts[-1].append(row); full += size
-    return parts
-
-def _tried(row, root, config): # bytes and seconds of an utterance; neither, if it cannot be read
-    if config.scheduler: have_recordings([row], root)
-    try: block, seconds = utterance_block(row, root, config.sample_rate, config.codec)
-    except ValueError: return 0, 0.
-    return len(block), seconds
-
-def _length(row, root, config)->float: # seconds, from the file's header if the manifest does not tell
-    if row.get("duration"): return row["duration"]
-    if config.scheduler: have_recordings([row], root)
-    try: return sf.info(os.path.join(root, row["audio_filepath"])).duration
-    except (sf.LibsndfileError, OSError, ValueError): return 0.
+    rows:list,     # rows of a manifest, in their final order
+    shard_size:int,# of each shard, at most
+)->list:           # the rows of each shard
+    "Cut a list of rows into shards."
+    return [rows[i:i + shard_size] for i in range(0, len(rows), shard_size)]
 
 # %% ../../nbs/data/10_shards.ipynb #e1627500
 @lru_cache(1)
@@ -390,7 +356,7 @@ def write_shards(
         index_path.unlink(missing_ok=True)
         _clear(out_dir, ".*.part")
         _clear(index_path.parent, f".{index_path.name}.*.part") # of a run that was killed as it wrote its index
-        tasks = _tasks(rows, out_dir, index_path, config, audio_root, parallel)
+        tasks = _tasks(rows, out_dir, index_path, config, audio_root)
         notes, lost, limit = [], list(rejected), config.max_reject_share*(len(rows) + len(rejected))
         work = partial(parallel, label=out_dir.name, weigh=lambda task: len(task.rows), group=1)
         for note in collect_shards(tasks, work) if workers else work(write_shard, tasks):
@@ -408,14 +374,9 @@ def _clear(folder, *patterns, keep=()):
 
 def _notes(index_path): return index_path.with_suffix(".notes")
 
-def _tasks(rows, out_dir, index_path, config, audio_root, parallel)->list:
-    root, seconds, rate = str(audio_root), [0.]*len(rows), 0.
-    if config.shard_mb:
-        sizes, lengths = zip(*parallel(partial(_tried, root=root, config=config), rows[:TRIAL], label="try"))
-        rate = sum(sizes)/(sum(lengths) or 1)
-        seconds = list(parallel(partial(_length, root=root, config=config), rows, label="look"))
-    return [ShardTask(str(out_dir/f"shard-{i:06d}.tar"), str(_notes(index_path)/f"shard-{i:06d}.json"), part, root, config.sample_rate, config.codec, versions())
-            for i,part in enumerate(plan_shards(rows, seconds, config, rate))]
+def _tasks(rows, out_dir, index_path, config, audio_root)->list:
+    return [ShardTask(str(out_dir/f"shard-{i:06d}.tar"), str(_notes(index_path)/f"shard-{i:06d}.json"), part, str(audio_root), config.sample_rate, config.codec, versions())
+            for i,part in enumerate(plan_shards(rows, config.shard_size))]
 
 def _too_many(lost, total, share)->str:
     return (f"{len(lost)} of {total} recordings rejected, more than max_reject_share = {share:g} allows: {reject_summary(lost)}. "
@@ -468,7 +429,6 @@ def create_shards(
     shard_size:int=1000,     # utterances in a shard, at most
     sample_rate:int=16_000,  # Hz of the audio in the shards
     *,
-    shard_mb:float=0.0,      # megabytes aimed at in a shard; 0: only shard_size counts
     codec:str="flac",        # flac or wav
     seed:int=0,              # of the order
     processes:int=0,         # that encode; 0: one for each core
@@ -489,7 +449,7 @@ def create_shards(
             same = dict(sha256=sha256(Path(audio_dir)/path)) if scheduler else {} # workers may have another file of this name
             rows.append(dict(id=id, audio_filepath=str(path), text=text, text_raw=raw, speaker="") | same)
         except ValueError as e: rejected.append(dict(id=id, reason=str(e)))
-    config = make(ShardsConfig, dict(shard_size=shard_size, shard_mb=shard_mb, codec=codec, sample_rate=sample_rate, seed=seed, processes=processes,
+    config = make(ShardsConfig, dict(shard_size=shard_size, codec=codec, sample_rate=sample_rate, seed=seed, processes=processes,
                                      scheduler=scheduler, max_reject_share=max_reject_share), "shards")
     return write_shards(rows, output_dir, Path(output_dir)/"index.json", config, audio_root=audio_dir, rejected=rejected)
 

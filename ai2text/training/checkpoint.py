@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRAVELS', 'save_checkpoint', 'about', 'load_checkpoint', 'step_of', 'steps', 'latest', 'name_checkpoint', 'keep_last',
            'save_batches', 'load_batches', 'Lock', 'fingerprint', 'run_folder', 'pack_run', 'unpack_run', 'runs',
-           'prune']
+           'prune_runs', 'list_runs']
 
 # %% ../../nbs/training/20_checkpoint.ipynb #06c3453c
 import fcntl, hashlib, json, os, re, shutil, time, weakref
@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from ..core.params import ConfigError
+from ..core.layout import Layout, find_root
 from ..core.files import atomic_folder, atomic_write, read_json, sha256, write_json
 from ..models.store import tensors_on_disk
 
@@ -81,11 +82,10 @@ def step_of(
     return int(checkpoint.name.rpartition("-")[2])
 
 def steps(
-    folder:Path,      # holds checkpoints
-    kind:str="step",  # what their names begin with
-)->list[Path]:        # oldest first
-    "The whole checkpoints of a kind."
-    return sorted((p for p in Path(folder).glob(f"{kind}-*") if about(p)), key=step_of)
+    folder:Path, # holds checkpoints
+)->list[Path]:   # oldest first
+    "The whole checkpoints of a run by step."
+    return sorted((p for p in Path(folder).glob("step-*") if about(p)), key=step_of)
 
 def latest(
     folder:Path,  # holds checkpoints
@@ -107,12 +107,11 @@ def _link(source, target):
     except OSError: shutil.copyfile(source, target) # a file system without links
 
 def keep_last(
-    folder:Path,     # holds checkpoints
-    n:int=2,         # how many stay
-    kind:str="step", # of these
+    folder:Path, # holds checkpoints
+    n:int=2,     # how many stay
 ):
-    "Delete all checkpoints of a kind but the last `n`, and what killed writers left. Only the lock's holder may."
-    for p in steps(folder, kind)[:-n]: shutil.rmtree(p)
+    "Delete all checkpoints by step but the last `n`, and what killed writers left. Only the lock's holder may."
+    for p in steps(folder)[:-n]: shutil.rmtree(p)
     for p in [*Path(folder).glob(".*.part"), *Path(folder).glob(".*.old")]: shutil.rmtree(p, ignore_errors=True)
 
 # %% ../../nbs/training/20_checkpoint.ipynb #df767ff1
@@ -260,7 +259,7 @@ def runs(
     for r in rows: r["changed"] = datetime.fromtimestamp(r["changed"], timezone.utc).strftime("%Y-%m-%d %H:%M")
     return rows
 
-def prune(
+def prune_runs(
     root:Path,       # `.runs`
     keep:int=1,      # newest runs of each model that stay
 )->list[dict]:       # rows of `runs` that are gone
@@ -276,3 +275,16 @@ def prune(
         top = row["path"].parent
         if not any(p.is_dir() for p in top.iterdir()): shutil.rmtree(top)
     return gone
+
+# %% ../../nbs/training/20_checkpoint.ipynb #0f97ee48
+def list_runs(
+    prune:bool=False, # delete all runs but the newest of each model
+    keep:int=1,       # how many of each model --prune keeps
+    root=None,        # the project's folder; found from the current one by default
+)->str:               # a line a run
+    "The training runs of a project, newest first."
+    if keep < 0: raise ConfigError(f"--keep {keep}: give 0 or more")
+    folder = Layout(find_root(root)).runs
+    rows = prune_runs(folder, keep) if prune else runs(folder)
+    lines = [f"{r['changed']}  {r['model']}/{r['fingerprint']}/{r['budget']}  step {r['step']}  {'finished' if r['finished'] else 'unfinished'}  {r['bytes']/1e6:.0f} MB" for r in rows]
+    return "\n".join([f"{len(rows)} {'deleted' if prune else 'runs'} in {folder}", *lines])

@@ -9,7 +9,8 @@ __all__ = ['publish', 'train', 'summary']
 import shutil, time
 from pathlib import Path
 
-from ..core.params import ConfigError, load_params, make
+from ..core.params import ConfigError, load_params
+from ..core.sections import section
 from ..core.files import read_json, write_json
 from ..core.layout import Layout, find_root
 from ..core.environment import peak_memory
@@ -18,13 +19,13 @@ from ..core.distributed import Ranks
 from ..text.normalise import NORMALISER_VERSION
 from ..text.tokenizer import load_tokenizer
 from ..data.dvc_files import packed
-from ..models.registry import build_model
+from ..models.store import build_model
 from ..models.store import load_config, load_model, save_model
 from ..ttq.log import load_log, read_again, summary as milestone_rows, to_target
 from .checkpoint import about as says, load_checkpoint, pack_run, runs
 from .trainer import Progress
 from ..ttq.stopping import POLICIES
-from .setup import TrainConfig, set_up
+from .setup import set_up
 
 # %% ../../nbs/training/70_publish.ipynb #821aad8f
 def publish(
@@ -58,7 +59,7 @@ def publish(
 def train(
     model:str="conformer_ctc", # a name in `models` of params.yaml
     max_steps:int=10,          # optimizer steps
-    use_amp:bool=None,         # mixed precision; left out = as params.yaml says
+    use_amp:bool=True,         # mixed precision; without it fp32
     amp_dtype:str=None,        # bf16, fp16 or fp32; left out = as params.yaml says
     root:Path=None,            # folder with params.yaml; found from here when left out
 ):
@@ -66,9 +67,9 @@ def train(
     layout = Layout(root or find_root())
     values = load_params(layout.root/"params.yaml")
     if model not in values["models"]: raise ConfigError(f"params.yaml: models: no {model}; there are {', '.join(values['models'])}")
-    asked = dict(max_steps=max_steps, max_hours=0., max_audio_hours=0., warmup_steps=0) | {k: v for k,v in dict(use_amp=use_amp, amp_dtype=amp_dtype).items() if v is not None}
+    asked = dict(max_steps=max_steps, max_hours=0., max_audio_hours=0., warmup_steps=0) | (dict(amp_dtype=amp_dtype if use_amp else "fp32") if amp_dtype or not use_amp else {})
     params = values["models"][model]
-    config = make(TrainConfig, values["train"] | params.get("train", {}) | asked, "train")
+    config = section("train", values["train"] | params.get("train", {}) | asked)
     losses = []
     class Note:
         def on_step(self, trainer): losses.append(trainer.last["loss"])

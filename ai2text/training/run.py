@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..core.params import ConfigError, load_params, make
-from ..core.files import read_json, read_jsonl, sha256
+from ..core.params import ConfigError, load_params
+from ..core.sections import TrainConfig, section
+from ..core.files import read_json, sha256
 from ..core.layout import Layout, find_root
 from ..core.environment import NotePeak, environment
 from ..core.distributed import LostMachine, MINUTES, Ranks, launch
@@ -24,11 +25,10 @@ from ..data.dvc_files import OutOfReach, kept_by_dvc, packed
 from ..models.store import load_model
 from ..ttq.log import TTQObserver, TTQTracker, read_again, read_milestones
 from ..ttq.stopping import StopWhen, why_stop
-from ..evaluation.score_split import measure, split_loader
 from .budget import Every
 from .checkpoint import Lock, run_folder, unpack_run
 from .trainer import Progress
-from .setup import TrainConfig, run_recipe, set_up
+from .setup import dev_scorer, run_recipe, set_up
 
 # %% ../../nbs/training/60_run.ipynb #3210bd3e
 class LiveCurve:
@@ -94,18 +94,15 @@ def train_rank(
 ):
     "One process of a run."
     born = time.monotonic() if born is None else born
-    config, layout, folder, watching = make(TrainConfig, train, "train"), Layout(root), Path(folder), []
+    config, layout, folder, watching = section("train", train), Layout(root), Path(folder), []
     trainer, loader = set_up(config, load_model(layout.init(name), load_tokenizer(layout.tokenizer)), layout, ranks)
-    dev, manifest = split_loader(layout, "dev", config.batch_seconds, config.num_workers, ranks), read_jsonl(layout.manifest("dev"))
-    def evaluate(model):
-        with trainer.autocast(): score, _ = measure(model, dev, manifest, trainer.device, beat=trainer.beat, ranks=ranks)
-        return dict(val_wer=score.wer, val_wer_low=score.wer_low, val_wer_high=score.wer_high, val_cer=score.cer)
+    evaluate, evaluation_set = dev_scorer(trainer, config, layout, ranks)
     if ranks.main:
         about = dict(environment(), processes=ranks.world, model=name, parameters=sum(p.numel() for p in trainer.model.parameters()), precision=str(trainer.dtype)[6:],
-                     evaluation_set=dev.fingerprint[:16], normaliser=NORMALISER_VERSION)
+                     evaluation_set=evaluation_set, normaliser=NORMALISER_VERSION)
         tracker = TTQTracker(read_milestones(milestones), folder/"ttq_log.json", price_per_hour=config.price_per_hour or None, about=about, startup_seconds=time.monotonic() - born,
                              announce=lambda text: tqdm.write(text, file=sys.stderr))
-        policies = [StopWhen(tracker, config.stop_when, config.min_probability)] if config.stop_when else []
+        policies = [StopWhen(tracker, config.stop_when)] if config.stop_when else []
         watching = [TTQObserver(tracker), *policies, LiveCurve(folder/"live"), NotePeak(folder), Progress(), *observers]
     trainer.fit(loader, config.budget, watching, folder, evaluate=evaluate, go_on=go_on,
                 evaluate_every=Every(config.evaluate_every_steps, config.evaluate_every_minutes), checkpoint_every=Every(minutes=config.checkpoint_minutes))
@@ -121,7 +118,7 @@ def fit(
     folder = run_folder(layout.runs, name, *run_recipe(name, config, layout), config.budget.name)
     bring(name, layout, folder.parent)
     done = read_json(end) if (end := folder/"result.json").exists() else {}
-    go_on = bool(done.get("stopped")) and not why_stop(read_again(folder/"ttq_log.jsonl", milestones), config.stop_when, config.min_probability)
+    go_on = bool(done.get("stopped")) and not why_stop(read_again(folder/"ttq_log.jsonl", milestones), config.stop_when)
     if done and not go_on: return folder
     run = dict(name=name, train=dataclasses.asdict(config), milestones=milestones, root=str(layout.root), folder=str(folder), go_on=go_on, born=born)
     if config.nproc*config.machines > 1 and "WORLD_SIZE" not in os.environ: train_together(name, config, layout, run); return folder
@@ -166,7 +163,7 @@ def join(
     layout = Layout(root or find_root())
     values = load_params(layout.root/"params.yaml")
     if model not in values["models"]: raise ConfigError(f"params.yaml: models: no {model}; there are {', '.join(values['models'])}")
-    config = make(TrainConfig, values["train"] | values["models"][model].get("train", {}), "train")
+    config = section("train", values["train"] | values["models"][model].get("train", {}))
     if not 0 < machine < config.machines: raise ConfigError(f"--machine {machine}: params.yaml says train.machines: {config.machines}; machine 0 runs `dvc repro`, " + (f"the others are 1 to {config.machines - 1}" if config.machines > 1 else "and nobody joins it"))
     for path in (layout.split_index("train"), layout.split_index("dev"), layout.manifest("dev"), layout.tokenizer, layout.init(model)):
         if not path.exists(): raise ConfigError(f"{path}: not here; `dvc pull data/index data/prepared models/init/{model}` and come again")

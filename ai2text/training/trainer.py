@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from tqdm import tqdm
 
 from .budget import Budget, Clocks, Every, WarmupConstantDecay
-from .checkpoint import Lock, about, keep_last, latest, load_checkpoint, name_checkpoint, save_batches, save_checkpoint, step_of, steps
+from .checkpoint import Lock, about, keep_last, latest, load_checkpoint, name_checkpoint, save_batches, save_checkpoint
 from ..core.files import atomic_write, read_json, write_json
 from .optimizer import fast_bf16
 from ..core.distributed import Ranks
@@ -111,7 +111,6 @@ class TrainerOptimized:
         amp_dtype:str="auto",        # "bf16", "fp16", "fp32"
         schedule=None,               # `schedule(step, used)` gives a factor on the learning rate
         ema_decay:float=0.,          # averaged weights, evaluated and published; 0: none
-        average_last:int=0,          # of so many evaluations the weights' mean is published at the end, if better; needs a run folder
         seed:int=0,                  # of all draws in the model
         device:str="auto",           # "cpu", "cuda", "cuda:1", ...
         threads:int=0,               # CPU threads; 0: as torch has them
@@ -131,7 +130,7 @@ class TrainerOptimized:
         self.dtype = pick_dtype(amp_dtype, self.device) if use_amp else torch.float32
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.schedule, self.seed = schedule or WarmupConstantDecay(decay=0.), seed
-        self.max_norm_ratio, self.max_bad_steps, self.memory_gb, self.average_last = max_norm_ratio, max_bad_steps, memory_gb, average_last
+        self.max_norm_ratio, self.max_bad_steps, self.memory_gb = max_norm_ratio, max_bad_steps, memory_gb
         self.ema = EMA(model, ema_decay) if ema_decay else None
         if checkpointing:
             if not hasattr(model, "checkpointing"): raise ValueError(f"checkpointing: {type(model).__name__} cannot; leave it off")
@@ -416,57 +415,27 @@ def write_curve(
 # %% ../../nbs/training/30_trainer.ipynb #9a60d7af
 @patch
 @contextlib.contextmanager
-def published(self:TrainerOptimized,
-    average:EMA|None=None, # other averaged weights than the run's own
-):
+def published(self:TrainerOptimized):
     "The model as it would be published: averaged weights when there are, no dropout."
-    average = average or self.ema
     self.model.eval()
     try:
-        with average.swapped() if average else contextlib.nullcontext(): yield self.model
+        with self.ema.swapped() if self.ema else contextlib.nullcontext(): yield self.model
     finally: self.model.train()
 
 @patch
-def weights(self:TrainerOptimized, average:EMA|None=None)->dict:
+def weights(self:TrainerOptimized)->dict:
     "A copy of the weights to publish."
-    with self.published(average): return {k: v.detach().clone() for k,v in self.model.state_dict().items()}
-
-# %% ../../nbs/training/30_trainer.ipynb #58ef5177
-@patch
-def _mean(self:TrainerOptimized)->tuple[EMA|None,int]:
-    "The mean of what would have been published at the last evaluations and now, and of how many; None for less than two."
-    if self.average_last < 2: return None, 1
-    kept = [p for p in steps(self.folder/"checkpoints", "evaluated") if step_of(p) < self.state.step][1-self.average_last:] if self.folder else []
-    n = self.ranks.same(len(kept)) + 1
-    if n < 2: return None, 1
-    mean, now = EMA(self.model, 0.), self.weights()
-    for name,total in mean.average.items(): total.copy_(now[name])
-    for p in kept:
-        weights = load_checkpoint(p)[0]["model"]
-        for name,total in mean.average.items(): total += weights[name].to(self.device)
-    torch._foreach_div_(list(mean.average.values()), n)
-    self.ranks.spread(mean.average.values())
-    return mean, n
-
-@patch
-def _measure(self:TrainerOptimized, last:bool)->tuple[dict,EMA|None]:
-    "What `evaluate` says; at the end, of the better of the last weights and the mean."
-    with self.published() as model, torch.no_grad(), self._waiting(): measured = dict(self.evaluate(model))
-    mean, n = self._mean() if last else (None, 1)
-    if mean is None: return measured, None
-    with self.published(mean) as model, torch.no_grad(), self._waiting(): other = dict(self.evaluate(model))
-    return (dict(other, averaged=n), mean) if other[self.monitor] < measured[self.monitor] else (dict(measured, averaged=1), None)
+    with self.published(): return {k: v.detach().clone() for k,v in self.model.state_dict().items()}
 
 # %% ../../nbs/training/30_trainer.ipynb #f1b2e0ff
 @patch
-def _evaluate(self:TrainerOptimized,
-    due:bool,   # by the cadence
-    last:bool,  # the run ends here
-):
+def _evaluate(self:TrainerOptimized):
     "Add a row to the curve; keep the weights when they are the best so far."
     s = self.state
     with self.clocks.during("evaluation"):
-        measured, mean = self._measure(last) if self.evaluate else ({}, None)
+        measured = {}
+        if self.evaluate:
+            with self.published() as model, torch.no_grad(), self._waiting(): measured = dict(self.evaluate(model))
         hours = self.ranks.same(self.clocks.hours)
         row = dict(step=s.step, epoch=s.epoch, hours=hours, audio_hours=self.audio_hours,
                    train_loss=s.loss_sum/s.loss_units if s.loss_units else math.nan, lr=self.optimizer.param_groups[0]["lr"],
@@ -476,12 +445,8 @@ def _evaluate(self:TrainerOptimized,
         value = measured.get(self.monitor)
         if value is not None and math.isfinite(value) and value < s.best.get("value", math.inf):
             s.best = dict(step=s.step, value=value)
-            if self.folder: save_checkpoint(self.folder/"checkpoints/best", dict(model=self.weights(mean)), {}, **s.best, row=_finite(row))
-        if self.folder:
-            if due and self.average_last > 1:
-                save_checkpoint(self.folder/f"checkpoints/evaluated-{s.step:06d}", dict(model=self.weights()), {}, step=s.step)
-                keep_last(self.folder/"checkpoints", self.average_last, "evaluated")
-            write_curve(self.folder/"learning_curve.csv", s.curve)
+            if self.folder: save_checkpoint(self.folder/"checkpoints/best", dict(model=self.weights()), {}, **s.best, row=_finite(row))
+        if self.folder: write_curve(self.folder/"learning_curve.csv", s.curve)
         self._tell("on_evaluate", row)
 
 @patch
@@ -575,8 +540,6 @@ def _saved(self:TrainerOptimized)->tuple[dict,dict]|None:
     self.clocks.restore(state.get("clocks", {}), read_json(beat) if beat.exists() else {})
     if not path: return None
     if not own: state["run"]["best"] = {} # those weights are in the other folder
-    for p in steps(path.parent, "evaluated") if not own and self.average_last > 1 else ():
-        if step_of(p) <= state["run"]["step"]: name_checkpoint(p, self.folder/"checkpoints"/p.name)
     return weights, state
 
 @patch
@@ -621,7 +584,7 @@ def _between_steps(self:TrainerOptimized)->bool:
     spent, new = self._used >= 1, s.step != s.evaluated[0] # new: steps that no evaluation has seen
     due = self.evaluate_every.due(*now, *s.evaluated)
     if new and (spent or enough or due):
-        self._evaluate(due, last=spent or enough)
+        self._evaluate()
         self._ask()
     if self.folder and not spent and s.step:
         starts_down = self.schedule.decays(self._used) and not s.decaying
