@@ -45,7 +45,9 @@ class Notebook:
         return names[0] if names else None
 
     @property
-    def in_folder(self): return self.path.parent != ROOT/"nbs"
+    def room(self):
+        "The folder it is in; empty for the front page."
+        return self.path.relative_to(ROOT/"nbs").parts[0] if self.path.parent != ROOT/"nbs" else ""
 
 
 NOTEBOOKS = [Notebook(o) for o in sorted((ROOT/"nbs").rglob("*.ipynb")) if not any(p.startswith((".", "_")) for p in o.relative_to(ROOT).parts)]

@@ -17,7 +17,7 @@ from ai2text.decoding.beam_search import DEFAULTS, Decoder, align_tokens, save_w
 from ai2text.core.files import read_json, sha256, write_json
 from ai2text.core.layout import Layout
 from ai2text.core.params import ConfigError
-from ai2text.models.ctc import BLANK, ctc_loss, greedy
+from ai2text.models.ctc import BLANK_ID, ctc_loss, greedy
 from ai2text.decoding.ngram_lm import UNKNOWN, build_lm, fit_lm, load_lm
 from ai2text.data.loader import create_webdataset_loader
 from ai2text.models.store import build_model
@@ -35,7 +35,7 @@ def log_softmax(x): return x - np.logaddexp.reduce(x, -1, keepdims=True)
 def spoken(tokenizer, text, seed, noise=1., confused=()):
     "Log probabilities of a model that is unsure; `confused` has (symbol, taken for, by how much)."
     rng, path = np.random.default_rng(seed), []
-    for i in tokenizer.encode(text): path += [i]*int(rng.integers(1, 3)) + [BLANK]*int(rng.integers(1, 3))
+    for i in tokenizer.encode(text): path += [i]*int(rng.integers(1, 3)) + [BLANK_ID]*int(rng.integers(1, 3))
     x = noise*rng.normal(size=(len(path), tokenizer.vocab_size)) + 9*np.eye(tokenizer.vocab_size)[path]
     for said, heard, much in confused: x[:, tokenizer.symbols.index(heard)] += much*(np.array(path) == tokenizer.symbols.index(said))
     return log_softmax(x)
@@ -57,7 +57,7 @@ def files(tmp_path_factory):
 def by_brute_force(decoder, x):
     found = {}
     for path in itertools.product(range(x.shape[1]), repeat=len(x)):
-        text = decoder.text([k for k, _ in groupby(path) if k != BLANK])
+        text = decoder.text([k for k, _ in groupby(path) if k != BLANK_ID])
         found[text] = np.logaddexp(found.get(text, -np.inf), sum(x[t, k] for t, k in enumerate(path)))
     return {text: p + (decoder.scorer.score(text) if decoder.scorer else 0.) for text, p in found.items()}
 
@@ -187,13 +187,13 @@ def test_a_hotword_of_several_words_counts_as_a_whole(files):
 
 def test_words_lie_where_they_were_said(files):
     tokenizer = CharTokenizer()
-    path = [BLANK]*10
+    path = [BLANK_ID]*10
     starts = []
     for word in "hôm nay mưa".split():
         path += tokenizer.encode(" ")
         starts.append(len(path)*.04) # a space may come long before its word: the first letter counts
-        for i in tokenizer.encode(word): path += [i, i, BLANK]
-        path += [BLANK]*20
+        for i in tokenizer.encode(word): path += [i, i, BLANK_ID]
+        path += [BLANK_ID]*20
     x = log_softmax(12*np.eye(tokenizer.vocab_size)[path])
     for decoder in (Decoder(tokenizer, beam=0), Decoder(tokenizer, files/"lm")):
         words = decoder.words(decoder.decode(x), x)

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from ai2text import forecast
-from ai2text.ttq.forecast import EARLY, LATE, START, Arrival, arrival, futures
+from ai2text.ttq.forecast import EARLY_QUANTILE, LATE_QUANTILE, CURVE_START, Arrival, arrival, futures
 
 CURVES = Path(__file__).parent/"curves"
 SHARES = .25, .5, .75, .95                # targets: so far, in log WER, from the best evaluation until now to the best of the run
 CUTS = .4, .5, .6, .7                     # shares of a real run at which it is forecast
 ROUND = 1e-9                              # moments are shares like 12/20: equal ones may differ in the last bit
 FROZEN = "48b0ca1f555caca854a22c4d019d112550b12a84618f625bddc68d402677ef39" # of the constants; another value needs new held-out runs
-CONSTANTS = "SLOPE FALL LEVEL JITTER SHARED NEAR ORIGINS BENDS NOISES BREAK WORSEN DOUBT START FEWEST EARLIEST RISE WIDEST EARLY LATE".split()
+CONSTANTS = "SLOPE FALL LEVEL WER_JITTER SHARED NEAR ORIGINS BENDS NOISES BREAK WORSEN DOUBT CURVE_START FEWEST EARLIEST RISE WIDEST EARLY_QUANTILE LATE_QUANTILE".split()
 
 
 # Curves
@@ -111,7 +111,7 @@ class Ours:
     seen: forecast.Futures
 
     @property
-    def end(self): return tuple(self.seen.quantiles(EARLY, .5, LATE)[:,-1])
+    def end(self): return tuple(self.seen.quantiles(EARLY_QUANTILE, .5, LATE_QUANTILE)[:,-1])
     def arrive(self, target): return arrival(self.seen, target)
 
 
@@ -131,7 +131,7 @@ def two_lines(curve, n):
 
 def power_law(curve, n):
     "A power law that falls towards a floor: least squares of log(WER - floor), the best of 60 floors."
-    begun = np.arange(n) >= (curve.wer[:n] < START).argmax()
+    begun = np.arange(n) >= (curve.wer[:n] < CURVE_START).argmax()
     u, wer, to = curve.progress[:n][begun], curve.wer[:n][begun], curve.progress[n:]
     fits = []
     for floor in np.linspace(0, .99, 60)*wer.min():
@@ -209,7 +209,7 @@ def test_constants_are_the_frozen_ones():
 
 def test_method_is_the_frozen_one():
     "What it said at that commit of the first development run, from half of its schedule."
-    low, middle, high = ours(real_curves("development")[0], 10).seen.quantiles(EARLY, .5, LATE)[:,[0,-1]]
+    low, middle, high = ours(real_curves("development")[0], 10).seen.quantiles(EARLY_QUANTILE, .5, LATE_QUANTILE)[:,[0,-1]]
     np.testing.assert_allclose([low, middle, high], [[.51735, .36203], [.53612, .40460], [.56443, .59153]], rtol=.02)
 
 def test_held_out_runs_are_many_and_apart(heldout):

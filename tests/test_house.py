@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -37,12 +38,6 @@ def imports(source):
             yield from (f"ai2text.{o.name}" for o in node.names) if base == "ai2text" else (base,)
 
 
-def ours(notebook):
-    "The modules of ours that a notebook imports, tests included."
-    names = {o.split(".")[1] for _, source, _ in notebook.code for o in imports(source) if o.startswith("ai2text.")}
-    return names - {"__version__"}
-
-
 def settings():
     parser = configparser.ConfigParser(delimiters=["="])
     parser.read(ROOT/"settings.ini", encoding="utf-8")
@@ -69,22 +64,104 @@ def run_python(code):
     return done.stdout
 
 
-# Order of dependence
+# Rooms: where a notebook stands
 
-@pytest.mark.parametrize("notebook", [o for o in NOTEBOOKS if o.number is not None and not o.in_folder], ids=lambda o: o.name)
-def test_notebook_imports_only_lower_numbers(notebook):
-    numbers = {o.module: o.number for o in LIBRARY}
-    assert notebook.module, f"{notebook.name}: a numbered notebook starts with #| default_exp"
-    assert notebook.path.stem == f"{notebook.number:02}_{notebook.module}", "the module's name is the notebook's without its number"
-    higher = {o for o in ours(notebook) if o in numbers and numbers[o] >= notebook.number and o != notebook.module}
-    assert not higher, f"{notebook.name} imports {higher}, which come later: move the code down or the import up"
-    unknown = ours(notebook) - set(numbers)
-    assert not unknown, f"{notebook.name} imports {unknown} from ai2text, which no notebook exports"
+ROOMS = "core text audio corpora data models decoding ttq evaluation training serving pipeline testing".split()
+EXTRA = ["stages", "benchmarks", "tutorials"]                      # folders of notebooks that export nothing
+PLACE = {o.module: (ROOMS.index(o.room), o.number) for o in LIBRARY if o.room in ROOMS and o.number is not None}
 
 
-def test_numbers_are_unique():
-    numbers = [o.number for o in LIBRARY]
-    assert len(set(numbers)) == len(numbers)
+def ours(source):
+    "The modules of ours that a cell imports, as room.name; with their line."
+    for node in ast.walk(tree(source)):
+        if isinstance(node, ast.Import): names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom): names = [node.module or ""] if node.module in {f"ai2text.{m}" for m in PLACE} else [f"{node.module}.{a.name}" for a in node.names]
+        else: continue
+        yield from ((o.removeprefix("ai2text."), node.lineno) for o in names if o.startswith("ai2text.") and o != "ai2text.__version__")
+
+
+@each_notebook
+def test_notebook_is_in_a_room(notebook):
+    if notebook.name == "index": return
+    assert notebook.room in ROOMS + EXTRA, f"nbs/{notebook.name}.ipynb is in no room; move it into one of {', '.join(ROOMS + EXTRA)}"
+    if notebook.room in EXTRA: assert not notebook.module, f"{notebook.name}: exports {notebook.module}; what is imported by others belongs in a room"
+    else:
+        assert re.fullmatch(r"\d\d_[a-z][a-z0-9_]*", notebook.path.stem), f"{notebook.name}: call it NN_name; the number is its place in the room"
+        wanted = f"{notebook.room}.{notebook.path.stem[3:]}"
+        assert notebook.module == wanted, f"{notebook.name}: exports {notebook.module}; write #| default_exp {wanted}"
+
+
+def test_numbers_are_unique_in_a_room():
+    twice = [(room, n, [o.name for o in LIBRARY if (o.room, o.number) == (room, n)]) for room, n in Counter((o.room, o.number) for o in LIBRARY).items() if n > 1 for room, n in [room]]
+    assert not twice, "; ".join(f"{room}: two notebooks have the number {n:02}: {', '.join(names)}; insert one between others" for room, n, names in twice)
+
+
+def test_rooms_are_small():
+    full = {room: n for room, n in Counter(o.room for o in LIBRARY).items() if n > 10}
+    assert not full, f"{full}: a room that outgrows ten notebooks is two"
+
+
+def later(notebook):
+    "What a library notebook imports that does not stand before it: (module, cell, line)."
+    here = PLACE[notebook.module]
+    for i, source, _ in notebook.code:
+        exported = re.search(r"^#\|\s*export\b", source, flags=re.M)
+        for module, line in ours(source):
+            if module not in PLACE: yield f"cell {i}, line {line}: {module} is exported by no notebook; name the module that has it"
+            elif module.startswith("testing.") and (not exported or notebook.room == "testing"): continue # tests may use all of it
+            elif PLACE[module] >= here and module != notebook.module:
+                yield f"cell {i}, line {line}: {module} comes later; move the code down, or what it needs up"
+
+
+@pytest.mark.parametrize("notebook", [o for o in LIBRARY if o.module in PLACE], ids=lambda o: o.name)
+def test_notebook_imports_only_what_stands_before_it(notebook):
+    wrong = list(later(notebook))
+    assert not wrong, f"nbs/{notebook.name}.ipynb: " + "; ".join(wrong)
+
+
+def test_an_import_that_leads_upwards_is_named(tmp_path):
+    "The rule itself, on notebooks that break it."
+    from conftest import Notebook
+    def of(stem, text):
+        class Written(Notebook):
+            room, number, module = stem.split("/")[0], int(stem.split("/")[1][:2]), f"{stem.split('/')[0]}.{stem.split('/')[1][3:]}"
+            code = [(4, text, [])]
+        return Written(tmp_path/"x.ipynb")
+    audio = next(o for o in LIBRARY if o.module == "audio.fbank")
+    assert list(later(of(audio.name, "#| export\nfrom ai2text.training.setup import set_up"))) == ["cell 4, line 2: training.setup comes later; move the code down, or what it needs up"]
+    assert list(later(of(audio.name, "#| export\nfrom ai2text.audio.augment import spec_augment"))) == ["cell 4, line 2: audio.augment comes later; move the code down, or what it needs up"]
+    assert list(later(of(audio.name, "#| export\nfrom ai2text.testing.workspace import smoke"))) == ["cell 4, line 2: testing.workspace comes later; move the code down, or what it needs up"]
+    assert list(later(of(audio.name, "from ai2text.testing.workspace import smoke"))) == []
+    assert "audio.none is exported by no notebook" in list(later(of(audio.name, "from ai2text.audio.none import x")))[0]
+
+
+def test_only_tests_use_the_room_for_tests():
+    using = [f"{o.relative_to(ROOT)}: {module}" for o in (ROOT/"ai2text").rglob("*.py") if o.parent.name != "testing" for module, _ in ours(absolute(o)) if module.startswith("testing.")]
+    assert not using, f"{using}: code that people run may not depend on ai2text.testing"
+    for notebook in STAGES:
+        cells = [source for _, source, _ in notebook.code if any(m.startswith("testing.") for m, _ in ours(source))]
+        assert all(m == "testing.workspace" for source in cells for m, _ in ours(source) if m.startswith("testing.")), f"{notebook.name}: a stage makes its tiny workspace by testing.workspace.smoke alone"
+
+
+def absolute(path):
+    "A module's code with relative imports spelled out."
+    parts = path.relative_to(ROOT).parts[:-1]
+    return re.sub(r"(?m)^(\s*from )(\.+)([\w.]*) import", lambda m: f"{m[1]}{'.'.join([*parts[:len(parts) - len(m[2]) + 1], *filter(None, [m[3]])])} import", path.read_text("utf-8"))
+
+
+# A public name that more than one module defines, and why that is right.
+SHARED_NAMES = {}
+
+
+def test_a_public_name_means_one_thing():
+    found = defaultdict(list)
+    for path in sorted((ROOT/"ai2text").rglob("*.py")):
+        if path.name == "_modidx.py": continue
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+                for name in node.value.elts: found[name.value].append(".".join(path.relative_to(ROOT/"ai2text").with_suffix("").parts))
+    twice = {name: where for name, where in found.items() if len(where) > 1 and name not in SHARED_NAMES}
+    assert not twice, f"{twice}: rename one, make it private, or say in SHARED_NAMES why both are right"
 
 
 @each_stage
@@ -94,7 +171,6 @@ def test_stage_only_calls(notebook):
     defined = [node.name for _, source, _ in notebook.code for node in ast.walk(tree(source))
                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
     assert not defined, f"{notebook.name} defines {defined}: move them into the module that owns the stage"
-    assert not ours(notebook) & {o.path.stem for o in STAGES} - {o.module for o in LIBRARY}, "nothing imports a stage"
 
 
 @each_runnable
@@ -166,7 +242,7 @@ def not_required(sources, *keys):
 
 
 def test_every_import_is_required():
-    python = {folder: [(o.name, o.read_text(encoding="utf-8")) for o in (ROOT/folder).glob("*.py")] for folder in ("ai2text", "tests")}
+    python = {folder: [(o.name, o.read_text(encoding="utf-8")) for o in (ROOT/folder).rglob("*.py")] for folder in ("ai2text", "tests")}
     cells = [(o.name, source) for o in NOTEBOOKS for _, source, _ in o.code]
     assert not (missing := not_required(python["ai2text"], "requirements", "cluster_requirements")), f"settings.ini's requirements lack {sorted(missing)}"
     assert not (missing := not_required(python["tests"] + cells, "requirements", "cluster_requirements", "dev_requirements", "bench_requirements")), f"settings.ini lacks {sorted(missing)}"
@@ -206,7 +282,7 @@ def test_import_is_light():
     assert not HEAVY & set(loaded.split()), "import ai2text loads heavy packages"
 
 
-@pytest.mark.skipif(not any(o.module == "cli" for o in LIBRARY), reason="no command line yet")
+@pytest.mark.skipif(not any(o.module == "pipeline.cli" for o in LIBRARY), reason="no command line yet")
 def test_help_is_light():
     loaded = run_python("""
 import contextlib, io, sys

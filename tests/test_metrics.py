@@ -11,7 +11,7 @@ from ai2text.core.code import import_closure
 from ai2text.evaluation.metrics import align, aligned, score, score_rows, utterance_rows
 from ai2text.evaluation.scorecard import details, matched_pairs, paired_difference, segments, tone_confusions
 from ai2text.text.normalise import FINALS, NUCLEI, ONSETS, TONES, VOWELS, place_tone
-from ai2text.text.tones import MISSED, missed, split_tone, strip_diacritics, strip_tones
+from ai2text.text.tones import ERROR_KINDS, missed, split_tone, strip_diacritics, strip_tones
 
 
 def syllable(rng)->str:
@@ -66,9 +66,9 @@ def test_every_substitution_is_of_one_kind():
         assert [kind for kind, is_it in dict(tone=letters == letters_heard and tone != tone_heard, letters=letters != letters_heard and tone == tone_heard,
                                              both=letters != letters_heard and tone != tone_heard).items() if is_it] == [missed(a, b)]
     found, total = details(scored, Counter()), score_rows(scored)
-    assert sum(found["syllables"][kind] for kind in MISSED) == found["syllables"]["wrong"] == total.substitutions
+    assert sum(found["syllables"][kind] for kind in ERROR_KINDS) == found["syllables"]["wrong"] == total.substitutions
     assert found["syllables"]["aligned"] == total.hits + total.substitutions
-    assert min(found["syllables"][kind] for kind in MISSED) > 20
+    assert min(found["syllables"][kind] for kind in ERROR_KINDS) > 20
     tones = tone_confusions(scored)
     assert tones.sum() - tones.trace() == found["syllables"]["tone"] + found["syllables"]["both"]
     assert found["no_diacritics"]["wer"] < found["no_tones"]["wer"] < total.wer

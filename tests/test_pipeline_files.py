@@ -1,4 +1,6 @@
 "dvc.yaml, params.yaml, the notebooks of the stages and the modules beneath must tell the same story."
+import dataclasses
+import json
 import re
 import shutil
 import subprocess
@@ -9,15 +11,16 @@ import pytest
 from dvc.utils.hydra import apply_overrides
 from papermill import inspect_notebook
 
-from ai2text.core.code import import_closure
 from ai2text.core.params import load_params
-from ai2text.pipeline.stage_runner import EACH, SINGULAR, STAGES, stage_parameters
+from ai2text.core.sections import SECTIONS
+from ai2text.models.registry import FAMILIES
+from ai2text.pipeline.stage_runner import EACH, FAMILY_STAGES, SINGULAR, STAGES, stage_identity, stage_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS = load_params(ROOT/"params.yaml")
 DVC = load_params(ROOT/"dvc.yaml")["stages"]
-PIPELINE = {name: stage.get("do", stage) for name, stage in DVC.items()}
-MODELS = {name: EACH.get(name) == "models" for name in PIPELINE}
+PIPELINE = {name: stage.get("do", stage) for name, stage in DVC.items() if name != "identity"}
+COMPARE = {name: stage.get("do", stage) for name, stage in load_params(ROOT/"compare/dvc.yaml")["stages"].items()}
 
 
 def notebook(name:str)->Path: return ROOT/f"nbs/stages/{name}.ipynb"
@@ -44,21 +47,36 @@ def test_command(name):
 
 
 @pytest.mark.parametrize("name", PIPELINE)
-def test_code_dependencies_are_the_imports(name):
-    "A stage runs again when code changes that it imports, its model's family included, and only then."
-    families = {m["family"] for m in PARAMS["models"].values()} if MODELS[name] else set()
-    modules = [p for p in import_closure(notebook(name), *families, package=ROOT/"ai2text") if p.stem not in families]
-    wanted = [f"nbs/stages/{name}.ipynb", *(p.relative_to(ROOT).as_posix() for p in modules), *["ai2text/${item.family}.py"] * MODELS[name]]
-    listed = [d for d in PIPELINE[name]["deps"] if d.endswith((".py", ".ipynb"))]
-    assert listed == wanted, f"dvc.yaml, deps of {name}: these belong there:\n" + "\n".join(f"      - {w}" for w in wanted)
+def test_a_stage_depends_on_its_code_by_its_identity(name):
+    "One file of identity/ stands for notebook, modules and defaults; a module among the dependencies would run the stage again for a sentence."
+    of_model = EACH.get(name) == "models"
+    for stages, folder in ((PIPELINE, "identity"), (COMPARE, "../identity")):
+        if name not in stages: continue
+        wanted = f"{folder}/{name}{'-${item.family}' if of_model else '-conformer' if name in FAMILY_STAGES else ''}.json"
+        code = [d for d in stages[name]["deps"] if d.endswith((".py", ".ipynb")) or "identity/" in d]
+        assert code == [wanted], f"dvc.yaml, deps of {name}: {code}; of code, write {wanted} and nothing else"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_identities_are_those_of_the_code(name):
+    for family in FAMILIES if name in FAMILY_STAGES else ("",):
+        path = ROOT/f"identity/{name}{family and '-'}{family}.json"
+        assert path.is_file() and json.loads(path.read_text()) == stage_identity(name, notebook(name), family), f"{path.relative_to(ROOT)} is not of this code: run `ai2text identity`"
+    assert {p.stem.split("-")[0] for p in (ROOT/"identity").iterdir()} == set(STAGES), "identity/ has files of no stage: run `ai2text identity`"
+
+
+def test_identities_are_made_first():
+    "The stage that writes them depends on all code, so that no edit is missed."
+    stage = DVC["identity"]
+    assert stage["deps"] == ["ai2text", "nbs/stages"] and options(stage, "outs") == dict(identity=dict(cache=False))
 
 
 @pytest.mark.parametrize("name", PIPELINE)
 def test_parameters_fit(name):
     "params.yaml, dataclass and notebook have the same names, and every value is in range."
     for item in items(name): stage_parameters(name, PARAMS, list(inspect_notebook(notebook(name))), **item)
-    depends = dict(corpus=["corpora.${key}"], prepare=["prepare", "corpora"], init=["init", "models.${key}"], train=["train", "milestones.${train.milestones}", "models.${key}"], evaluate=["evaluate", "models.${key}"],
-                   compare=["compare", "models"])
+    depends = dict(corpus=["corpora.${key}"], prepare=["prepare", "corpora"], init=["init", "models.${key}"], train=["train", "milestones.${train.milestones}", "models.${key}"], evaluate=["stream", "models.${key}"],
+                   compare=["compare", "models"], export=["export", "stream", "corpora"])
     assert PIPELINE[name]["params"] == depends.get(name, [name])
 
 
@@ -69,10 +87,17 @@ def test_every_list_of_milestones_is_sound():
     for name, items in PARAMS["milestones"].items(): read_milestones(items, f"milestones.{name}")
 
 
-def test_every_parameter_has_a_comment():
-    lines = (ROOT/"params.yaml").read_text("utf-8").splitlines()
-    for number, (above, line) in enumerate(zip(lines, lines[1:]), 2):
-        if re.match(r" +\w+: +\S", line): assert " # " in line or above.strip().startswith("#"), f"params.yaml, line {number}: say what it is"
+@pytest.mark.parametrize("file", ["params.yaml", "compare/params.yaml"])
+def test_a_parameter_is_described_as_in_its_section(file):
+    "One description: what params.yaml says of a key is the help of its dataclass, behind it or above."
+    section, lines = "", (ROOT/file).read_text("utf-8").splitlines()
+    for above, line in zip(["", *lines], lines):
+        if found := re.match(r"(\w+):", line): section = dict(corpora="corpus").get(found[1], found[1])
+        found = re.match(r" +(\w+): +(?!#)\S", line)
+        if not found or section not in SECTIONS or line.lstrip().startswith("#"): continue
+        field = next(f for f in dataclasses.fields(SECTIONS[section]) if f.name == found[1])
+        says = line.partition(" # ")[2] or above.strip().removeprefix("# ")
+        assert says == field.metadata["help"], f"{file}: {section}.{field.name}: write # {field.metadata['help']}"
 
 
 def test_dvc_fills_a_list_and_empties_it(tmp_path):
@@ -99,4 +124,4 @@ def test_outputs(name):
 def test_dvc_reads_it():
     "No overlapping outputs, no cycles, and the stages of each corpus and model."
     listed = subprocess.run([sys.executable, "-m", "dvc", "stage", "list", "--name-only"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert set(listed) == {n for name in PIPELINE for n in ([f"{name}@{key}" for key in PARAMS[EACH[name]]] if name in EACH else [name])}
+    assert set(listed) == {"identity"} | {n for name in PIPELINE for n in ([f"{name}@{key}" for key in PARAMS[EACH[name]]] if name in EACH else [name])}

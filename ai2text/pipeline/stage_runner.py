@@ -98,11 +98,12 @@ def stage_identity(
     name:str,          # a stage
     notebook:Path,     # its notebook
     family:str="",     # the model's, for a stage that builds one
+    package=None,      # the package's folder; that of ai2text by default
 )->dict:               # notebook, modules, defaults
     "The code that a stage's results depend on."
     value = lambda f: f.default if f.default is not dataclasses.MISSING else f.default_factory() if f.default_factory is not dataclasses.MISSING else None
     defaults = {s: {f.name: value(f) for f in dataclasses.fields(SECTIONS[s])} for s in USED.get(name, (name,))}
-    return dict(notebook=code_digest(notebook), modules=identity(notebook, *([f"models.{family}"] if family else [])), defaults=defaults)
+    return dict(notebook=code_digest(notebook), modules=identity(notebook, *([f"models.{family}"] if family else []), package=package), defaults=defaults)
 
 def write_identities(
     root:Path=None, # folder with params.yaml; found from here when left out

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'PENDING', 'ACHIEVED', 'LATE', 'MISSED', 'LOOK', 'Milestone', 'read_milestones', 'read_entries',
-           'EntryFile', 'Books', 'verdicts', 'score', 'calibrate', 'forecast_run', 'TTQTracker', 'load_log',
-           'to_target', 'foretold', 'read_again', 'spell_share', 'summary', 'TTQObserver']
+           'EntryFile', 'Books', 'verdicts', 'score_forecasts', 'calibrate', 'forecast_run', 'TTQTracker', 'load_log',
+           'to_target', 'foretold', 'read_again', 'spell_share', 'milestone_rows', 'TTQObserver']
 
 # %% ../../nbs/ttq/10_log.ipynb #6471db10
 import dataclasses, json, math, os, statistics, time, warnings
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..core.tables import spell_hours
 from ..core.files import sha256, write_json, write_jsonl
 from ..core.params import ConfigError, make, opt
-from .forecast import EARLY, LATE as LATEST, Futures, arrival, futures
+from .forecast import EARLY_QUANTILE, LATE_QUANTILE, Futures, arrival, futures
 
 # %% ../../nbs/ttq/10_log.ipynb #cf540fae
 @dataclass(frozen=True)
@@ -204,10 +204,10 @@ def verdicts(
                 error=None if true is None else math.inf if m["middle_hours"] is None else abs(m["middle_hours"] - true)/true))
     return rows
 
-def score(
+def score_forecasts(
     rows:list[dict],  # `verdicts`, of one run or several
 )->dict:              # scored, brier, promises, kept, covered, n_covered, hours_error; None for a mean of nothing
-    "How far forecasts were right: Brier score, promises (above 90%) kept, share of arrivals in their intervals, median error of their hours."
+    "How far forecasts were right: Brier score_forecasts, promises (above 90%) kept, share of arrivals in their intervals, median error of their hours."
     judged, crossed = [r for r in rows if r["kept"] is not None], [r for r in rows if r["covered"] is not None]
     promises = [r["kept"] for r in judged if r["probability"] > .9]
     mean = lambda x: round(sum(x)/len(x), 6) if x else None
@@ -219,7 +219,7 @@ def calibrate(
     log:dict,  # a view, as of `load_log`
 )->dict:       # forecasts, refused, and what `score` says
     "Scores of a run's forecasts."
-    return dict(forecasts=len(log["forecasts"]), refused=sum(f["refused"] is not None for f in log["forecasts"])) | score(verdicts(log))
+    return dict(forecasts=len(log["forecasts"]), refused=sum(f["refused"] is not None for f in log["forecasts"])) | score_forecasts(verdicts(log))
 
 # %% ../../nbs/ttq/10_log.ipynb #d43bea73
 @patch
@@ -290,7 +290,7 @@ def forecast_run(
     seen = _futures(line, schedule.get("decay", 0.))
     told = dict(step=line[-1][1].get("step"), at_hours=elapsed, progress=round(now, 6), refused=seen.refused or None, horizon_hours=hours(1.), end=None, curve=[], milestones=[])
     if seen.refused: return told
-    wer_3M = seen.quantiles(EARLY, .5, LATEST).round(6)
+    wer_3M = seen.quantiles(EARLY_QUANTILE, .5, LATE_QUANTILE).round(6)
     shown = np.unique(np.linspace(0, len(seen.progress_M) - 1, 40).round().astype(int))
     curve = [[hours(float(seen.progress_M[i])), *wer_3M[:,i].tolist()] for i in shown]
     return told | dict(end=dict(zip(("low", "middle", "high"), curve[-1][1:])), curve=curve,
@@ -517,7 +517,7 @@ def spell_share(
     "A probability in per cent, never 0 or 100."
     return "under 1%" if probability < .01 else "over 99%" if probability > .99 else f"{probability:.0%}"
 
-def summary(
+def milestone_rows(
     log:dict,     # as of `load_log`
 )->list[dict]:    # milestone, budget, state, WER, after, confirmed, epoch, step, forecast
     "A row a milestone, in words."

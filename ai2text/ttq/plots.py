@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from ..core.tables import spell_hours
 from ..core.params import ConfigError
-from .log import ACHIEVED, LATE, MISSED, PENDING, forecast_run, foretold, load_log, spell_share, score, summary, to_target, verdicts
+from .log import ACHIEVED, LATE, MISSED, PENDING, forecast_run, foretold, load_log, spell_share, score_forecasts, milestone_rows, to_target, verdicts
 
 # %% ../../nbs/ttq/30_plots.ipynb #adc05390
 COLOURS = {PENDING: "#0072b2", ACHIEVED: "#009e73", LATE: "#e69f00", MISSED: "#d55e00"} # of the palette of Okabe and Ito
@@ -203,13 +203,13 @@ def _reliability(rows:list, ax):
         ax.plot([said, said], _wilson(kept, n), color=INK, lw=1)
         ax.plot(said, kept/n, "o", color=INK, ms=4 + 10*n/len(judged))
         ax.annotate(f"{n}", (said, kept/n), xytext=(5, -12), textcoords="offset points", fontsize=8)
-    scores = score(rows)
+    scores = score_forecasts(rows)
     ax.set(xlim=(-.05, 1.08), ylim=(-.1, 1.06), xlabel="probability that was forecast", ylabel="share that came true")
     ax.set_title("no forecast is decided yet" if not judged else f"{scores['kept']} of {scores['promises']} promises (over 90%) kept, Brier score {scores['brier']:.3f}")
 
 def _arrivals(rows:list, ax):
     "Forecast hours as multiples of the true ones, against the moment of the forecast."
-    crossed, scores = [r for r in rows if r["true_hours"] is not None and r["early_hours"] is not None], score(rows)
+    crossed, scores = [r for r in rows if r["true_hours"] is not None and r["early_hours"] is not None], score_forecasts(rows)
     ax.axhline(1, ls=":", color=INK)
     for r in crossed:
         true, late = r["true_hours"], r["late_hours"]
@@ -302,7 +302,7 @@ def _print(results:list, read:list, pooled:list):
         log, t, told = next(logs), r["totals"], r["forecast"]
         spent = f"{spell_hours(t['elapsed_hours'])} spent" + ("" if t["cost"] is None else f", cost {t['cost']:.2f}")
         progress = f", {told['progress']:.0%} of the schedule, which ends after {spell_hours(told['horizon_hours'])}" if told else f"; {r['reason']}" if r["reason"] else ""
-        print(f"{r['log']}: {'met' if r['met'] else 'not met'}; {spent}{progress}\n{_columns(summary(log))}")
+        print(f"{r['log']}: {'met' if r['met'] else 'not met'}; {spent}{progress}\n{_columns(milestone_rows(log))}")
     if pooled: print(f"{len(read)} runs\n{_columns([_pooled_row(row) for row in pooled])}")
 
 def _pooled_row(row:dict)->dict:
