@@ -48,7 +48,7 @@ def gather(
     return dict(
         model=f"{name} at {rev}" if rev else name, family=metrics.get("family"), val_wer=metrics["val_wer"], val_wer_low=metrics["val_wer_low"], val_wer_high=metrics["val_wer_high"],
         **{k: quality[k] for k in ("wer", "wer_low", "wer_high", "cer", "cer_low", "cer_high", "normaliser", "evaluation_set")},
-        streams={int(k[6:]): v["wer"] for k,v in quality.items() if k.startswith("chunk_")},
+        streams={k[6:]: v["wer"] for k,v in quality.items() if k.startswith("chunk_")},
         hours=log["totals"]["elapsed_hours"], budget=log["about"].get("budget"), audio_hours=log["totals"]["audio_hours"], steps=metrics["steps"], cost=log["totals"]["cost"], milestones=to_target(log),
         parameters=metrics["parameters"], training_memory=ttq.get("memory_bytes"), memory=timing.get("memory_single_bytes"),
         real_time_factor=timing["real_time_factor"], latency=latency, claim=CLAIMS.get(metrics.get("family")),
@@ -96,21 +96,21 @@ def _took(milestone:dict)->str:
     if milestone.get("hours") is None: return "not reached"
     return spell_hours(milestone["hours"]) + ("" if milestone["cost"] is None else f", {milestone['cost']:.2f}")
 
-def _size(value, unit:float, digits:int=1): return None if value is None else round(value/unit, digits)
+def _size(value, unit:float, digits:int=None): return None if value is None else round(value/unit, digits)
 
 def comparison_rows(
-    models:list, # as of `gather`
+    models:list, # as of `gather`, or of compare.json
 )->list[dict]:
     "The comparison as a table; WER as shares, memory in MB, latency in s."
-    chunks = sorted({c for m in models for c in m["streams"]})
+    chunks = sorted({c for m in models for c in m["streams"]}, key=int)
     targets = sorted({t["wer"] for m in models for t in m["milestones"]}, reverse=True)
     rows = []
     for m in models:
         reached, middle = {t["wer"]: t for t in m["milestones"]}, _middle(m["latency"])
         rows.append({"model": m["model"], "family": m["family"], "WER on dev": f"{m['val_wer']:.1%}", "WER on test": f"{m['wer']:.1%} ({m['wer_low']:.1%} to {m['wer_high']:.1%})", "CER": f"{m['cer']:.1%}",
-                     **{f"WER in chunks of {40*c} ms": f"{m['streams'][c]:.1%}" if c in m["streams"] else "does not stream" for c in chunks},
+                     **{f"WER in chunks of {40*int(c)} ms": f"{m['streams'][c]:.1%}" if c in m["streams"] else "does not stream" for c in chunks},
                      "trained": spell_hours(m["hours"]), "speech heard, h": round(m["audio_hours"], 1), **{f"to {w:.0%}": _took(reached.get(w, {})) for w in targets},
-                     "million parameters": _size(m["parameters"], 1e6, 2), "MB in training": _size(m["training_memory"], 1e6, 0), "MB in use": _size(m["memory"], 1e6, 0),
+                     "million parameters": _size(m["parameters"], 1e6, 2), "MB in training": _size(m["training_memory"], 1e6), "MB in use": _size(m["memory"], 1e6),
                      "real-time factor": round(m["real_time_factor"], 4), "latency, s": middle.get("seconds"), "of an utterance of, s": middle.get("audio_seconds"), "the plan expects": m["claim"] or ""})
     return rows
 
@@ -132,7 +132,7 @@ def _quality(models:list, looks:list, ax):
     for y,(m,look) in enumerate(zip(models, looks)):
         ax.errorbar(100*m["wer"], y, xerr=[[100*(m["wer"] - m["wer_low"])], [100*(m["wer_high"] - m["wer"])]], capsize=4, linestyle="none", **look)
         rise = .7/max(4, len(m["streams"]))
-        for i,(c,wer) in enumerate(sorted(m["streams"].items()), 1):
+        for i,(c,wer) in enumerate(sorted((int(c), wer) for c,wer in m["streams"].items()), 1):
             ax.plot(100*wer, y + i*rise, marker="|", markersize=8, markeredgewidth=2, color=look["color"])
             ax.annotate(f"{40*c} ms", (100*wer, y + i*rise), xytext=(4, 0), textcoords="offset points", fontsize=7, va="center")
     ax.set(yticks=range(len(models)), yticklabels=[m["model"] for m in models], ylim=(-.4, len(models) - .1), xlabel="WER on test, % (95% interval; bars: as a stream)")
