@@ -21,7 +21,7 @@ from ai2text.core.sections import CorpusConfig
 from ai2text.corpora.corpus import make_corpus
 from ai2text.serving.engine import SAMPLE_RATE
 from ai2text.serving.latency import served
-from ai2text.serving.server import AHEAD, FRAME_BYTES, Service, running
+from ai2text.serving.server import MAX_AHEAD, FRAME_BYTES, Service, running
 from ai2text.testing.raw_client import bearer, frames, metric, send, wait_for_metric
 from ai2text.testing.toy_bundle import toy_bundle, whistle
 
@@ -126,9 +126,9 @@ def test_back_pressure(bundle):
             while not service.streams: await asyncio.sleep(0.05)
             (stream,) = service.streams
             def waiting(): return stream.received/SAMPLE_RATE - stream.results*0.32
-            while waiting() <= AHEAD - 1 or stream.received < 6*len(wave): await asyncio.sleep(0.05)
+            while waiting() <= MAX_AHEAD - 1 or stream.received < 6*len(wave): await asyncio.sleep(0.05)
             await asyncio.sleep(1) # in which nothing more is taken
-            assert waiting() < AHEAD + 1 and not client.done()
+            assert waiting() < MAX_AHEAD + 1 and not client.done()
             os.kill(pid, signal.SIGCONT)
             heard = await client
             assert heard.code == 1000 and abs(heard.results[-1]["decoded"] - times*len(wave)/SAMPLE_RATE) < 1

@@ -43,16 +43,7 @@ sherpa-onnx --tokens=tokens.txt --wenet-ctc-model=model.onnx --wenet-ctc-chunk-s
 sherpa-onnx-online-websocket-server --port=6006 --tokens=tokens.txt --wenet-ctc-model=model.onnx --wenet-ctc-chunk-size={chunk} --wenet-ctc-num-left-chunks={left}
 ```
 
-```python
-import sherpa_onnx, soundfile
-recognizer = sherpa_onnx.OnlineRecognizer.from_wenet_ctc(tokens="tokens.txt", model="model.onnx", chunk_size={chunk}, num_left_chunks={left})
-wave, rate = soundfile.read("speech.wav", dtype="float32")
-stream = recognizer.create_stream()
-stream.accept_waveform(rate, wave)
-stream.accept_waveform(rate, [0.0]*int({config['window_seconds']}*rate))  # silence, or the last chunk is lost
-while recognizer.is_ready(stream): recognizer.decode_stream(stream)
-print(recognizer.get_result(stream))
-```
+In Python it is `sherpa_onnx.OnlineRecognizer.from_wenet_ctc(tokens="tokens.txt", model="model.onnx", chunk_size={chunk}, num_left_chunks={left})`.
 
 A whole utterance, with onnxruntime alone; the features are in the graph:
 

@@ -14,8 +14,9 @@ import numpy as np
 from .client import Recogniser
 from ..core.files import read_jsonl, write_json
 from ..core.params import ConfigError
+from ..core.tables import columns
 from .latency import figures, flicker, load, served, sessions
-from ..evaluation.metrics import count_errors, resample, score_rows, utterance_rows
+from ..evaluation.metrics import count_errors, bootstrap, score_rows, utterance_rows
 from ..evaluation.scorecard import paired_difference
 from .protocol import run
 
@@ -84,7 +85,7 @@ def rate_difference(
 )->dict:           # difference (WER of a minus that of b), difference_low, difference_high (95%), unit, units
     "How much the WERs of two samples differ, each drawn by itself."
     parts = [np.array([(r["errors"], r["words"]) for r in rows]) for rows in (rows_a, rows_b)]
-    (whole_a, whole_b), (a, b) = [p.sum(0) for p in parts], [resample(p, None, samples, seed + i) for i,p in enumerate(parts)]
+    (whole_a, whole_b), (a, b) = [p.sum(0) for p in parts], [bootstrap(p, None, samples, seed + i) for i,p in enumerate(parts)]
     low, high = np.quantile(a[:,0]/a[:,1] - b[:,0]/b[:,1], (.025, .975))
     return dict(difference=float(whole_a[0]/whole_a[1] - whole_b[0]/whole_b[1]), difference_low=float(low), difference_high=float(high), unit="utterance", units=sum(map(len, parts)))
 
@@ -125,12 +126,11 @@ def show(
     ms = lambda p, w: "-" if p[w] is None else f"{1000*p[w]:.0f} ms"
     sides = judged["sides"]
     span = lambda s: "-" if s["wer"] is None else f"{percent(s['wer'])} ({percent(s['wer_low'])} to {percent(s['wer_high'])})"
-    lines = [("", *sides), ("sessions", *(str(s["sessions"]) for s in sides.values())), ("broken off", *(str(len(s["errors"])) for s in sides.values())), ("mean confidence", *(percent(s["confidence"]) for s in sides.values())),
+    lines = [("", *sides), ("sessions", *(s["sessions"] for s in sides.values())), ("broken off", *(len(s["errors"]) for s in sides.values())), ("mean confidence", *(percent(s["confidence"]) for s in sides.values())),
              ("nothing heard", *(percent(s["empty"]) for s in sides.values())), ("flicker", *(percent(s["flicker"]) for s in sides.values()))]
     for kind in ("service", "word", "final"): lines.append((f"{kind} latency p50, p95", *(f"{ms(s[kind], 'p50')}, {ms(s[kind], 'p95')}" for s in sides.values())))
     lines.append(("WER", *map(span, sides.values())))
-    wide = [max(map(len, column)) for column in zip(*lines)]
-    text = ["  ".join(cell.ljust(w) for cell,w in zip(line, wide)).rstrip() for line in lines]
+    text = [columns(lines)]
     if judged.get("disagreement") is not None: text.append(f"the two disagree in {percent(judged['disagreement'])} of the words")
     if d := judged.get("difference"): text.append(f"WER of A minus that of B: {100*d['difference']:+.2f} points ({100*d['difference_low']:+.2f} to {100*d['difference_high']:+.2f}, {'paired, ' if d['paired'] else ''}by {d['unit']})")
     for name,found in judged["correlations"].items():

@@ -10,8 +10,9 @@ __all__ = ['COLOURS', 'INK', 'MARKS', 'BINS', 'plot_ttq', 'as_of', 'plot_foresig
 import math, statistics, time
 from json import dumps
 from pathlib import Path
+from textwrap import indent
 import numpy as np
-from ..core.tables import spell_hours
+from ..core.tables import columns, spell_hours
 from ..core.params import ConfigError
 from .log import ACHIEVED, LATE, MISSED, PENDING, forecast_run, foretold, load_log, spell_share, score, summary, to_target, verdicts
 
@@ -318,6 +319,4 @@ def _pooled_row(row:dict)->dict:
 def _columns(rows:list[dict])->str:
     "Rows as text in columns; a column without any text is left out."
     kept = [k for k in rows[0] if any(r[k] not in (None, "") for r in rows)]
-    cells = [kept] + [["" if r[k] is None else str(r[k]) for k in kept] for r in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  " + "  ".join(c.ljust(w) for c,w in zip(line, widths)).rstrip() for line in cells)
+    return indent(columns([kept] + [[r[k] for k in kept] for r in rows]), "  ")
