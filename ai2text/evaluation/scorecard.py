@@ -37,10 +37,10 @@ def _draw(rows, values_NK, samples, seed):
     by_speaker = all(speakers) and len(set(speakers)) >= MIN_SPEAKERS
     return bootstrap(values_NK, speakers if by_speaker else None, samples, seed), "speaker" if by_speaker else "utterance", len(set(speakers)) if by_speaker else len(rows)
 
-def _rate(rows, wrong_N, all_N, samples=1000, seed=0)->tuple:
+def _rate(rows, wrong_N, all_N)->tuple:
     "A rate and its 95% interval; None, None where there is too little to draw from, or nothing wrong: a draw of no errors has none."
     rate = float(np.sum(wrong_N)/np.sum(all_N))
-    drawn_SK, _, units = _draw(rows, np.stack([wrong_N, all_N], 1), samples, seed)
+    drawn_SK, _, units = _draw(rows, np.stack([wrong_N, all_N], 1), 1000, 0)
     drawn_SK = drawn_SK[drawn_SK[:,1] > 0]
     if units < MIN_SPEAKERS or rate == 0 or not len(drawn_SK): return rate, None, None
     return rate, *map(float, np.quantile(drawn_SK[:,0]/drawn_SK[:,1], (.025, .975)))

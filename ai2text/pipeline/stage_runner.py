@@ -310,14 +310,12 @@ BENCHMARKS = "benchmarks/"
 
 def _notebook(name:str, root:Path)->Path:
     "The notebook of a stage or of a benchmark."
-    if not name.startswith(BENCHMARKS):
-        if name not in STAGES: raise ConfigError(f"{name}: no such stage; known are {', '.join(STAGES)}")
-        path = Layout(root).notebooks/"stages"/f"{name}.ipynb"
-        if not path.is_file(): raise ConfigError(f"{path}: no such notebook; a stage needs one")
-        return path
-    known = {BENCHMARKS + p.stem: p for p in sorted((Layout(root).notebooks/BENCHMARKS).glob("*.ipynb"))}
-    if name not in known: raise ConfigError(f"{name}: no such benchmark; known are {', '.join(known) or 'none'}")
-    return known[name]
+    folder = Layout(root).notebooks
+    benchmarks = [BENCHMARKS + p.stem for p in sorted((folder/BENCHMARKS).glob("*.ipynb"))]
+    if name not in (*STAGES, *benchmarks): raise ConfigError(f"{name}: no such stage or benchmark; known are {', '.join([*STAGES, *benchmarks])}")
+    path = folder/f"{name}.ipynb" if name in benchmarks else folder/"stages"/f"{name}.ipynb"
+    if not path.is_file(): raise ConfigError(f"{path}: no such notebook; a stage needs one")
+    return path
 
 def _values(name:str, root:Path, notebook:Path, given:dict, settings:list)->dict:
     "What is injected into a notebook."

@@ -83,8 +83,8 @@ def read_graph(
     return named(model.graph.input), named(model.graph.output), {p.key: p.value for p in model.metadata_props}
 
 # %% ../../nbs/serving/00_bundle.ipynb #50cb1b40
-def _same(path, what:str, found, wanted, mend:str=MEND):
-    if found != wanted: raise BundleError(f"{path}: {what}: {found!r} instead of {wanted!r}; {mend}")
+def _same(path, what:str, found, wanted):
+    if found != wanted: raise BundleError(f"{path}: {what}: {found!r} instead of {wanted!r}; {MEND}")
 
 def _signature(path, side:str, found:dict, wanted:dict):
     "Compare names, order, types and sizes; a size that is a text may have any name."
@@ -139,7 +139,6 @@ class Bundle:
 
     chunk_size      = property(lambda self: self.config["chunk_size"], doc="encoder frames of a chunk, 40 ms each; the runtime must be told")
     num_left_chunks = property(lambda self: self.config["num_left_chunks"], doc="chunks of the past that a stream keeps; the runtime must be told")
-    sample_rate     = property(lambda self: self.config["sample_rate"], doc="Hz")
     tokens          = property(lambda self: self.folder/"tokens.txt")
     offline         = property(lambda self: self.folder/"model.offline.onnx", doc="the graph of whole utterances")
 

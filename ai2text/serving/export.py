@@ -79,14 +79,11 @@ class Offline(nn.Module):
 @contextlib.contextmanager
 def _quiet():
     "Without the exporter's remarks on what else could be installed."
-    loud = logging.getLogger("torch.onnx"), logging.getLogger()
-    before = [log.level for log in loud]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for log in loud: log.setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)
         try: yield
-        finally:
-            for log,level in zip(loud, before): log.setLevel(level)
+        finally: logging.disable(logging.NOTSET)
 
 def _clean(model, metadata:dict):
     "Take out of an ONNX model what says where and how it was made, and say what a runtime asks for."

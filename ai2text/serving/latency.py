@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK_SECONDS', 'EDGE', 'PERCENTILES', 'Session', 'sessions', 'Heard', 'service_latencies', 'word_latencies',
-           'flicker', 'percentiles', 'figures', 'stream_session', 'load', 'Served', 'served', 'measure_service']
+           'flicker', 'percentiles', 'figures', 'stream_session', 'load', 'Served', 'served']
 
 # %% ../../nbs/serving/80_latency.ipynb #1c41e710
 import asyncio, contextlib, json, re, signal, subprocess, sys, threading
@@ -19,7 +19,7 @@ from ..audio.io import read_audio
 from ..core.batch import SAMPLE_RATE
 from ..core.params import ConfigError
 from ..evaluation.metrics import align
-from .protocol import Segments, at_once, paced, run, talk
+from .protocol import Segments, at_once, paced, talk
 
 # %% ../../nbs/serving/80_latency.ipynb #74cae9a1
 BLOCK_SECONDS = 0.1 # of a block, as browsers and telephones send them
@@ -46,18 +46,17 @@ class Session:
 def sessions(
     rows,             # of a manifest: id, audio_filepath, text; words where known
     root,             # folder that the paths start from
-    seconds:float=0., # of a session, at least: recordings are joined; 0 = one each
-    pause:float=0.5,  # seconds after each of them, when joined
+    seconds:float=0., # of a session, at least: recordings are joined, half a second apart; 0 = one each
 )->list[Session]:
     "Recordings of a manifest, ready to be sent."
-    out, gap = [], np.zeros(round(pause*SAMPLE_RATE), np.float32)
+    out, pause = [], np.zeros(SAMPLE_RATE//2, np.float32)
     for row in rows:
         wave = read_audio(Path(root)/row["audio_filepath"])
         if not out or out[-1].duration >= seconds: out.append(Session(row["id"], np.zeros(0, np.float32), speaker=row.get("speaker", "")))
         s = out[-1]
         s.words += [[w, a + s.duration, b + s.duration] for w,a,b in row.get("words") or ()]
         s.text = f"{s.text} {row.get('text', '')}".strip()
-        s.wave = np.concatenate([s.wave, wave] + ([gap] if seconds else []))
+        s.wave = np.concatenate([s.wave, wave] + ([pause] if seconds else []))
     return out
 
 # %% ../../nbs/serving/80_latency.ipynb #4a521fd3
@@ -235,15 +234,3 @@ def served(
             process.send_signal(signal.SIGTERM)
             try: process.wait(20)
             except subprocess.TimeoutExpired: process.kill()
-
-# %% ../../nbs/serving/80_latency.ipynb #8cfd420b
-def measure_service(
-    service:Served,
-    what:list[Session],
-    streams:int=1,      # at once, in real time
-    **how,              # more for `load`
-)->tuple[dict,list]:    # `figures`, and `Heard` of each session
-    "Figures of a service under so many streams."
-    before = service.processor()
-    heard = run(load(service.websocket, what, streams, **how))
-    return figures(heard, service.processor() - before), heard

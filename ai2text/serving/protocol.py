@@ -6,7 +6,8 @@
 __all__ = ['Segments', 'Refused', 'talk', 'run', 'paced', 'at_once', 'pcm']
 
 # %% ../../nbs/serving/40_protocol.ipynb #4a81a1cf
-import asyncio, json, threading
+import asyncio, json
+from concurrent.futures import ThreadPoolExecutor
 
 import aiohttp
 import numpy as np
@@ -74,16 +75,7 @@ def run(
     coroutine,
 ):              # its result
     "Run a coroutine to its end, in a notebook too, whose own loop is busy."
-    found = []
-    def work():
-        try: found.append((asyncio.run(coroutine), None))
-        except BaseException as e: found.append((None, e))
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    result, error = found[0]
-    if error: raise error
-    return result
+    with ThreadPoolExecutor(1) as pool: return pool.submit(asyncio.run, coroutine).result()
 
 # %% ../../nbs/serving/40_protocol.ipynb #4477d1c8
 async def paced(

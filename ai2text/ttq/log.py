@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'PENDING', 'ACHIEVED', 'LATE', 'MISSED', 'LOOK', 'Milestone', 'read_milestones', 'read_entries',
-           'EntryFile', 'Books', 'verdicts', 'score', 'calibrate', 'forecast_run', 'TTQTracker', 'load_log',
+           'EntryFile', 'Books', 'verdicts', 'score_forecasts', 'calibrate', 'forecast_run', 'TTQTracker', 'load_log',
            'to_target', 'foretold', 'read_again', 'spell_share', 'summary', 'TTQObserver']
 
 # %% ../../nbs/ttq/10_log.ipynb #6471db10
@@ -204,7 +204,7 @@ def verdicts(
                 error=None if true is None else math.inf if m["middle_hours"] is None else abs(m["middle_hours"] - true)/true))
     return rows
 
-def score(
+def score_forecasts(
     rows:list[dict],  # `verdicts`, of one run or several
 )->dict:              # scored, brier, promises, kept, covered, n_covered, hours_error; None for a mean of nothing
     "How far forecasts were right: Brier score, promises (above 90%) kept, share of arrivals in their intervals, median error of their hours."
@@ -219,7 +219,7 @@ def calibrate(
     log:dict,  # a view, as of `load_log`
 )->dict:       # forecasts, refused, and what `score` says
     "Scores of a run's forecasts."
-    return dict(forecasts=len(log["forecasts"]), refused=sum(f["refused"] is not None for f in log["forecasts"])) | score(verdicts(log))
+    return dict(forecasts=len(log["forecasts"]), refused=sum(f["refused"] is not None for f in log["forecasts"])) | score_forecasts(verdicts(log))
 
 # %% ../../nbs/ttq/10_log.ipynb #d43bea73
 @patch
