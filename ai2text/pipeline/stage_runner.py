@@ -310,10 +310,10 @@ BENCHMARKS = "benchmarks/"
 
 def _notebook(name:str, root:Path)->Path:
     "The notebook of a stage or of a benchmark."
-    folder = Layout(root).notebooks
-    benchmarks = [BENCHMARKS + p.stem for p in sorted((folder/BENCHMARKS).glob("*.ipynb"))]
-    if name not in (*STAGES, *benchmarks): raise ConfigError(f"{name}: no such stage or benchmark; known are {', '.join([*STAGES, *benchmarks])}")
-    path = folder/f"{name}.ipynb" if name in benchmarks else folder/"stages"/f"{name}.ipynb"
+    folder, kind = Layout(root).notebooks, "benchmark" if name.startswith(BENCHMARKS) else "stage"
+    known = STAGES if kind == "stage" else [BENCHMARKS + p.stem for p in sorted((folder/BENCHMARKS).glob("*.ipynb"))]
+    if name not in known: raise ConfigError(f"{name}: no such {kind}; known are {', '.join(known) or 'none'}")
+    path = folder/f"{'stages/' if kind == 'stage' else ''}{name}.ipynb"
     if not path.is_file(): raise ConfigError(f"{path}: no such notebook; a stage needs one")
     return path
 

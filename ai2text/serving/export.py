@@ -366,7 +366,7 @@ def export(
     synthetic:list=(),  # names of corpora that nobody spoke, for the card
 )->list[dict]:          # `utterance_rows` of the stream
     "Write the bundle `models/export` and its figures, `export.json` and `export_timing.json` in `comparison`; raises `ExportError` for a model that is not good enough."
-    model = streaming_model(config, layout)
+    model, published = streaming_model(config, layout), layout.model(config.model)
     loader, train = split_loader(layout, "test"), load_index(layout.split_index("train"))
     def speech(numbers): return [loader.batch(0, numbers[i:i+8], 0) for i in range(0, len(numbers), 8)]
     numbers, corpora = evenly(len(loader.index), config.utterances), loader.index.corpora
@@ -394,12 +394,7 @@ def export(
         heard = sum(r["duration"] for r in manifest)/60
         return dict(wer=wer, speech=dict(corpora=corpora, synthetic=[c for c in corpora if c in synthetic], utterances=len(ids), minutes=round(heard, 2),
                                          training_corpora=train.corpora, training_hours=round(train.seconds/3600, 2)),
-                    revisions=_revisions(config, layout))
+                    revisions=dict(weights=sha256(published/"model.safetensors"), train=sha256(layout.split_index("train")), test=sha256(layout.split_index("test")),
+                                   tokenizer=read_json(published/"tokenizer/tokenizer.json")["sha256"], code=sha256(json.dumps(identity("serving.export")).encode()), commit=environment()["revision"]))
     export_bundle(model, layout.bundle, stream.chunk, stream.left_chunks, config.model, judge)
     return said
-
-def _revisions(config:ExportConfig, layout:Layout)->dict:
-    "What the bundle was made from."
-    code = sha256(json.dumps(identity("serving.export")).encode())
-    return dict(weights=sha256(layout.model(config.model)/"model.safetensors"), train=sha256(layout.split_index("train")), test=sha256(layout.split_index("test")),
-                tokenizer=read_json(layout.model(config.model)/"tokenizer/tokenizer.json")["sha256"], code=code, commit=environment()["revision"])
