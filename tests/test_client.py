@@ -10,7 +10,7 @@ import soundfile as sf
 
 from ai2text.audio.io import resample
 from ai2text.serving.client import Recogniser, recognise, stream, transcribe
-from ai2text.serving.latency import EDGE, Session, figures, load, measure_service, served
+from ai2text.serving.latency import EDGE, Session, figures, load, served
 from ai2text.audio.segment import LONGEST
 from ai2text.serving.protocol import Refused, run
 from ai2text.testing.toy_bundle import WORDS, toy_bundle, whistle
@@ -130,7 +130,9 @@ def test_stream_without_a_token_or_with_half_a_sample(service, capsys, monkeypat
 def test_harness_on_a_real_service(service, tmp_path):
     wave, spans = talk(1)
     what = [Session(f"s{i}", wave, " ".join(w for w, *_ in spans), spans) for i in range(4)]
-    f, heard = measure_service(service, what, streams=4, token=TOKEN)
+    before = service.processor()
+    heard = run(load(service.websocket, what, streams=4, token=TOKEN))
+    f = figures(heard, service.processor() - before)
     assert not f["errors"] and [h.text for h in heard] == [what[0].text]*4
     chunks = int((heard[0].duration - EDGE)/0.32)
     assert f["service"]["n"] >= 4*(chunks - 1) and f["word"]["n"] == 4*len(spans) and f["flicker"] == 0

@@ -132,7 +132,7 @@ def test_an_import_that_leads_upwards_is_named(tmp_path):
     assert list(later(of(audio.name, "#| export\nfrom ai2text.audio.augment import spec_augment"))) == ["cell 4, line 2: audio.augment comes later; move the code down, or what it needs up"]
     assert list(later(of(audio.name, "#| export\nfrom ai2text.testing.workspace import smoke"))) == ["cell 4, line 2: testing.workspace comes later; move the code down, or what it needs up"]
     assert list(later(of(audio.name, "from ai2text.testing.workspace import smoke"))) == []
-    assert "audio.none is exported by no notebook" in list(later(of(audio.name, "from ai2text.audio.none import x")))[0]
+    assert "audio.none.x is exported by no notebook" in list(later(of(audio.name, "from ai2text.audio.none import x")))[0]
 
 
 def test_only_tests_use_the_room_for_tests():

@@ -1,65 +1,53 @@
-"No key is tracked: neither in a file that git has or would take, nor in any commit that it can still reach."
+"""No key is tracked: neither in a file that git has or would take, nor in any commit that it can still reach.
+
+A scanner of our own, since the leaks to fear here are S3 keys in cells of notebooks, in their outputs and in commands for DVC. detect-secrets 1.5.0 found 2 of 8 such keys and 8 of the 20 planted below, knows no history,
+and took 28 s (this: 5 s); with its search for entropy it finds hashes, cell ids and pictures.
+"""
 import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from conftest import ROOT
 from workspace import environment
 
-
-class Rule(NamedTuple):
-    "A kind of key: a word that is in each of its kind, and what it looks like; or only where, in files of such names."
-    kind: str
-    word: bytes
-    pattern: re.Pattern
-    files: str = ""
-
-
-def rule(kind, word, pattern, files=""): return Rule(kind, word, re.compile(pattern, re.MULTILINE), files)
-
-
-# Entropy finds no keys here, only hashes, cell ids and pictures; so these are the forms that keys have.
+# What it is, a word that is in each of its kind, what it looks like; for the last, files of such names alone.
 RULES = [
-    rule("AWS key id", b"AKIA", rb"\bAKIA[0-9A-Z]{16}\b"),
-    rule("AWS key id of a session", b"ASIA", rb"\bASIA[0-9A-Z]{16}\b"),
-    rule("AWS secret key", b"secret", rb"(?i)secret[\w ]{0,20}[\"']?\s*[=:]\s*[\"']?[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+])"),
-    rule("S3 secret in code", b"secret", rb"(?i)secret(?:_access)?_?key(?:\\?[\"'])?\s*[=:]\s*\\?[\"'][^\s\"'\\$<>{}()]{6,}\\?[\"']"),
-    rule("S3 secret of a shell", b"secret", rb"\bAWS_SECRET_ACCESS_KEY=[\"']?[^\s\"'\\$<>{}(),`]{6,}(?=[\s\"'\\`]|\Z)"),
-    rule("S3 secret of a shell", b"remote modify", rb"remote modify[^\n]* (?:secret_access_key|password)[ =][\"']?[^\s\"'\\$<>{}(),`]{6,}"),
-    rule("password of a setting", b"", rb"(?i)^[ \t]*(?:export[ \t]+)?[\w.-]*(?:access_key_id|access_key|account_key|secret|token|password|connection_string)[ \t]*[=:][ \t]*(?!\$)[^\s#]+",
+    ("AWS key id", b"AKIA", rb"\bAKIA[0-9A-Z]{16}\b"),
+    ("AWS key id of a session", b"ASIA", rb"\bASIA[0-9A-Z]{16}\b"),
+    ("AWS secret key", b"secret", rb"(?i)secret[\w ]{0,20}[\"']?\s*[=:]\s*[\"']?[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+])"),
+    ("S3 secret in code", b"secret", rb"(?i)secret(?:_access)?_?key(?:\\?[\"'])?\s*[=:]\s*\\?[\"'][^\s\"'\\$<>{}()]{6,}\\?[\"']"),
+    ("S3 secret of a shell", b"secret", rb"\bAWS_SECRET_ACCESS_KEY=[\"']?[^\s\"'\\$<>{}(),`]{6,}(?=[\s\"'\\`]|\Z)"),
+    ("S3 secret of a shell", b"remote modify", rb"remote modify[^\n]* (?:secret_access_key|password)[ =][\"']?[^\s\"'\\$<>{}(),`]{6,}"),
+    ("password of a setting", b"", rb"(?i)^[ \t]*(?:export[ \t]+)?[\w.-]*(?:access_key_id|access_key|account_key|secret|token|password|connection_string)[ \t]*[=:][ \t]*(?!\$)[^\s#]+",
          r"(^|/)\.dvc/|(^|/)(\.env[^/]*|\.netrc|\.pypirc|credentials|config|config\.local|rclone\.conf)$"),
-    rule("private key", b"PRIVATE KEY", rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----"),
-    rule("GitHub token", b"gh", rb"\bgh[pousr]_[A-Za-z0-9]{30,}"),
-    rule("GitHub token", b"github_pat_", rb"\bgithub_pat_[A-Za-z0-9_]{30,}"),
-    rule("GitLab token", b"glpat-", rb"\bglpat-[A-Za-z0-9_-]{20,}"),
-    rule("Hugging Face token", b"hf_", rb"\bhf_[A-Za-z0-9]{30,}"),
-    rule("Slack token", b"xox", rb"\bxox[a-z]-[A-Za-z0-9-]{10,}"),
-    rule("PyPI token", b"pypi-", rb"\bpypi-[A-Za-z0-9_-]{50,}"),
-    rule("Google key", b"AIza", rb"\bAIza[A-Za-z0-9_-]{35}\b"),
-    rule("signed token", b"eyJ", rb"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}"),
-    rule("password in a URL", b"://", rb"\b[a-z][a-z0-9+.-]*://[^\s/:@\"'<>{}$*]+:[^\s/:@\"'<>{}$*]{3,}@"),
+    ("private key", b"PRIVATE KEY", rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----"),
+    ("GitHub token", b"gh", rb"\bgh[pousr]_[A-Za-z0-9]{30,}"),
+    ("GitHub token", b"github_pat_", rb"\bgithub_pat_[A-Za-z0-9_]{30,}"),
+    ("GitLab token", b"glpat-", rb"\bglpat-[A-Za-z0-9_-]{20,}"),
+    ("Hugging Face token", b"hf_", rb"\bhf_[A-Za-z0-9]{30,}"),
+    ("Slack token", b"xox", rb"\bxox[a-z]-[A-Za-z0-9-]{10,}"),
+    ("PyPI token", b"pypi-", rb"\bpypi-[A-Za-z0-9_-]{50,}"),
+    ("Google key", b"AIza", rb"\bAIza[A-Za-z0-9_-]{35}\b"),
+    ("signed token", b"eyJ", rb"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}"),
+    ("password in a URL", b"://", rb"\b[a-z][a-z0-9+.-]*://[^\s/:@\"'<>{}$*]+:[^\s/:@\"'<>{}$*]{3,}@"),
 ]
 NEVER = re.compile(r"(^|/)(config\.local|\.env|\.netrc|\.pypirc|credentials|id_(rsa|dsa|ecdsa|ed25519))$|\.(pem|key|p12|pfx|jks|ppk)$")
 # The keys of the S3 server that tests start on this machine, and that the documentation gives to MinIO on localhost: they open nothing else.
 ALLOWED = re.compile(rb"(?:[=: ][ \t]*\\?[\"']?|://)(?:minio|minio123|minio:minio123@)\\?[\"']?$")
 
 
-def git(folder, *words, **more)->bytes:
-    return subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True, **more).stdout
+def git(folder, *words)->bytes: return subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True).stdout
 
 
 def keys(name:str, data:bytes)->list:
-    "The kinds of key that a file has, each with its line; what was found is never shown."
-    found = [f"{name}: a file of this name holds keys"] if NEVER.search(name) else []
-    low = data.lower()
-    for r in RULES:
-        if r.word.lower() not in low or r.files and not re.search(r.files, name): continue
-        for hit in r.pattern.finditer(data):
-            if not ALLOWED.search(hit[0].strip()): found.append(f"{name}, line {data.count(10, 0, hit.start()) + 1}: {r.kind}")
+    "The kinds of key that a text has, each with its line; what was found is never shown."
+    found, low = [f"{name}: a file of this name holds keys"] if NEVER.search(name) else [], data.lower()
+    for kind, word, pattern, *files in RULES:
+        if word.lower() not in low or files and not re.search(files[0], name): continue
+        found += [f"{name}, line {data.count(10, 0, hit.start()) + 1}: {kind}" for hit in re.finditer(pattern, data, re.MULTILINE) if not ALLOWED.search(hit[0].strip())]
     return found
 
 
@@ -70,17 +58,12 @@ def in_tree(folder)->list:
 
 
 def in_history(folder)->list:
-    "Keys in every commit, tag and file that git can reach from a branch, a tag or a stash, however old; a shallow clone has what it has."
-    listed = git(folder, "rev-list", "--objects", "--all").decode("utf-8", "surrogateescape").splitlines()
-    names = dict(line.partition(" ")[::2] for line in listed)
-    once = {name for name in git(folder, "log", "--all", "--format=", "--name-only", "-z", "--diff-merges=separate").decode("utf-8", "surrogateescape").replace("\n", "\0").split("\0")}
-    found, at = [f"{name}: a file of this name holds keys" for name in sorted(once) if NEVER.search(name)], 0
-    objects = git(folder, "cat-file", "--batch", input="\n".join(names).encode())
-    while at < len(objects):
-        end = objects.index(b"\n", at)
-        id, kind, size = objects[at:end].decode().split()
-        if kind != "tree": found += [f"{kind} {id[:12]} {k}" for k in keys(names[id], objects[end + 1:end + 1 + int(size)])]
-        at = end + int(size) + 2
+    "Keys in every change, message and tag that git can reach from a branch, a tag or a stash, however old; a shallow clone has what it has."
+    found = keys("tag", git(folder, "for-each-ref", "--format=%(contents)", "refs/tags"))
+    for commit in git(folder, "-c", "core.quotePath=false", "log", "--all", "-p", "-U0", "-m", "--text", "--no-renames", "--format=%x1ecommit%x1e%h%n%B").split(b"\x1ecommit\x1e")[1:]:
+        message, *changes = re.split(rb"(?m)^diff --git a/.* b/(.*)\n", commit)
+        for name, text in [(b"message", message), *zip(changes[::2], changes[1::2])]:
+            found += [f"{message.split()[0].decode()} {k}" for k in keys(name.decode("utf-8", "surrogateescape"), re.sub(rb"(?m)^[+-]", b"", text))]
     return found
 
 
@@ -159,7 +142,7 @@ def test_a_planted_key_is_found(kind, repository):
 
 def test_a_key_in_a_message_or_a_tag_is_found(repository):
     git(repository, "-c", "user.name=n", "-c", "user.email=e@x.invalid", "tag", "-a", "v1", "-m", PLANTED["GitHub token"][1])
-    assert [o.split()[0] for o in in_history(repository)] == ["tag"]
+    assert [o.split(",")[0] for o in in_history(repository)] == ["tag"]
 
 
 def test_development_keys_and_names_are_none(repository):

@@ -15,7 +15,7 @@ from ..core.layout import Layout, find_root
 from ..text.tokenizer import load_tokenizer
 from ..models.store import load_model
 from ..decoding.beam_search import save_weights, tune
-from .score_split import split_loader
+from .score_split import evenly, split_loader
 
 # %% ../../nbs/evaluation/60_tune_lm.ipynb #1f0c2a52
 def tune_lm(
@@ -30,12 +30,12 @@ def tune_lm(
     layout = Layout(root or find_root())
     recogniser = load_model(layout.model(model), load_tokenizer(layout.tokenizer))
     if not hasattr(recogniser, "log_probs"): raise ConfigError(f"{layout.model(model)}: this family writes text by itself; a language model is for CTC families")
-    loader, scores = split_loader(layout, "dev", 60.), {}
+    loader, scores = split_loader(layout, "dev"), {}
     for batch in loader:
         found, frames = recogniser.log_probs(batch)
         scores |= {i: s[:n].numpy() for i,s,n in zip(batch.ids, found, frames.tolist())}
     rows = read_jsonl(layout.manifest("dev"))
-    rows = rows[::max(1, len(rows)//utterances)] if utterances else rows
+    rows = [rows[i] for i in evenly(len(rows), utterances)]
     weights, tried = tune(recogniser.tokenizer, lm, [scores[r["id"]] for r in rows], [r["text"] for r in rows], beam=beam, processes=processes, show=lambda row: print(row, file=sys.stderr))
     save_weights(lm, weights, model=model, split="dev", utterances=len(rows), beam=beam)
     return f"{lm}: {len(tried)} settings tried on {len(rows)} utterances of dev, WER {min(r['wer'] for r in tried):.1%} with {weights}"

@@ -5,6 +5,9 @@
 # %% auto #0
 __all__ = ['WAYS', 'card']
 
+# %% ../../nbs/serving/20_model_card.ipynb #b2dc091b
+from importlib.resources import files
+
 # %% ../../nbs/serving/20_model_card.ipynb #0459c5b1
 WAYS = dict(full="whole utterances", stream="stream", int8="stream, 8 bits")
 
@@ -22,60 +25,8 @@ def _measured(config:dict)->str:
 def card(
     config:dict, # config.json
 )->str:          # Markdown
-    "The model card."
-    chunk, left, size = config["chunk_size"], config["num_left_chunks"], config["parameters"]
+    "The model card, from `ai2text/web/model_card.md`."
+    chunk, made = config["chunk_size"], config.get("revisions") or dict(weights="random")
     cuts = "" if config["config"]["chunk_share"] else "\n- **It was not trained for chunks**, and loses accuracy as a stream: compare the rows above."
-    made = "\n".join(f"- {what}: `{value}`" for what,value in config.get("revisions", {}).items())
-    return f"""# {config['name']}
-
-> Vietnamese speech to text, as a stream in chunks of {1000*config['chunk_seconds']:.0f} ms or a whole utterance at once: a Conformer with CTC, {size/1e6:.1f} million parameters.
-
-## How well it recognises
-
-{_measured(config)}
-
-## Run it
-
-As a stream, with [sherpa-onnx](https://github.com/k2-fsa/sherpa-onnx) alone. It must be told the chunk and the past: a wrong number ends the process.
-
-```bash
-sherpa-onnx --tokens=tokens.txt --wenet-ctc-model=model.onnx --wenet-ctc-chunk-size={chunk} --wenet-ctc-num-left-chunks={left} speech.wav
-sherpa-onnx-online-websocket-server --port=6006 --tokens=tokens.txt --wenet-ctc-model=model.onnx --wenet-ctc-chunk-size={chunk} --wenet-ctc-num-left-chunks={left}
-```
-
-```python
-import sherpa_onnx, soundfile
-recognizer = sherpa_onnx.OnlineRecognizer.from_wenet_ctc(tokens="tokens.txt", model="model.onnx", chunk_size={chunk}, num_left_chunks={left})
-wave, rate = soundfile.read("speech.wav", dtype="float32")
-stream = recognizer.create_stream()
-stream.accept_waveform(rate, wave)
-stream.accept_waveform(rate, [0.0]*int({config['window_seconds']}*rate))  # silence, or the last chunk is lost
-while recognizer.is_ready(stream): recognizer.decode_stream(stream)
-print(recognizer.get_result(stream))
-```
-
-A whole utterance, with onnxruntime alone; the features are in the graph:
-
-```python
-import onnxruntime, soundfile
-symbols = [line.rsplit(" ", 1)[0] for line in open("tokens.txt", encoding="utf-8")]
-wave, rate = soundfile.read("speech.wav", dtype="float32")  # mono, {config['sample_rate']} Hz, at least {config['offline']['min_samples']} samples
-scores, = onnxruntime.InferenceSession("model.offline.onnx").run(None, {{"audio": wave[None]}})
-ids = scores[0].argmax(-1)
-print("".join(symbols[i] for i, before in zip(ids, [0, *ids]) if i not in (0, before)).replace("▁", " ").strip())
-```
-
-`model.int8.onnx` takes the place of `model.onnx`. `sha256sum -c SHA256SUMS` says whether all has arrived.
-
-## Limits
-
-- Mono speech at {config['sample_rate']} Hz, one speaker at a time. It writes small letters, no punctuation, and numbers in words.
-- A sound has its score after up to {1000*config['window_seconds']:g} ms, and a stream remembers {chunk*left*config['frame_seconds']:.1f} s. Decoding takes the best token of each frame; no language model corrects it.
-- A stream drops a last chunk that is not whole: send {config['window_seconds']} s of silence after the last word.
-- What it was not trained on, it does not know: other dialects, rooms, microphones and ages than those of its training speech.{cuts}
-- The servers of sherpa-onnx ask for no login and encrypt nothing: put a proxy before them.
-
-## Made from
-
-{made or "- random weights"}
-"""
+    return (files("ai2text")/"web/model_card.md").read_text("utf-8").format(**config, measured=_measured(config), cuts=cuts, made="\n".join(f"- {what}: `{value}`" for what,value in made.items()), millions=config["parameters"]/1e6,
+        chunk_ms=1000*config["chunk_seconds"], window_ms=1000*config["window_seconds"], past_seconds=chunk*config["num_left_chunks"]*config["frame_seconds"])

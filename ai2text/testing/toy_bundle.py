@@ -58,7 +58,6 @@ def toy_bundle(
     folder,            # made
     chunk:int=8,       # encoder frames of a chunk
     left_chunks:int=4, # chunks of the past
-    name:str="toy",
     deaf:tuple=(),     # words that it does not understand
 )->Path:               # the folder
     "Write a bundle that understands whistles."
@@ -88,9 +87,9 @@ def toy_bundle(
     _graph(folder/"model.offline.onnx", dict(audio=(1, (1, "samples"))), dict(log_probs=(1, (1, "frames", V))), nodes,
            dict(one=np.array([1]), waves=waves, pair=pair, bias=bias_V + np.array([20.] + [0.]*(V - 1), np.float32)), {})
     (folder/"tokens.txt").write_text("".join(f"{s} {i}\n" for i,s in enumerate(symbols)), encoding="utf-8")
-    config = dict(format=1, name=name, chunk_size=chunk, num_left_chunks=left_chunks, sample_rate=SAMPLE_RATE, vocab_size=V, right_context=6, frame_seconds=0.04, normaliser=NORMALISER_VERSION,
+    config = dict(format=1, name="toy", chunk_size=chunk, num_left_chunks=left_chunks, sample_rate=SAMPLE_RATE, vocab_size=V, right_context=6, frame_seconds=0.04, normaliser=NORMALISER_VERSION,
                   features=dict(bins=80), offline=dict(min_samples=640), wer={})
     (folder/"config.json").write_text(json.dumps(config))
-    (folder/"README.md").write_text(f"# {name}\n")
+    (folder/"README.md").write_text("# toy\n")
     (folder/"SHA256SUMS").write_text("".join(f"{sha256(p)}  {p.name}\n" for p in sorted(folder.iterdir()) if p.name != "SHA256SUMS"))
     return folder

@@ -18,7 +18,7 @@ from ..core.code import identity
 from ..core.distributed import Ranks
 from ..data.loader import create_webdataset_loader
 from ..models.store import load_config
-from ..evaluation.score_split import measure, split_loader
+from ..evaluation.score_split import score_model, split_loader
 from .budget import Budget, WarmupConstantDecay
 from .optimizer import make_optimizer
 from .trainer import TrainerOptimized
@@ -72,6 +72,6 @@ def dev_scorer(
     "Score models on dev as the trainer needs it: WER with its interval, and CER."
     dev, manifest = split_loader(layout, "dev", config.batch_seconds, config.num_workers, ranks), read_jsonl(layout.manifest("dev"))
     def evaluate(model):
-        with trainer.autocast(): score, _ = measure(model, dev, manifest, trainer.device, beat=trainer.beat, ranks=ranks)
+        with trainer.autocast(): score, _ = score_model(model, dev, manifest, trainer.device, beat=trainer.beat, ranks=ranks)
         return dict(val_wer=score.wer, val_wer_low=score.wer_low, val_wer_high=score.wer_high, val_cer=score.cer)
     return evaluate, dev.fingerprint[:16]
