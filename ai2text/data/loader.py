@@ -7,21 +7,21 @@ __all__ = ['OPEN_SHARDS', 'OPEN_CACHED', 'AHEAD', 'STREAMS', 'OpenFile', 'ShardR
            'ShardLoader', 'create_webdataset_loader', 'corpus_rows', 'plot_batches']
 
 # %% ../../nbs/data/50_loader.ipynb #7b75477e
-import io, os, sys, urllib.parse, zlib
+import os, sys, urllib.parse, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import soundfile as sf
 import torch
 from fastcore.basics import patch
 
 from ..core.parallel import read_ahead
-from ..core.batch import Batch, SAMPLE_RATE
-from ..audio.io import resample
-from .shard_index import Index, ShardError, fingerprint, load_index, member_audio, members, parse_index, plain_pcm, scan, select, utterance_text
+from ..core.batch import Batch
+from ..core.layout import SAMPLE_RATE
+from ..audio.io import plain_pcm, read_audio
+from .shard_index import Index, ShardError, data_fingerprint, load_index, member_audio, members, parse_index, scan, select, utterance_text
 from .storage import Cache, S3Stream, Server
 from .dvc_files import Remote, tracked
 from .sampler import check_weights, counts_of, padding, plan_epoch, share
@@ -85,17 +85,10 @@ def decode_into(
 ):
     "Decode, at 16 kHz and one channel; `ValueError` says why not."
     plain = plain_pcm(audio)
-    wave = plain[0] if plain and plain[1] == SAMPLE_RATE else None
-    if wave is None:
-        try:
-            with sf.SoundFile(io.BytesIO(audio)) as f:
-                fits = f.samplerate == SAMPLE_RATE and f.channels == 1 and f.frames == len(row)
-                wave = f.read(out=row) if fits else resample(f.read(dtype="float32", always_2d=True).mean(1), f.samplerate, SAMPLE_RATE)
-        except sf.LibsndfileError as e: raise ValueError(f"not readable as audio ({e.error_string.rstrip('.')})") from e
+    wave = plain[0] if plain and plain[1] == SAMPLE_RATE else read_audio(audio)
     if len(wave) != len(row): raise ValueError(f"has {len(wave)} samples, not the {len(row)} of the index")
     if wave.dtype == np.int16: np.multiply(wave, np.float32(1/32768), out=row)
-    elif not np.isfinite(wave).all(): raise ValueError("holds samples that are not finite numbers")
-    elif not np.shares_memory(wave, row): row[:] = wave
+    else: row[:] = wave
 
 # %% ../../nbs/data/50_loader.ipynb #fb4a0a17
 def place(
@@ -169,7 +162,7 @@ class ShardLoader:
                  prefetch_mb, pin_memory, verify, weights, cache):
         if not 0 <= rank < world: raise ValueError(f"rank {rank} is not one of {world}")
         if batch_size < 1: raise ValueError(f"batch_size = {batch_size}: a batch needs at least one utterance")
-        self.index, self.read, self.fingerprint = index, ShardReader(places, index, verify, cache), fingerprint(index)
+        self.index, self.read, self.fingerprint = index, ShardReader(places, index, verify, cache), data_fingerprint(index)
         self.weights = check_weights(weights or {}, index.corpora)
         self.settings = dict(batch_size=batch_size, batch_seconds=batch_seconds, seed=seed, shuffle_buffer=shuffle_buffer, shuffle=shuffle)
         self.num_workers, self.prefetch_mb, self.pin_memory = num_workers, prefetch_mb, pin_memory
