@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPEN_SHARDS', 'OPEN_CACHED', 'AHEAD', 'STREAMS', 'OpenFile', 'ShardReader', 'decode_into', 'place', 'find_shards',
-           'ShardLoader', 'create_webdataset_loader', 'corpus_rows', 'plot_batches']
+           'ShardLoader', 'create_webdataset_loader']
 
 # %% ../../nbs/data/50_loader.ipynb #7b75477e
 import os, sys, urllib.parse, zlib
@@ -333,36 +333,3 @@ def create_webdataset_loader(
     return ShardLoader(places, index, batch_size=batch_size, batch_seconds=batch_seconds, num_workers=num_workers, shuffle_buffer=shuffle_buffer, seed=seed,
                        shuffle=shuffle, rank=rank, world=world, max_skip_share=max_skip_share, prefetch_mb=prefetch_mb, verify=verify, weights=weights, cache=cache,
                        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory)
-
-# %% ../../nbs/data/50_loader.ipynb #d49e1a22
-def corpus_rows(
-    loader,     # its next epoch is counted
-)->list[dict]:  # a row a corpus
-    "What the shards have of each corpus, and what an epoch has of it."
-    index = loader.index
-    counts = loader.counts(loader.epoch)
-    if counts is None: counts = np.ones(len(index), dtype=np.int64)
-    rows = []
-    for number,name in enumerate(index.corpora):
-        mine = index.corpus == number
-        heard = (counts*index.duration)[mine].sum()
-        rows.append(dict(corpus=name or "(no name)", utterances=int(mine.sum()), hours=float(index.duration[mine].sum()/3600), weight=loader.weights.get(name, 1.),
-                         utterances_of_an_epoch=int(counts[mine].sum()), share_of_its_time=float(heard/(counts*index.duration).sum())))
-    return rows
-
-# %% ../../nbs/data/50_loader.ipynb #27ba5613
-def plot_batches(
-    loader, # its next epoch is drawn
-):          # a figure
-    "Micro-batch by micro-batch: speech, and what pads it."
-    import matplotlib.pyplot as plt
-    plan, durations = loader.plan(loader.epoch), loader.index.duration
-    real = [durations[b].sum() for b in plan]
-    padded = [len(b)*durations[b].max() for b in plan]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), width_ratios=(3, 1))
-    axes[0].bar(range(len(plan)), padded, 1., color="C1", label=f"padding {padding(durations, plan):.1%}")
-    axes[0].bar(range(len(plan)), real, 1., color="C0", label="speech")
-    axes[0].set(xlabel="micro-batch of the epoch", ylabel="seconds", xlim=(-0.5, min(len(plan), 120) - 0.5))
-    axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.1, ncols=2) # above the bars
-    axes[1].hist([len(b) for b in plan], 20); axes[1].set(xlabel="utterances of a micro-batch", ylabel="micro-batches")
-    return figure

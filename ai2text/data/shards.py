@@ -6,7 +6,7 @@
 __all__ = ['plain_key', 'MAX_SECONDS', 'NOT_IN_SHARD', 'as_json', 'STRIDE', 'safe_key', 'spread', 'read_pcm', 'tar_end',
            'utterance_block', 'plan_shards', 'versions', 'ShardTask', 'recipe', 'write_shard', 'locked',
            'have_recordings', 'encode_shard', 'collect_shards', 'write_shards', 'read_transcripts', 'find_audio',
-           'create_shards', 'Problem', 'verify', 'check_shards', 'shard_rows', 'plot_spread']
+           'create_shards', 'Problem', 'verify', 'check_shards']
 
 # %% ../../nbs/data/10_shards.ipynb #31d6b7ab
 import contextlib, fcntl, hashlib, json, marshal, os, re, shutil, socket, tarfile, time, zlib
@@ -433,37 +433,3 @@ def check_shards(
     problems = verify(folder, index, processes)
     for p in problems: print(f"{p.shard}{p.key and ', ' + printable(p.key)}: {p.reason}")
     return 1 if problems else f"{folder}: as its index says: {index}"
-
-# %% ../../nbs/data/10_shards.ipynb #a00e522f
-def shard_rows(
-    index:Index,
-    most:int=12, # rows; the middle of a long list is left out
-)->list:         # a dict for each shard, and their sum
-    "Shards as rows of a table; `of PCM` is the size as a share of bare 16-bit samples."
-    def row(name, samples, seconds, size, digest):
-        return {"shard": name, "utterances": samples, "minutes": f"{seconds/60:,.1f}",
-                "MB": f"{size/1e6:,.1f}", "of PCM": f"{size/(2*index.sample_rate*seconds):.0%}", "SHA-256": digest}
-    rows = [row(s["file"], s["samples"], s["seconds"], s["bytes"], s["sha256"][:12]) for s in index.shards]
-    if len(rows) > most: rows = [*rows[:most - 1], dict.fromkeys(rows[0], "..."), rows[-1]]
-    return [*rows, row("all", len(index), index.seconds, sum(s["bytes"] for s in index.shards), "")]
-
-def plot_spread(
-    indexes:dict, # split -> Index
-):                # a figure
-    "Median and range of the utterances' lengths, shard by shard."
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(indexes), figsize=(9, 2.8), sharey=True, squeeze=False,
-                                width_ratios=[1 + len(i.shards)**0.5 for i in indexes.values()])
-    for axis,(split,index) in zip(axes[0], indexes.items()):
-        bands = np.array([np.quantile(index.duration[index.shard == s], [0, .1, .5, .9, 1]) for s in range(len(index.shards))])
-        at = np.arange(len(bands))
-        axis.vlines(at, bands[:,0], bands[:,4], color="0.46", linewidth=1, label="all")
-        axis.vlines(at, bands[:,1], bands[:,3], linewidth=4, label="80%")
-        axis.plot(at, bands[:,2], "o", color="C4", markersize=5, label="median")
-        axis.axhline(np.median(index.duration), color="0.46", linewidth=0.8, linestyle=":", label="median of the split")
-        axis.set(xlabel="shard", xlim=(-0.8, len(bands) - 0.2), ylim=(0, None))
-        axis.set_title(f"{split}: {len(index):,} utterances")
-        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axes[0,0].set_ylabel("seconds of an utterance")
-    figure.legend(*axes[0,0].get_legend_handles_labels(), ncol=4, loc="outside upper center")
-    return figure
