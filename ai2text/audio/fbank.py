@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['N_MELS', 'HOP', 'WINDOW', 'N_FFT', 'LEFT_EDGE', 'RIGHT_EDGE', 'PREEMPHASIS', 'LOW_HZ', 'HIGH_HZ', 'PCM_SCALE',
-           'LOG_FLOOR', 'num_frames', 'mel_filters', 'mirror_edges', 'povey_window', 'Fbank']
+           'LOG_FLOOR', 'num_frames', 'mel_filters', 'povey_window', 'Fbank']
 
 # %% ../../nbs/audio/10_fbank.ipynb #a6b9dbce
 import math
@@ -41,11 +41,8 @@ def mel_filters(n_mels:int=N_MELS)->Tensor:  # (N_FFT//2 + 1, n_mels)
     return torch.from_numpy(weights).float()
 
 # %% ../../nbs/audio/10_fbank.ipynb #5ff16bc7
-def mirror_edges(
-    audio_BT:Tensor,  # (B, T)
-    lengths:Tensor,   # (B,)
-)->Tensor:            # (B, LEFT_EDGE + T + RIGHT_EDGE + padding)
-    "Each utterance with its mirror image before its start and after its own end."
+def _mirror_edges(audio_BT:Tensor, lengths:Tensor)->Tensor:
+    "Each utterance with its mirror image before its start and after its own end: (B, LEFT_EDGE + T + RIGHT_EDGE + padding)."
     B, T = audio_BT.shape
     out = audio_BT.new_zeros(B, LEFT_EDGE + max(T + RIGHT_EDGE, WINDOW) + HOP)
     out[:,LEFT_EDGE:LEFT_EDGE+T] = audio_BT
@@ -77,7 +74,7 @@ class Fbank(nn.Module):
         "Features are natural logs of at least `LOG_FLOOR`; frames past an utterance's end hold the floor."
         with torch.autocast(audio.device.type, enabled=False):
             frames, most = num_frames(lengths), num_frames(audio.shape[1]) # the latter is known without asking the device
-            wave = mirror_edges(audio.float(), lengths)
+            wave = _mirror_edges(audio.float(), lengths)
             mean = wave.unfold(-1, WINDOW, HOP)[:,:most].mean(-1, keepdim=True)
             wave = torch.cat([wave[:,:1], torch.add(wave[:,1:], wave[:,:-1], alpha=-PREEMPHASIS)], 1)
             padded = wave.new_empty(*mean.shape[:2], N_FFT)

@@ -24,7 +24,7 @@ from ..audio.io import plain_pcm, read_audio
 from .shard_index import Index, ShardError, data_fingerprint, load_index, member_audio, members, parse_index, scan, select, utterance_text
 from .storage import Cache, S3Stream, Server
 from .dvc_files import Remote, tracked
-from .sampler import check_weights, counts_of, padding, plan_epoch, share
+from .sampler import check_weights, counts_of, plan_epoch, share
 
 # %% ../../nbs/data/50_loader.ipynb #da57c989
 OPEN_SHARDS, OPEN_CACHED = 64, 8 # kept open, however many there are: local ones; ones in the cache, which hold their place on the disk

@@ -8,7 +8,7 @@ __all__ = ['TRAVELS', 'save_checkpoint', 'about', 'load_checkpoint', 'step_of', 
            'prune_runs', 'list_runs']
 
 # %% ../../nbs/training/20_checkpoint.ipynb #06c3453c
-import fcntl, hashlib, json, os, re, shutil, time, weakref
+import fcntl, json, os, re, shutil, time, weakref
 from datetime import datetime, timezone
 from pathlib import Path
 
