@@ -19,9 +19,13 @@ class RemoteUnavailable(ShardError): "DVC has no such file, or does not give it 
 class CorruptObject(ShardError): "What DVC gives is not what the hash in git says."
 
 class Remote(NamedTuple):
-    "An object, and the server that has it."
+    "An object, and the server that has it; its name and its neighbours are found as of a `Path`."
     url:str
     server:Server=Server()
+    name   = property(lambda self: self.url.rpartition("/")[2])
+    parent = property(lambda self: self._replace(url=self.url.rpartition("/")[0]))
+    def __truediv__(self, name:str): return self._replace(url=f"{self.url}/{name}")
+    def __str__(self): return self.url
 
 class DVCFile(NamedTuple):
     "A file that DVC tracks."
