@@ -9,7 +9,6 @@ __all__ = ['INDEX_FORMAT', 'COLUMNS', 'ShardError', 'members', 'utterance_text',
 
 # %% ../../nbs/data/00_shard_index.ipynb #5bcd8ea8
 import json, os, re, tarfile, zlib
-from collections import Counter
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -26,10 +25,8 @@ from ..audio.io import AUDIO_SUFFIXES, Recording
 class ShardError(ConfigError):
     "Shards or their sources are not what they should be; the message names file, key and mend."
 
-def members(
-    block,  # bytes of one utterance: tar headers and contents
-)->dict:    # extension -> content, not copied
-    "Take an utterance apart. A header that is not plain goes to `tarfile`; `ValueError` for what is no tar at all."
+def members(block)->dict:
+    "The members of an utterance's bytes, extension -> content, not copied. A header that is not plain goes to `tarfile`; `ValueError` for what is no tar at all."
     view, found, at = memoryview(block), {}, 0
     while at + BLOCKSIZE <= len(view) and view[at]:
         header = bytes(view[at:at+BLOCKSIZE])
@@ -51,10 +48,8 @@ def _extension(name:str)->str:
     return name.rpartition("/")[2].partition(".")[2].lower()
 
 # %% ../../nbs/data/00_shard_index.ipynb #77fa7826
-def utterance_text(
-    found:dict, # extension -> content
-)->dict:        # at least `text`
-    "What a shard says of an utterance; `ValueError` if it has no text."
+def utterance_text(found:dict)->dict:
+    "What an utterance's members say of it, at least `text`; `ValueError` if it has none."
     if "json" in found:
         try: about = json.loads(bytes(found["json"]))
         except ValueError as e: raise ValueError(f"its JSON cannot be read ({e})") from e
@@ -64,9 +59,7 @@ def utterance_text(
     if not isinstance(text, str): raise ValueError("has no text: neither `text` or `transcript` in a .json member, nor a .txt member")
     return {**about, "text": text}
 
-def member_audio(
-    found:dict, # extension -> content
-):
+def member_audio(found:dict):
     "The audio among an utterance's members; `ValueError` if there is none."
     for suffix in AUDIO_SUFFIXES:
         if suffix[1:] in found: return found[suffix[1:]]
@@ -106,27 +99,20 @@ class Index:
         return text + (f"; {len(self.rejected)} rejected: {reject_summary(self.rejected)}" if self.rejected else "")
 
 # %% ../../nbs/data/00_shard_index.ipynb #75c7be10
-def printable(
-    text:str, # an id or reason from outside
-)->str:
-    "Text that any terminal and UTF-8 file takes."
+def printable(text:str)->str:
+    "An id or reason from outside, as any terminal and UTF-8 file takes it."
     return text if text.isprintable() else ascii(text)[1:-1]
 
-def reject_summary(
-    rejected:list, # dicts with id and reason
-)->str:
+def reject_summary(rejected:list)->str:
     "Reasons with their counts and an example each, the most frequent first."
-    kinds = Counter(re.sub(r"[\d.]+", "#", r["reason"]) for r in rejected)
-    example = {re.sub(r"[\d.]+", "#", r["reason"]): r for r in reversed(rejected)}
-    return "; ".join(f"{n} x {example[kind]['reason']} (as {printable(example[kind]['id'][:60])!r})" for kind,n in kinds.most_common(5))
+    kinds = {}
+    for r in rejected: kinds.setdefault(re.sub(r"[\d.]+", "#", r["reason"]), []).append(r)
+    return "; ".join(f"{len(some)} x {some[0]['reason']} (as {printable(some[0]['id'][:60])!r})" for some in sorted(kinds.values(), key=len, reverse=True)[:5])
 
 # %% ../../nbs/data/00_shard_index.ipynb #05023a7f
-def _object(fields, indent="")->str:
-    "A JSON object with a line for each key; its values are JSON already."
-    return "{\n" + ",\n".join(f"{indent} {json.dumps(k)}: {v}" for k,v in fields.items()) + f"\n{indent}}}"
-
 def _index_text(index:Index)->str:
     "An index as JSON: short enough to read in its first lines, long in its columns."
+    def _object(fields, indent=""): return "{\n" + ",\n".join(f"{indent} {json.dumps(k)}: {v}" for k,v in fields.items()) + f"\n{indent}}}"
     line = lambda v: json.dumps(v, ensure_ascii=False, allow_nan=False)
     rows = lambda v: "[" + ",".join(f"\n  {line(r)}" for r in v) + "]"
     totals = dict(format=INDEX_FORMAT, normaliser=index.normaliser, num_shards=len(index.shards), samples_per_shard=index.samples_per_shard,
@@ -135,11 +121,8 @@ def _index_text(index:Index)->str:
     return _object({k: line(v) for k,v in totals.items()} | dict(shards=rows(index.shards), rejected=rows(index.rejected),
                    utterances=_object({c: line(v) for c,v in columns.items()}, " "))) + "\n"
 
-def save_index(
-    index:Index,
-    path, # the JSON file
-):
-    "Write the index whole or not at all."
+def save_index(index:Index, path):
+    "Write the index as a JSON file, whole or not at all."
     with atomic_write(path) as f: f.write(_index_text(index))
 
 def data_fingerprint(index:Index)->str:
@@ -147,19 +130,14 @@ def data_fingerprint(index:Index)->str:
     return sha256(_index_text(index).encode("utf-8"))
 
 # %% ../../nbs/data/00_shard_index.ipynb #a64dd9f0
-def load_index(
-    path, # the JSON file
-)->Index:
-    "Read an index; `ShardError` says what is wrong with the file."
+def load_index(path)->Index:
+    "Read the JSON file of an index; `ShardError` says what is wrong with it."
     try: content = Path(path).read_bytes()
     except FileNotFoundError: raise ShardError(f"{path}: no such index; run the stage `shards`, or `scan` the shards") from None
     return parse_index(content, path)
 
-def parse_index(
-    content, # bytes of an index file
-    path,    # where it came from, for errors
-)->Index:
-    "An index from the bytes of its file."
+def parse_index(content:bytes, path)->Index:
+    "An index from the bytes of its file, which came from `path`."
     try: saved = json.loads(content)
     except ValueError as e: raise ShardError(f"{path}: no index of shards ({e}); write it again with the stage `shards`") from e
     if not isinstance(saved, dict) or saved.get("format") != INDEX_FORMAT:
@@ -170,14 +148,10 @@ def parse_index(
                  saved["corpora"], saved["sample_rate"], saved["samples_per_shard"], saved["normaliser"], saved["rejected"])
 
 # %% ../../nbs/data/00_shard_index.ipynb #6c9ca485
-def select(
-    index:Index,
-    files, # names of the shards to keep
-)->Index:
-    "The index of some shards, in the index's order; raises `ShardError` for one that it does not know."
-    files = list(files)
-    unknown = set(files) - {s["file"] for s in index.shards}
-    if unknown: raise ShardError(f"{sorted(unknown)[0]}: not in the index, which knows {len(index.shards)} shards; index it with `scan`")
+def select(index:Index, files)->Index:
+    "The index of some shards, by their names, in the index's order; raises `ShardError` for one that it does not know."
+    files = set(files)
+    if unknown := files - {s["file"] for s in index.shards}: raise ShardError(f"{sorted(unknown)[0]}: not in the index, which knows {len(index.shards)} shards; index it with `scan`")
     kept = [i for i,s in enumerate(index.shards) if s["file"] in files]
     if len(kept) == len(index.shards): return index
     mine = np.flatnonzero(np.isin(index.shard, kept))
@@ -221,13 +195,10 @@ def _scanned(path):
     return dict(file=path.name, samples=len(rows), seconds=round(sum(r[4] for r in rows), 3), bytes=path.stat().st_size, sha256=sha256(path)), rows, rejected
 
 # %% ../../nbs/data/00_shard_index.ipynb #7058f84a
-def numbered(
-    names:list, # of the corpus of each utterance
-):              # the different names, sorted; and for each utterance the number of its name
-    "Names of corpora as a short list and a column."
+def numbered(names:list)->tuple:
+    "The corpora of utterances as a short list and a column: the different names, sorted; and for each utterance the number of its name."
     corpora = sorted(set(names)) or [""]
-    number = {name: i for i,name in enumerate(corpora)}
-    return corpora, [number[name] for name in names]
+    return corpora, list(map({name: i for i,name in enumerate(corpora)}.get, names))
 
 def scan(
     paths,           # tar files
