@@ -53,7 +53,6 @@ def _lost(rows:list[dict], rejects:list[dict])->str:
         return f"split {split} has no usable utterance; {first([r for r in rejects if r.get('split') == split])}. Mend them, or remove the split: prepare then draws it by speaker"
     return ""
 
-# %% ../../nbs/corpora/30_corpus.ipynb #0d603918
 def make_corpus(
     cfg:CorpusConfig,
     name:str,               # the corpus', in front of its ids

@@ -18,7 +18,7 @@ from ..core.layout import SAMPLE_RATE
 
 # %% ../../nbs/corpora/00_tts.ipynb #f45ed3ab
 DIALECTS = {"vi": "north", "vi-vn-x-central": "central", "vi-vn-x-south": "south"}
-SPEEDS    = 140, 200 # words a minute; 175 is the synthesiser's own
+SPEEDS   = 140, 200 # words a minute; 175 is the synthesiser's own
 PITCHES  = 30, 70   # 0 to 99; 50 is the variant's own
 _VARIANT_DIR = Path(espeakng_loader.get_data_path())/"voices/!v"
 
@@ -49,10 +49,8 @@ VARIANTS = dict(
     dev="f3 m2 pablo steph".split(),
     test="Annie ed f1 m6".split())
 
-def voice_names(
-    split:str,      # "train", "dev" or "test"
-)->list[str]:       # as "vi-vn-x-south+f3", each variant in each region
-    "The speakers of a split."
+def voice_names(split:str)->list[str]:
+    "The speakers of a split, as vi-vn-x-south+f3: each variant in each region."
     return [f"{language}+{variant}" for variant in VARIANTS[split] for language in DIALECTS]
 
 # %% ../../nbs/corpora/00_tts.ipynb #34d59a3c
@@ -85,11 +83,8 @@ def _fresh_library():
             dlclose(library._handle)
 
 # %% ../../nbs/corpora/00_tts.ipynb #0d5b960f
-def _synthesise(
-    text:str,                # what to say
-    voice:Voice,
-)->tuple[np.ndarray,list]:   # int16 samples at 22,050 Hz; (index in the text, sample) where each word begins
-    "Samples and word events, as the library gives them."
+def _synthesise(text:str, voice:Voice)->tuple[np.ndarray,list]:
+    "What the library gives: int16 samples at 22,050 Hz; (index in the text, sample) where each word begins."
     samples, events = [np.zeros(0, np.int16)], []
     def receive(wave, count, event):
         if count > 0: samples.append(np.ctypeslib.as_array(wave, (count,)).copy())
@@ -106,8 +101,8 @@ def _synthesise(
     return np.concatenate(samples), events
 
 # %% ../../nbs/corpora/00_tts.ipynb #c1d568fe
-_UP, _DOWN    = 320, 441 # SAMPLE_RATE / _ESPEAK_RATE
-_PASS        = 0.97   # share of the band that passes untouched; the rest rolls off, against ringing
+_UP, _DOWN = 320, 441 # SAMPLE_RATE / _ESPEAK_RATE
+_PASS      = 0.97     # share of the band that passes untouched; the rest rolls off, against ringing
 
 def _fast_length(n:int)->int:
     "The least 2^a 3^b 5^c that holds `n` samples: for these the Fourier transform is fast."
@@ -163,39 +158,27 @@ def speak(
     return wave_T[begin:end].astype(np.float32), words
 
 # %% ../../nbs/corpora/00_tts.ipynb #572a491e
-def generator(
-    seed:int, # the corpus'
-    name:str, # what the numbers are for
-)->np.random.Generator:
+def generator(seed:int, name:str)->np.random.Generator:
     "Random numbers that depend on `seed` and `name` and nothing else."
     return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")])
 
 # %% ../../nbs/corpora/00_tts.ipynb #d8ae79b2
-_RT60        = 0.1, 0.4       # seconds, until reflections have lost 60 dB
-_DIRECT_DB   = 8, 25          # direct over reverberant energy
-_EARLY       = 0.002, 0.04    # seconds, delay of the early reflections
-_TAIL_START  = 0.003          # seconds
-_REFLECTIONS = 6
+_DIRECT_DB, _EARLY = (8, 25), (0.002, 0.04) # direct over reverberant energy; seconds, delay of the early reflections
 
 def _impulse_response(rng:np.random.Generator)->np.ndarray:
     "What a room makes of a click, at 16 kHz: the direct sound, 1, early reflections and an exponential tail (the model of Polack, 1988)."
-    rt60 = rng.uniform(*_RT60)
+    rt60 = rng.uniform(0.1, 0.4) # seconds, until reflections have lost 60 dB
     seconds_T = np.arange(int(rt60*SAMPLE_RATE))/SAMPLE_RATE
-    late_T = rng.standard_normal(len(seconds_T))*(seconds_T >= _TAIL_START)
-    delays = (rng.uniform(*_EARLY, _REFLECTIONS)*SAMPLE_RATE).astype(int)
-    np.add.at(late_T, delays, rng.choice([-1, 1], _REFLECTIONS)*rng.uniform(2, 6, _REFLECTIONS))
+    late_T = rng.standard_normal(len(seconds_T))*(seconds_T >= 0.003)
+    delays = (rng.uniform(*_EARLY, 6)*SAMPLE_RATE).astype(int)
+    np.add.at(late_T, delays, rng.choice([-1, 1], 6)*rng.uniform(2, 6, 6))
     late_T *= 10**(-3*seconds_T/rt60)
     late_T *= 10**(-rng.uniform(*_DIRECT_DB)/20)/np.sqrt((late_T**2).sum())
     late_T[0] = 1
     return late_T
 
 # %% ../../nbs/corpora/00_tts.ipynb #946fe40f
-_LOW_CUT  = 40, 150  # Hz, below which the microphone hears less
-_TILT_DB  = -2, 2    # dB an octave, around 1 kHz
-_SNR_DB   = 18, 45   # speech over noise
-_COLOUR   = 0, 2     # power of 1/f in the noise's spectrum
-_LEVEL_DB = -20, -1  # the loudest sample, to full scale
-_HUM      = 50       # Hz, below which there is no noise
+_SNR_DB, _LEVEL_DB = (18, 45), (-20, -1) # speech over noise; the loudest sample, to full scale
 
 def room(
     wave_T:np.ndarray, # clean speech at 16 kHz, with silence around it if wanted
@@ -205,11 +188,11 @@ def room(
     h_T = _impulse_response(rng)
     n = _fast_length(len(wave_T) + len(h_T))
     hz_F = np.fft.rfftfreq(n, 1/SAMPLE_RATE)
-    cut_F = (hz_F/rng.uniform(*_LOW_CUT))**2
-    tilt_F = np.log2(np.maximum(hz_F, 125)/1000)*rng.uniform(*_TILT_DB)
+    cut_F = (hz_F/rng.uniform(40, 150))**2 # Hz, below which the microphone hears less
+    tilt_F = np.log2(np.maximum(hz_F, 125)/1000)*rng.uniform(-2, 2) # dB an octave, around 1 kHz
     microphone_F = cut_F/(1 + cut_F)*10**(tilt_F/20)
     heard_T = np.fft.irfft(np.fft.rfft(wave_T, n)*np.fft.rfft(h_T, n)*microphone_F, n)[:len(wave_T)]
-    colour_F = np.maximum(hz_F, _HUM)**(-rng.uniform(*_COLOUR)/2)*(hz_F > _HUM)
+    colour_F = np.maximum(hz_F, 50)**(-rng.uniform(0, 2)/2)*(hz_F > 50) # Hz, below which there is no noise
     noise_T = np.fft.irfft(np.fft.rfft(rng.standard_normal(n))*colour_F, n)[:len(wave_T)]
     noise_T *= np.sqrt((heard_T**2).mean()/(noise_T**2).mean())*10**(-rng.uniform(*_SNR_DB)/20)
     mixed_T = heard_T + noise_T
