@@ -28,11 +28,8 @@ from .importers import IMPORT_REASONS, place_of
 from .checks import REASONS, needed, outputs
 
 # %% ../../nbs/corpora/60_plots.ipynb #976fd824
-def read_start(
-    path,          # a recording
-    seconds:float, # read from its start, at most
-)->tuple:          # (T,) float32 samples, the mean of the channels; Hz
-    "The start of a recording, or as much of it as can be decoded."
+def read_start(path, seconds:float)->tuple:
+    "The start of a recording, or as much of it as can be decoded: (T,) float32 samples, the mean of the channels; Hz."
     blocks = [np.zeros(0, np.float32)]
     with Recording(path) as r:
         try:
@@ -42,12 +39,8 @@ def read_start(
         except AudioError as e: print(e)
     return np.nan_to_num(np.concatenate(blocks)[:int(seconds*r.rate)], posinf=0, neginf=0), r.rate
 
-def plot_samples(
-    rows:list[dict],    # of a manifest, few
-    folder:Path,        # the manifest's
-    seconds:float=30.,  # of a recording, at most
-):                      # a figure
-    "Spectrograms; words are marked where their times are known."
+def plot_samples(rows:list[dict], folder, seconds:float=30.):
+    "Spectrograms of a few recordings of the manifest in a folder, of each some seconds; words are marked where their times are known."
     import matplotlib.pyplot as plt
     fig, axs = plt.subplots(len(rows), 1, figsize=(8, 2.3*len(rows)), squeeze=False)
     for ax,row in zip(axs[:,0], rows):
@@ -64,12 +57,8 @@ def plot_samples(
     return fig
 
 # %% ../../nbs/corpora/60_plots.ipynb #28f126c8
-def players(
-    rows:list[dict],    # of a manifest or of rejects, perhaps with `why` they are shown
-    folder,             # where their audio_filepath starts from
-    seconds:float=3.,   # heard of each
-)->Html:
-    "What can be listened to."
+def players(rows:list[dict], folder, seconds:float=3.)->Html:
+    "Some seconds of rows of the manifest or the rejects in a folder, to listen to, perhaps with `why` they are shown."
     def one(row):
         wave_T, rate = read_start(Path(folder)/row["audio_filepath"], seconds)
         sf.write(mp3 := BytesIO(), resample(wave_T, rate, SAMPLE_RATE).clip(-1, 1), SAMPLE_RATE, format="MP3", bitrate_mode="CONSTANT", compression_level=0.9)
@@ -79,11 +68,8 @@ def players(
     return Html("".join(map(one, rows)) or "<p>nothing to listen to</p>")
 
 # %% ../../nbs/corpora/60_plots.ipynb #01a00dc5
-def plot_room(
-    utterance:Utterance,
-    seed:int, # the corpus'
-):            # a figure
-    "The waveform as spoken and as recorded."
+def plot_room(utterance:Utterance, seed:int):
+    "The waveform as spoken and as recorded, in a corpus of that seed."
     import matplotlib.pyplot as plt
     clean_T, heard_T, words = heard(utterance, seed)
     fig, axs = plt.subplots(2, 1, figsize=(8, 2.8), sharex=True)
@@ -95,10 +81,8 @@ def plot_room(
     return fig
 
 # %% ../../nbs/corpora/60_plots.ipynb #ef9acdc6
-def split_table(
-    rows:list[dict], # of a manifest
-)->list[dict]:       # a row a split and one for all
-    "How much there is, by split."
+def split_table(rows:list[dict])->list[dict]:
+    "How much a manifest has, by split and in all."
     def most(values): return ", ".join(f"{v} {n}" for v,n in Counter(sorted(values)).most_common(5))
     def line(name, part):
         return dict(split=name, utterances=len(part), hours=sum(r["duration"] for r in part)/3600, speakers=len({r["speaker"] for r in part} - {""}),
@@ -106,27 +90,18 @@ def split_table(
                     audio=most(f"{Path(r['audio_filepath']).suffix[1:].lower()} {r['sample_rate']/1000:g} kHz x {r['channels']}:" for r in part))
     return [line(s or "none", part) for s in SPLIT_COLOURS if (part := [r for r in rows if r["split"] == s])] + [line("all", rows)]
 
-def draw_rows(
-    rows:list[dict], # of a manifest
-    n:int=3,         # how many
-    seed:int=0,
-)->list[dict]:       # sorted by id
-    "A few utterances, drawn by id."
+def draw_rows(rows:list[dict], n:int=3, seed:int=0)->list[dict]:
+    "A few utterances, drawn by id and sorted by it."
     return sorted(sorted(rows, key=lambda r: generator(seed, r["id"]).random())[:n], key=lambda r: r["id"])
 
-def import_reject_table(
-    rejects:list[dict], # of a corpus' rejects.jsonl
-)->list[dict]:          # a row a reason
-    "How often each reason was met, and where first."
+def import_reject_table(rejects:list[dict])->list[dict]:
+    "How often each reason was met at import, and where first."
     count, first = Counter(r["reason"] for r in rejects), {r["reason"]: r for r in reversed(rejects)}
     return [dict(reason=k, entries=n, meaning=IMPORT_REASONS[k], first=f"{place_of(first[k])}: {first[k]['detail']}") for k,n in sorted(count.items())]
 
 # %% ../../nbs/corpora/60_plots.ipynb #e459326b
-def plot_speakers(
-    rows:list[dict], # of a manifest
-    most:int=60,     # speakers shown, those with most speech
-):                   # a figure
-    "Minutes of each speaker; of the demo, of each speaker variant."
+def plot_speakers(rows:list[dict], most:int=60):
+    "Minutes of each speaker (of the demo, of each speaker variant), for those with most speech."
     import matplotlib.pyplot as plt
     minutes = Counter()
     for r in rows: minutes[r["split"], speaker_variant(r)[:12] or "unknown"] += r["duration"]/60
@@ -191,13 +166,8 @@ def _panel(axis, label, limits, kept, lost):
     axis.set(xlabel=label, xlim=(bins[0], bins[-1]))
     axis.locator_params(axis="x", nbins=5)
 
-def plot_quality(
-    splits:dict,        # split -> rows
-    rejects:list[dict], # rows of rejects.jsonl
-    cfg:PrepareConfig,
-    tokenizer:Tokenizer,
-):                      # a figure
-    "A histogram of each measure, with its limits."
+def plot_quality(splits:dict, rejects:list[dict], cfg:PrepareConfig, tokenizer:Tokenizer):
+    "A histogram of each measure by split, with its limits."
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(2, 3, figsize=(10, 5))
     limits = (cfg.min_seconds, cfg.max_seconds), (cfg.min_characters_per_second, cfg.max_characters_per_second), (None, 1.), (cfg.silence_db, None), (None, 100*cfg.max_clipped), (None, None)
@@ -209,11 +179,8 @@ def plot_quality(
     return figure
 
 # %% ../../nbs/corpora/60_plots.ipynb #c9a4bef3
-def extremes(
-    splits:dict, # split -> rows
-    tokenizer:Tokenizer,
-)->list[dict]:   # rows with `why`
-    "What was kept and is the shortest, the longest, the slowest and so on."
+def extremes(splits:dict, tokenizer:Tokenizer)->list[dict]:
+    "What was kept and is the shortest, the longest, the slowest and so on; rows with `why`."
     rows, found = [row for some in splits.values() for row in some], []
     values = quality(rows, tokenizer)
     for name, sign, why in (("seconds", 1, "shortest: {:.2f} s"), ("seconds", -1, "longest: {:.1f} s"), ("speed", 1, "slowest: {:.1f} characters/s"), ("speed", -1, "fastest: {:.1f} characters/s"),
@@ -222,18 +189,13 @@ def extremes(
         if name != "clipped" or values[name][i]: found.append(dict(rows[i], why=why.format(values[name][i])))
     return found
 
-def rejected_audio(
-    rejects:list[dict], # rows of rejects.jsonl
-    most:int=8,         # rows
-)->list[dict]:          # rows with `why`
-    "One reject of each reason that can be listened to."
+def rejected_audio(rejects:list[dict], most:int=8)->list[dict]:
+    "One reject of each reason that can be listened to; rows with `why`."
     first = {reject["reason"]: reject for reject in reversed([*measured(rejects), *(reject for reject in rejects if reject["reason"] == "too long")])}
     return [dict(first[reason], why=f"{reason}: {first[reason]['detail']}") for reason in REASONS if reason in first][:most]
 
 # %% ../../nbs/corpora/60_plots.ipynb #1c8b09f0
-def plot_letters(
-    splits:dict, # split -> rows
-):               # a figure
+def plot_letters(splits:dict):
     "How often training has each letter of the alphabet, and which letters dev or test have that training lacks."
     import matplotlib.pyplot as plt
     counts = {split: Counter("".join(row["text"] for row in rows)) for split, rows in splits.items()}

@@ -20,7 +20,7 @@ from ..core.parallel import in_parallel
 from ..core.sections import PrepareConfig
 from ..text.normalise import NORMALISER_VERSION, normalise, read_abbreviations
 from ..text.tokenizer import train_tokenizer
-from .checks import REASONS, SPLITS, assign_splits, check_audio, check_duplicates, check_leak, check_repeated, check_speakers, check_text, check_time, decibels, describe, probe, sift, unknown_table, voice
+from .checks import REASONS, SPLITS, assign_splits, check_audio, check_duplicates, check_ids, check_leak, check_speakers, check_text, check_time, decibels, describe, probe, sift, unknown_table, voice
 
 # %% ../../nbs/corpora/50_prepare.ipynb #6d152869
 def _corpus_folders(corpora_dir:Path, names)->list[Path]:
@@ -117,7 +117,7 @@ def prepare(
     total, given = len(rows), {row.get("split", "") for row in rows}
     _normalise_all(rows, cfg, root, executor)
     unknown = unknown_table(rows)
-    rows = sift(rows, check_repeated("id", "duplicate id"), rejects)
+    rows = sift(rows, check_ids(), rejects)
     rows = sift(rows, partial(check_text, foreign=cfg.foreign), rejects)
     facts = _probe_all(rows, out_dir, cfg, executor)
     rows = sift(rows, lambda row: check_audio(row, facts[row["id"]], cfg), rejects)

@@ -12,11 +12,8 @@ from .sampler import padding
 from .shard_index import Index
 
 # %% ../../nbs/data/60_plots.ipynb #b694c32e
-def shard_rows(
-    index:Index,
-    most:int=12, # rows; the middle of a long list is left out
-)->list:         # a dict for each shard, and their sum
-    "Shards as rows of a table; `of PCM` is the size as a share of bare 16-bit samples."
+def shard_rows(index:Index, most:int=12)->list:
+    "Shards and their sum as rows of a table, without the middle of a long list; `of PCM` is the size as a share of bare 16-bit samples."
     def row(name, samples, seconds, size, digest):
         return {"shard": name, "utterances": samples, "minutes": f"{seconds/60:,.1f}",
                 "MB": f"{size/1e6:,.1f}", "of PCM": f"{size/(2*index.sample_rate*seconds):.0%}", "SHA-256": digest}
@@ -24,9 +21,7 @@ def shard_rows(
     if len(rows) > most: rows = [*rows[:most - 1], dict.fromkeys(rows[0], "..."), rows[-1]]
     return [*rows, row("all", len(index), index.seconds, sum(s["bytes"] for s in index.shards), "")]
 
-def plot_spread(
-    indexes:dict, # split -> Index
-):                # a figure
+def plot_spread(indexes:dict):
     "Median and range of the utterances' lengths, shard by shard."
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, len(indexes), figsize=(9, 2.8), sharey=True, squeeze=False,
@@ -46,10 +41,8 @@ def plot_spread(
     return figure
 
 # %% ../../nbs/data/60_plots.ipynb #03d56880
-def corpus_rows(
-    loader,     # its next epoch is counted
-)->list[dict]:  # a row a corpus
-    "What the shards have of each corpus, and what an epoch has of it."
+def corpus_rows(loader)->list[dict]:
+    "What the shards have of each corpus, and what the next epoch has of it; a row a corpus."
     index = loader.index
     counts = loader.counts(loader.epoch)
     if counts is None: counts = np.ones(len(index), dtype=np.int64)
@@ -61,10 +54,8 @@ def corpus_rows(
                          utterances_of_an_epoch=int(counts[mine].sum()), share_of_its_time=float(heard/(counts*index.duration).sum())))
     return rows
 
-def plot_batches(
-    loader, # its next epoch is drawn
-):          # a figure
-    "Micro-batch by micro-batch: speech, and what pads it."
+def plot_batches(loader):
+    "The next epoch, micro-batch by micro-batch: speech, and what pads it."
     import matplotlib.pyplot as plt
     plan, durations = loader.plan(loader.epoch), loader.index.duration
     real = [durations[b].sum() for b in plan]
