@@ -113,11 +113,8 @@ def plain_pcm(
         at += 8 + size + size % 2
     return None
 
-def read_plain(
-    path,          # a file
-    most:int,      # bytes: none that is larger is read
-):                 # samples (T,) int16, and Hz; or None
-    "`plain_pcm` of a file; of no other one more than the first bytes are read."
+def read_plain(path, most:int):
+    "`plain_pcm` of a file of so many bytes at most; of any other one no more than the start is read."
     if not os.path.isfile(path) or os.path.getsize(path) > most: return None
     with open(path, "rb", 0) as f:
         if f.read(4) != b"RIFF": return None

@@ -21,11 +21,8 @@ from .importers import as_reject, place_of, sift_entries
 # %% ../../nbs/corpora/30_corpus.ipynb #5fdb43a3
 _LATER = 0.5 # s that a recording may be longer than its list says
 
-def examine(
-    entry:dict,  # with its `path`, or `record`
-    folder:Path, # the manifest's, to record into
-)->dict:         # of the recording; or a reason against it
-    "What a manifest says about a file."
+def examine(entry:dict, folder:Path)->dict:
+    "What a manifest says about an entry with its `path`, or with a `record` that makes the file in a folder; or a reason against it."
     made = entry["record"](folder) if "record" in entry else {}
     path, listed = str(folder/made["audio_filepath"]) if made else entry["path"], entry.get("seconds")
     try:

@@ -120,12 +120,8 @@ class Files:
     def __init__(self, folder):
         self.folder, self.real, self.names = os.path.abspath(folder), os.path.realpath(folder), {}
 
-    def find(self,
-        name:str,       # below the folder, or absolute
-        homes=("",),    # folders to start from, in this order
-        ends=("",),     # suffixes to try
-    )->tuple:           # path and None, or None and the reason against it
-        "The first file of that name."
+    def find(self, name:str, homes=("",), ends=("",))->tuple:
+        "The first file of that name in one of the folders `homes`, with one of the suffixes `ends`: path and None, or None and the reason against it."
         reason = "audio not found"
         if "\0" in name: return None, reason
         for path in (os.path.normpath(os.path.join(self.folder, home, f"{name}{end}")) for home in homes for end in ends):
@@ -225,12 +221,8 @@ def import_nemo(cfg:CorpusConfig, source:Path):
             yield entry | dict(split=entry["split"] or split, seconds=row.get("duration"))
 
 # %% ../../nbs/corpora/20_importers.ipynb #da27537b
-def write_nemo(
-    rows:list[dict], # of manifests; the normalised text is written where there is one
-    path:Path,       # of the new manifest
-    folder:Path,     # that the rows' relative paths start from: their manifest's
-):
-    "Write rows as a manifest that NeMo reads, and that `import_nemo` reads back."
+def write_nemo(rows:list[dict], path:Path, folder:Path):
+    "Write rows of the manifest in a folder as one that NeMo reads, and that `import_nemo` reads back; with the normalised text where there is one."
     def theirs(row):
         audio, more = row["audio_filepath"], {k: row[k] for k in ("id", "speaker", "split", "dialect", "corpus") if row.get(k)}
         if not os.path.isabs(audio): audio = os.path.relpath(folder/audio, path.parent)
@@ -325,11 +317,8 @@ def as_reject(entry:dict)->dict:
     says |= dict(split=_SPLIT_NAMES.get(str(entry.get("split")).strip().lower(), ""), audio_filepath=entry.get("audio") or "")
     return {k: v if k == "line" else str(v).encode("utf-8", "backslashreplace").decode() for k,v in says.items() if v != "" or k in ("id", "detail")}
 
-def sift_entries(
-    cfg,
-    source:Path|None, # the folder of the source; None where the package has it
-)->tuple[list,list]:  # entries whose recordings are to be opened, and rejects
-    "Everything that an importer finds."
+def sift_entries(cfg, source:Path|None)->tuple[list,list]:
+    "Everything that an importer finds in its folder: entries whose recordings are to be opened, and rejects."
     _check_source(cfg)
     importer, entries, rejects, seen = IMPORTERS[cfg.source], [], [], {}
     if source and not source.is_dir(): raise ConfigError(f"{source}: no such folder; path must name {importer.__doc__}")

@@ -13,6 +13,7 @@ from collections import Counter
 from io import BytesIO
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import soundfile as sf
 
@@ -41,7 +42,6 @@ def read_start(path, seconds:float)->tuple:
 
 def plot_samples(rows:list[dict], folder, seconds:float=30.):
     "Spectrograms of a few recordings of the manifest in a folder, of each some seconds; words are marked where their times are known."
-    import matplotlib.pyplot as plt
     fig, axs = plt.subplots(len(rows), 1, figsize=(8, 2.3*len(rows)), squeeze=False)
     for ax,row in zip(axs[:,0], rows):
         wave_T, rate = read_start(Path(folder)/row["audio_filepath"], seconds)
@@ -70,7 +70,6 @@ def players(rows:list[dict], folder, seconds:float=3.)->Html:
 # %% ../../nbs/corpora/60_plots.ipynb #01a00dc5
 def plot_room(utterance:Utterance, seed:int):
     "The waveform as spoken and as recorded, in a corpus of that seed."
-    import matplotlib.pyplot as plt
     clean_T, heard_T, words = heard(utterance, seed)
     fig, axs = plt.subplots(2, 1, figsize=(8, 2.8), sharex=True)
     for ax,wave_T,name in zip(axs, (clean_T, heard_T), ("as spoken", "as recorded")):
@@ -102,7 +101,6 @@ def import_reject_table(rejects:list[dict])->list[dict]:
 # %% ../../nbs/corpora/60_plots.ipynb #e459326b
 def plot_speakers(rows:list[dict], most:int=60):
     "Minutes of each speaker (of the demo, of each speaker variant), for those with most speech."
-    import matplotlib.pyplot as plt
     minutes = Counter()
     for r in rows: minutes[r["split"], speaker_variant(r)[:12] or "unknown"] += r["duration"]/60
     order = list(SPLIT_COLOURS)
@@ -168,7 +166,6 @@ def _panel(axis, label, limits, kept, lost):
 
 def plot_quality(splits:dict, rejects:list[dict], cfg:PrepareConfig, tokenizer:Tokenizer):
     "A histogram of each measure by split, with its limits."
-    import matplotlib.pyplot as plt
     figure, axes = plt.subplots(2, 3, figsize=(10, 5))
     limits = (cfg.min_seconds, cfg.max_seconds), (cfg.min_characters_per_second, cfg.max_characters_per_second), (None, 1.), (cfg.silence_db, None), (None, 100*cfg.max_clipped), (None, None)
     kept, lost = {split: quality(rows, tokenizer) for split, rows in splits.items()}, quality(measured(rejects), tokenizer)
@@ -197,7 +194,6 @@ def rejected_audio(rejects:list[dict], most:int=8)->list[dict]:
 # %% ../../nbs/corpora/60_plots.ipynb #1c8b09f0
 def plot_letters(splits:dict):
     "How often training has each letter of the alphabet, and which letters dev or test have that training lacks."
-    import matplotlib.pyplot as plt
     counts = {split: Counter("".join(row["text"] for row in rows)) for split, rows in splits.items()}
     order = sorted(ALPHABET, key=lambda letter: (-counts["train"][letter], letter))
     unheard = [letter for letter in order if not counts["train"][letter]]

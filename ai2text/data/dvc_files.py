@@ -39,10 +39,10 @@ class DVCFile(NamedTuple):
         "Its bytes, block by block; raises `RemoteUnavailable`, and `CorruptObject` at the end."
         if self.fs is None: raise RemoteUnavailable(f"{self.path}: not in DVC's cache, and there is no remote; `dvc remote add -d`")
         got = hashlib.md5(usedforsecurity=False)
-        with _asking(self.path), self.fs.open(self.path, "rb") as f:
-            while block := f.read(1 << 20):
-                got.update(block)
-                yield block
+        try:
+            with self.fs.open(self.path, "rb") as f:
+                while block := f.read(1 << 20): got.update(block); yield block
+        except Exception as e: raise RemoteUnavailable(f"{self.path}: {innermost(e)}") from e # DVC, fsspec, botocore and aiohttp have kinds of their own
         if got.hexdigest() != self.md5: raise CorruptObject(f"{self.name}: arrived with MD5 {got.hexdigest()}, not {self.md5}")
 
     @property
@@ -54,13 +54,6 @@ class DVCFile(NamedTuple):
         if not url.startswith("s3://"): raise RemoteUnavailable(f"{self.name}: the remote is {url.partition(':')[0]}, files are streamed from s3 only; `dvc pull` them")
         names = dict(endpoint="endpointurl", profile="profile", key="access_key_id", secret="secret_access_key", token="session_token", region="region") # nosec B106 # names of settings
         return Remote(url, Server(**{ours: self.settings[theirs] for ours,theirs in names.items() if self.settings.get(theirs)}))
-
-@contextlib.contextmanager
-def _asking(what:str):
-    "Turn whatever reading from a remote may raise into one error with the innermost reason: DVC, fsspec, botocore and aiohttp have kinds of their own."
-    try: yield
-    except ShardError: raise
-    except Exception as e: raise RemoteUnavailable(f"{what}: {innermost(e)}") from e
 
 def innermost(error)->str:
     "The reason that an error began with, in one line."

@@ -69,11 +69,8 @@ class ShardReader:
         return _OpenFile(self.cache.open(place.url, shard["sha256"], shard["bytes"], place.server))
 
 # %% ../../nbs/data/50_loader.ipynb #721c37fe
-def decode_into(
-    row:np.ndarray, # (T,) float32, as long as the audio should be
-    audio,          # bytes of an audio file
-):
-    "Decode, at 16 kHz and one channel; `ValueError` says why not."
+def decode_into(row:np.ndarray, audio):
+    "Decode the bytes of an audio file into (T,) float32, as long as they should be, at 16 kHz and one channel; `ValueError` says why not."
     plain = plain_pcm(audio)
     wave = plain[0] if plain and plain[1] == SAMPLE_RATE else read_audio(audio)
     if len(wave) != len(row): raise ValueError(f"has {len(wave)} samples, not the {len(row)} of the index")
@@ -81,11 +78,8 @@ def decode_into(
     else: row[:] = wave
 
 # %% ../../nbs/data/50_loader.ipynb #fb4a0a17
-def place(
-    url,  # path, file:/// URL or s3:// URL
-    server:Server=Server(),
-):        # `Path` or `Remote`
-    "Where a shard is; `ShardError` for what is no place."
+def place(url, server:Server=Server())->Path|Remote:
+    "Where a shard is, by its path, file:/// URL or s3:// URL; `ShardError` for what is no place."
     text = os.fspath(url)
     scheme, mark, rest = text.partition("://")
     if text.startswith("pipe:"): raise ShardError(f"{text}: commands are never run; fetch the shard and give its path")

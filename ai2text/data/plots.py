@@ -6,6 +6,7 @@
 __all__ = ['shard_rows', 'plot_spread', 'corpus_rows', 'plot_batches']
 
 # %% ../../nbs/data/60_plots.ipynb #0b7333fc
+import matplotlib.pyplot as plt
 import numpy as np
 
 from .sampler import padding
@@ -23,7 +24,6 @@ def shard_rows(index:Index, most:int=12)->list:
 
 def plot_spread(indexes:dict):
     "Median and range of the utterances' lengths, shard by shard."
-    import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, len(indexes), figsize=(9, 2.8), sharey=True, squeeze=False,
                                 width_ratios=[1 + len(i.shards)**0.5 for i in indexes.values()])
     for axis,(split,index) in zip(axes[0], indexes.items()):
@@ -56,7 +56,6 @@ def corpus_rows(loader)->list[dict]:
 
 def plot_batches(loader):
     "The next epoch, micro-batch by micro-batch: speech, and what pads it."
-    import matplotlib.pyplot as plt
     plan, durations = loader.plan(loader.epoch), loader.index.duration
     real = [durations[b].sum() for b in plan]
     padded = [len(b)*durations[b].max() for b in plan]

@@ -61,36 +61,25 @@ def plan_epoch(
         plan += [batches[i] for i in np.argsort(turn[len(plan):len(plan) + len(batches)], kind="stable")]
     return plan
 
-def padding(
-    durations, # (N,) seconds of each utterance
-    plan,      # micro-batches
-)->float:
-    "The share of a plan's padded seconds that is padding."
+def padding(durations, plan:list)->float:
+    "The share of a plan's padded seconds that is padding; of utterances that last `durations`, (N,) seconds."
     durations = np.asarray(durations)
     padded = sum(len(b)*durations[b].max() for b in plan)
     return 1 - sum(durations[b].sum() for b in plan)/padded
 
 # %% ../../nbs/data/40_sampler.ipynb #32f2e9e7
-def check_weights(
-    weights:dict,  # name of a corpus -> how often an epoch has each of its utterances; 1 for those not named
-    corpora:list,  # names of the corpora that there are
-)->dict:           # the weights that are not 1
-    "Refuse weights of corpora that are not there, and weights that leave nothing."
+def check_weights(weights:dict, corpora:list)->dict:
+    "The weights (name of a corpus -> how often an epoch has each of its utterances) that are not 1; refuses those of corpora that are not there, and weights that leave nothing."
     for name,weight in weights.items():
         if name not in corpora: raise ValueError(f"weights: {name!r} is no corpus of these shards; they hold {', '.join(map(repr, corpora))}")
         if not 0 <= weight < np.inf: raise ValueError(f"weights: {name}: {weight} is no weight; write 0 (never) or more")
     if corpora and all(weights.get(name) == 0 for name in corpora): raise ValueError("weights: all are 0, so there is nothing to train on; give one corpus a weight")
     return {name: float(weights[name]) for name in sorted(weights) if weights[name] != 1}
 
-def counts_of(
-    corpus,       # (N,) number of each utterance's corpus
-    weights,      # of each corpus, by that number
-    seed:int=0,   # another seed, other turns
-    epoch:int=0,
-)->np.ndarray:    # (N,) int64
-    "How often each utterance comes in an epoch."
+def counts_of(corpus, weights, seed:int=0, epoch:int=0)->np.ndarray:
+    "How often each utterance comes in an epoch, (N,) int64, by the numbers of their corpora, (N,), and the weights of these."
     corpus, counts = np.asarray(corpus), np.ones(len(corpus), dtype=np.int64)
-    chance = _draws(len(corpus), seed, _WEIGHTED)
+    chance = _draws(len(corpus), seed, 7) # names the draw of turns, so that it is none of the plan's
     for number,weight in enumerate(weights):
         if weight == 1: continue
         mine = np.flatnonzero(corpus == number)
@@ -98,16 +87,9 @@ def counts_of(
         counts[mine] = np.floor(weight*(epoch + 1) + turn) - np.floor(weight*epoch + turn)
     return counts
 
-_WEIGHTED = 7 # names the draw of turns, so that it is none of the plan's
-
 # %% ../../nbs/data/40_sampler.ipynb #d04ae237
-def share(
-    plan:list,   # micro-batches of an epoch
-    rank:int=0,  # this process
-    world:int=1, # processes
-    start:int=0, # micro-batches that all ranks together have had
-)->list:         # number and utterances of each micro-batch to come
-    "A rank's part of what is left of an epoch."
+def share(plan:list, rank:int=0, world:int=1, start:int=0)->list:
+    "A rank's part of what is left of an epoch, of which all ranks together have had `start` micro-batches: number and utterances of each."
     whole = start + (len(plan) - start)//world*world
     mine = [(i, plan[i]) for i in range(start + rank, whole, world)]
     if whole < len(plan): mine.append((whole + rank, np.array_split(np.concatenate(plan[whole:]), world)[rank]))

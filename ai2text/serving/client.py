@@ -49,10 +49,8 @@ class Transcript:
 
 LINE, CUE, GAP = 42, 5., 0.6 # characters of a cue, its seconds, and the pause in seconds that ends one
 
-def cues(
-    words,  # `Word`s in order
-)->list:    # lists of words that are shown together
-    "Group words into subtitles."
+def cues(words)->list:
+    "Words in groups that are shown together as subtitles."
     out = []
     for w in words:
         shown = out[-1] if out else None
@@ -60,19 +58,13 @@ def cues(
         else: out.append([w])
     return out
 
-def clock(
-    seconds:float,
-    mark:str=".",   # before the milliseconds: "," in SubRip
-)->str:
-    "A time as HH:MM:SS.mmm."
+def clock(seconds:float, mark:str=".")->str:
+    "A time as HH:MM:SS.mmm; SubRip writes a comma before the milliseconds."
     ms = round(seconds*1000)
     return f"{ms//3_600_000:02}:{ms//60_000 % 60:02}:{ms//1000 % 60:02}{mark}{ms % 1000:03}"
 
-def subtitles(
-    words,      # `Word`s
-    mark:str,   # as for `clock`
-):              # (number, time line, text) of each cue
-    "What SRT and WebVTT have in common."
+def subtitles(words, mark:str):
+    "What SRT and WebVTT have in common: number, time line and text of each cue."
     for number,shown in enumerate(cues(words), 1):
         yield number, f"{clock(shown[0].start, mark)} --> {clock(max(shown[-1].end, shown[0].start + 0.001), mark)}", " ".join(w.word for w in shown)
 
