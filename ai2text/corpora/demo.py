@@ -38,10 +38,8 @@ def _read_sentences(lines:list[str])->tuple[list,list]:
         rejects.append(dict(file=SENTENCES, line=number, reason=reason, detail=detail))
     return kept, rejects
 
-def demo_sentences(
-    folder:Path=None, # that holds sentences.vi.txt; None = the package's
-)->tuple[list,list]:  # (line number, sentence) of the usable; rejects
-    "The text of the demo; raises `ConfigError` if it cannot be read."
+def demo_sentences(folder:Path=None)->tuple[list,list]:
+    "The text of the demo, from a folder or the package: (line number, sentence) of what can be spoken; rejects. Raises `ConfigError` if it cannot be read."
     path = (folder or files("ai2text")/"demo")/SENTENCES
     try: return _read_sentences(path.read_text("utf-8-sig").removesuffix("\n").split("\n"))
     except OSError as e: raise ConfigError(f"{path}: cannot be read ({e.strerror}); path must name the folder that holds {SENTENCES}, as ai2text/demo does") from None
@@ -71,11 +69,8 @@ def _utterances(line:int, sentence:str, split:str, count:int, seed:int):
         voice = Voice(*str(name).split("+"), rate=int(rng.integers(*SPEEDS, endpoint=True)), pitch=int(rng.integers(*PITCHES, endpoint=True)))
         yield Utterance(f"{line:05d}-{number}", sentence, split, voice)
 
-def plan_demo(
-    sentences:list, # (line number, sentence)
-    cfg:DemoConfig,
-)->list[Utterance]: # sorted by id
-    "Who says which sentence for which split; raises `ConfigError` if dev and test leave nothing to train on."
+def plan_demo(sentences:list, cfg:DemoConfig)->list[Utterance]:
+    "Who says which of the numbered sentences for which split, sorted by id; raises `ConfigError` if dev and test leave nothing to train on."
     chosen = sorted(sentences, key=lambda s: generator(cfg.seed, f"deal {s[0]}").random())[:cfg.sentences or None]
     if (held_out := cfg.dev_sentences + cfg.test_sentences) >= len(chosen):
         raise ConfigError(f"dev_sentences + test_sentences = {held_out} leave nothing of {len(chosen)} sentences to train on; lower them or raise sentences")
@@ -100,11 +95,8 @@ def sentence(row:dict)->str:
 # %% ../../nbs/corpora/10_demo.ipynb #5a3faa50
 _SILENCE = 0.05, 0.15 # seconds before and after the speech
 
-def heard(
-    utterance:Utterance,
-    seed:int=0, # the corpus'
-)->tuple[np.ndarray,np.ndarray,list]: # clean and recorded samples at 16 kHz; [word, start, end] in seconds
-    "An utterance as spoken and as recorded, and when each word is said."
+def heard(utterance:Utterance, seed:int=0)->tuple[np.ndarray,np.ndarray,list]:
+    "An utterance as spoken and as recorded in a corpus of that seed, samples at 16 kHz; and when each word is said, [word, start, end] in seconds."
     speech_T, words = speak(_spoken_form(utterance.sentence), utterance.voice)
     rng = generator(seed, f"demo-{utterance.id}")
     before, after = (rng.uniform(*_SILENCE, 2)*SAMPLE_RATE).astype(int)
@@ -112,12 +104,8 @@ def heard(
     words = [[word, round(start + before/SAMPLE_RATE, 4), round(end + before/SAMPLE_RATE, 4)] for word,start,end in words]
     return clean_T, room(clean_T, rng), words
 
-def record(
-    utterance:Utterance,
-    folder:Path, # the manifest's
-    seed:int=0,  # the corpus'
-)->dict:         # path from `folder`, and the words' times
-    "Speak one utterance into `folder/wav/ID.wav`."
+def record(utterance:Utterance, folder:Path, seed:int=0)->dict:
+    "Speak one utterance into `folder/wav/ID.wav`: its path from there, and the words' times."
     _, wave_T, words = heard(utterance, seed)
     name = f"wav/{utterance.id}.wav"
     (folder/name).parent.mkdir(exist_ok=True)

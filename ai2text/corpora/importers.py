@@ -300,7 +300,7 @@ def _refuse(entry:dict, files:Files, seen:dict)->tuple|None:
         if first := seen.get((kind, keys.get(kind))): return f"duplicate {kind}", f"first in {first}"
     seen.update(dict.fromkeys(keys.items(), place_of(entry)))
 
-# %% ../../nbs/corpora/20_importers.ipynb #96d0d1ba
+# %% ../../nbs/corpora/20_importers.ipynb #a942d023
 _TRANSCRIPTS = "json", "nemo", "csv" # sources with a list of any name
 
 def _check_source(cfg:CorpusConfig):
@@ -310,7 +310,6 @@ def _check_source(cfg:CorpusConfig):
     if cfg.source == "json" and not cfg.transcripts: raise ConfigError("transcripts is empty; name the JSON file")
     if cfg.transcripts and cfg.source not in _TRANSCRIPTS: raise ConfigError(f"transcripts is for {', '.join(_TRANSCRIPTS)}; source {cfg.source} knows where they are")
 
-# %% ../../nbs/corpora/20_importers.ipynb #a942d023
 def as_reject(entry:dict)->dict:
     "What rejects.jsonl says of an entry; what cannot be written is escaped."
     says = {k: entry.get(k) or "" for k in ("id", "reason", "detail", "file", "line", "speaker", "text_raw")}

@@ -54,7 +54,6 @@ def _normalise_all(rows:list[dict], cfg:PrepareConfig, root, executor:Executor|N
     function = partial(normalise, foreign=cfg.foreign, abbreviations=spelled_out)
     for row, text in zip(rows, in_parallel(function, [row["text_raw"] for row in rows], cfg.processes, executor, label="normalise", group=2000)): row["text"] = text
 
-# %% ../../nbs/corpora/50_prepare.ipynb #bfe7d4ff
 def _probe_one(item): return probe(*item)
 
 def _probe_all(rows:list[dict], out_dir:Path, cfg:PrepareConfig, executor:Executor|None)->dict:
@@ -85,7 +84,6 @@ def _settle(rows:list[dict], rejects:list[dict], cfg:PrepareConfig, out_dir:Path
         raise ConfigError(f"corpus {gone[0]}: all of its {sum(reject['corpus'] == gone[0] for reject in rejects)} utterances were rejected; "
                           f"read {out_dir/'rejects.jsonl'}, mend the corpus or take it out of params.yaml (rejected: {list_of})")
 
-# %% ../../nbs/corpora/50_prepare.ipynb #a249fe9c
 def _describe_corpora(folders:list[Path], rows:list[dict], rejects:list[dict])->list[dict]:
     "A row for each corpus."
     found = []

@@ -116,7 +116,6 @@ def _recipe(task:ShardTask)->str:
     parts = [task.writer, task.sample_rate, task.codec, task.rows, [stamp(row) for row in task.rows]]
     return sha256(marshal.dumps(parts, 2)) # ten times faster than JSON; later formats depend on which strings are shared
 
-# %% ../../nbs/data/10_shards.ipynb #fcca7a9f
 _STRIDE = 8 << 20 # bytes between two requests to the disk
 
 def write_shard(task:ShardTask)->dict:
@@ -200,11 +199,8 @@ def encode_shard(task:ShardTask):
     note = _fill(task, buffer.write)
     return note, np.frombuffer(buffer.getbuffer(), np.uint8)
 
-def collect_shards(
-    tasks:list, # of `ShardTask`s, whose shards and notes go here
-    work,       # `in_parallel` on workers that have other folders: takes a function and tasks, gives results in their order
-):              # an iterator of notes, one a task
-    "Have shards made elsewhere, check and write them here; those that are there already are not made again."
+def collect_shards(tasks:list[ShardTask], work):
+    "Have shards made elsewhere (by `work`, which takes a function and tasks), check and write them here; those that are there already are not made again. A note for each."
     recipes = [_recipe(task) for task in tasks]
     notes = [_finished(task, wanted) for task,wanted in zip(tasks, recipes)]
     coming = work(encode_shard, [task for task,note in zip(tasks, notes) if note is None])

@@ -16,10 +16,8 @@ from .bundle import BundleError, FILES, MAX_BYTES, SUMS, check_bundle
 # %% ../../nbs/serving/10_release.ipynb #0ccdb385
 ARTIFACT = "recogniser"  # the bundle's name in dvc.yaml
 
-def releases(
-    tags:list[str], # of a repository
-)->dict:            # {name of the artifact: {version: tag}}, the newest first, candidates after what is released
-    "The releases that are in force."
+def releases(tags:list[str])->dict:
+    "The releases that are in force, {name of the artifact: {version: tag}}, the newest first, candidates after what is released."
     from gto.constants import Action
     from gto.tag import parse_name
     from gto.versions import SemVer
@@ -31,11 +29,8 @@ def releases(
     age = lambda version: ((v := SemVer.parse(version)).prerelease is None, v)
     return {name: {v: found[name][v] for v in sorted(found[name], key=age, reverse=True)} for name in sorted(found)}
 
-def pick_release(
-    tag:str,    # NAME@VERSION, NAME, or a git revision
-    found:dict, # of `releases`
-)->tuple:       # the artifact's name; its version, or "" for a revision that is no release; the git revision
-    "What `tag` asks for; `BundleError` for a release that is not there, with those that are."
+def pick_release(tag:str, found:dict)->tuple:
+    "What NAME@VERSION, NAME or a git revision asks for: name and version (empty for what is no release) and revision; `BundleError` for a release that is not among those found."
     name, at, version = tag.partition("@")
     if tag in found: version = next(iter(found[tag]))
     if version in found.get(name, ()): return name, version, found[name][version]
