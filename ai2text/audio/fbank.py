@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.layout import SAMPLE_RATE
+from ..core.batch import SAMPLE_RATE
 
 # %% ../../nbs/audio/10_fbank.ipynb #a62013c0
 N_MELS     = 80

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import soundfile as sf
 
-from ..core.layout import SAMPLE_RATE
+from ..core.batch import SAMPLE_RATE
 
 # %% ../../nbs/audio/00_io.ipynb #43a6b084
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus") # of recordings in folders, and of members of shards

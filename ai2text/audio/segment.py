@@ -8,7 +8,7 @@ __all__ = ['LONGEST', 'pieces']
 # %% ../../nbs/audio/30_segment.ipynb #e712eee1
 import numpy as np
 
-from ..core.layout import SAMPLE_RATE
+from ..core.batch import SAMPLE_RATE
 
 # %% ../../nbs/audio/30_segment.ipynb #b2cc9d18
 LONGEST, _SHORTEST = 20., 5. # seconds of a piece; the last one may be shorter

@@ -17,7 +17,7 @@ import numpy as np
 from ..core.params import ConfigError
 from ..core.sections import DemoConfig
 from ..text.normalise import normalise, unknown_characters
-from ..core.layout import SAMPLE_RATE
+from ..core.batch import SAMPLE_RATE
 from ..audio.io import encode
 from .tts import DIALECTS, PITCHES, SPEEDS, Voice, generator, room, speak, voice_names
 

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import soundfile as sf
 
-from ..core.layout import SAMPLE_RATE
+from ..core.batch import SAMPLE_RATE
 from ..core.sections import PrepareConfig
 from ..core.tables import Html, SPLIT_COLOURS
 from ..text.normalise import ALPHABET

@@ -14,7 +14,7 @@ from pathlib import Path
 import espeakng_loader
 import numpy as np
 
-from ..core.layout import SAMPLE_RATE
+from ..core.batch import SAMPLE_RATE
 
 # %% ../../nbs/corpora/00_tts.ipynb #f45ed3ab
 DIALECTS = {"vi": "north", "vi-vn-x-central": "central", "vi-vn-x-south": "south"}

@@ -17,8 +17,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core.parallel import read_ahead
-from ..core.batch import Batch
-from ..core.layout import SAMPLE_RATE
+from ..core.batch import Batch, SAMPLE_RATE
 from ..audio.io import plain_pcm, read_audio
 from .shard_index import Index, ShardError, data_fingerprint, load_index, member_audio, members, parse_index, scan, select, utterance_text
 from .storage import Cache, S3Stream, Server

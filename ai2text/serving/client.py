@@ -18,7 +18,7 @@ import aiohttp
 import numpy as np
 from tqdm import tqdm
 
-from ..core.layout import SAMPLE_RATE
+from ..core.batch import SAMPLE_RATE
 from ..decoding.beam_search import Decoder, Word
 from .bundle import check_bundle, session
 from ..core.files import atomic_write

@@ -10,7 +10,7 @@ __all__ = ['NEW_USER', 'NEW_NET', 'SET_FLAGS', 'UP', 'PARENT_DEATH', 'PORT', 'FI
 import asyncio, contextlib, ctypes, fcntl, json, os, select, shutil, signal, socket, struct, subprocess, sys, time
 from pathlib import Path
 
-from ..core.layout import SAMPLE_RATE
+from ..core.batch import SAMPLE_RATE
 from ..core.params import ConfigError
 
 if sys.version_info >= (3, 11): from asyncio import timeout as within

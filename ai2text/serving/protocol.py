@@ -11,7 +11,7 @@ import asyncio, json, threading
 import aiohttp
 import numpy as np
 
-from ..core.layout import SAMPLE_RATE
+from ..core.batch import SAMPLE_RATE
 
 # %% ../../nbs/serving/40_protocol.ipynb #a464bda3
 class Segments:

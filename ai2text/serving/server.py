@@ -22,7 +22,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 
 from .bundle import Bundle, check_bundle, session
 from ..core.files import atomic_write, read_json
-from ..core.layout import SAMPLE_RATE
+from ..core.batch import SAMPLE_RATE
 from ..core.params import ConfigError
 from ..audio.io import encode
 from .engine import Runtime, command, within

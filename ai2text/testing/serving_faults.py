@@ -15,7 +15,7 @@ import aiohttp
 import numpy as np
 
 from ..core.params import ConfigError
-from ..core.layout import SAMPLE_RATE
+from ..core.batch import SAMPLE_RATE
 from ..serving.server import FRAME_BYTES
 
 # %% ../../nbs/testing/30_serving_faults.ipynb #1d9de5ac
