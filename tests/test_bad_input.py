@@ -344,7 +344,7 @@ def test_wrong_corpus_path(tmp_path, monkeypatch, source, path, says):
 # Killed in the middle
 
 def test_killed_corpus_is_made_again(tmp_path):
-    killed("import ai2text.corpora.corpus as c\nspeak = c.record\ndef record(*a, **k): die(); return speak(*a, **k)\nc.record = record\n"
+    killed("import ai2text.corpora.corpus as c, ai2text.corpora.importers as i\nspeak = i.record\ndef record(*a, **k): die(); return speak(*a, **k)\ni.record = record\n"
            "c.make_corpus(c.CorpusConfig(sentences=6, dev_sentences=1, test_sentences=1, processes=1), 'demo', 'corpus')", tmp_path)
     assert os.listdir(tmp_path) == [".corpus.part"] and len(list(tmp_path.glob(".corpus.part/wav/*.wav"))) == 2
     make_corpus(CorpusConfig(sentences=6, dev_sentences=1, test_sentences=1, processes=1), "demo", tmp_path/"corpus")

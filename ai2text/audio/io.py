@@ -40,7 +40,7 @@ def _opened(source):
 _BLOCK    = 1 << 18                  # samples of a channel decoded at a time
 _LOSSLESS = ("WAV", "WAVEX", "FLAC") # formats whose headers know the number of samples
 _PADDING  = 0.1                      # s that may be missing at the end of any other: some encoders count their padding
-_CHUNK = re.compile(r"(?:RIFF|riff|Riff size|data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)")
+_CHUNK    = re.compile(r"(?:RIFF|riff|Riff size|data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)")
 
 def _is_cut(says:int, there:int)->bool:
     "Does a chunk lack bytes? Some writers count the head of RIFF twice, and what is over 2^30 is no length."
@@ -57,7 +57,7 @@ class Recording:
         except sf.LibsndfileError as e: raise AudioError(self.name, f"not readable as audio ({_complaint(e)})") from e
         except OSError as e: raise AudioError(self.name, f"cannot be opened ({e.strerror})") from e
         self.rate, self.channels, self.frames = self.file.samplerate, self.file.channels, self.file.frames # Hz; channels; samples of each by the header
-        if not 100 <= self.rate <= 1_000_000: raise AudioError(self.name, f"claims {self.rate} samples a second")
+        if not 100 <= self.rate <= 1_000_000: self.file.close(); raise AudioError(self.name, f"claims {self.rate} samples a second")
 
     seconds = property(lambda self: self.frames/self.rate, doc="How long it is by its header.")
     def __enter__(self): return self
@@ -65,7 +65,7 @@ class Recording:
 
     def blocks(self,
         frames:int=_BLOCK, # of a block
-    ):                    # an iterator of (T, channels) float32
+    ):                     # an iterator of (T, channels) float32
         "All samples, once; then `AudioError` if the recording breaks off, or has none."
         broken = ""
         while not broken: # not SoundFile.blocks(): it repeats old samples after a truncated MP3
@@ -79,7 +79,7 @@ class Recording:
 
     def mono(self,
         frames:int=_BLOCK, # of a block
-    ):                    # an iterator of (T,) float32
+    ):                     # an iterator of (T,) float32
         "The mean of the channels; `AudioError` for what is no number, too."
         for block_TC in self.blocks(frames):
             mono_T = block_TC.mean(1) if self.channels > 1 else block_TC[:,0]
@@ -177,7 +177,7 @@ def resample_blocks(
         if (periods := (len(held_T) - rows)//orig + 1) > 0:
             yield _convolved(held_T, periods, orig, first, weights)
             held_T, done = held_T[periods*orig:], done + periods*new
-    if (left := math.ceil(count*sample_rate/rate) - done) > 0:
+    if (left := -(-count*sample_rate//rate) - done) > 0:
         periods = -(-left//new)
         yield _convolved(np.pad(held_T, (0, (periods - 1)*orig + rows - len(held_T))), periods, orig, first, weights)[:left]
 

@@ -68,11 +68,11 @@ def dvc_files(
 )->list[DVCFile]: # empty: DVC tracks nothing of that name
     "The files of a tracked path; raises `RemoteUnavailable`, and `CorruptObject` for a list of files that is not the one of git."
     if repo is None:
-        with _opened(Path(path).absolute(), rev) as repo: return dvc_files(Path(path).absolute().relative_to(repo.root_dir), rev, repo)
+        with _opened(path := Path(path).absolute(), rev) as (repo, root): return dvc_files(path.relative_to(root), rev, repo)
     index, key = repo.index.data["repo"], Path(path).parts
     def look_up():
         entry = index[key]
-        return entry, [(k, e) for k,e in index.iteritems(key) if not e.isdir and e.hash_info] if entry.isdir else [(key, entry)]
+        return entry, [(k, e) for k,e in (index.iteritems(key) if entry.isdir else [(key, entry)]) if not e.isdir and e.hash_info]
     try: whole, entries = _patiently(look_up)
     except KeyError: return []
     settings = repo.config["remote"].get(repo.config["core"].get("remote"), {})
@@ -86,14 +86,14 @@ def dvc_files(
 
 @contextlib.contextmanager
 def _opened(path:Path, rev:str):
-    "The repository that a path lies in."
+    "The repository that a path lies in, and its folder."
     root, then = next((p for p in path.parents if (p/".dvc").is_dir()), None), f" at {rev}" if rev else ""
     if root is None: raise RemoteUnavailable("not in a repository of DVC")
     from dvc.exceptions import DvcException # takes seconds to import: only those who lack a file wait for it
     from dvc.repo import Repo
     from dvc.scm import SCMError
     try:
-        with Repo.open(str(root), rev=rev or None) as repo: yield repo
+        with Repo.open(str(root), rev=rev or None) as repo: yield repo, root
     except (DvcException, SCMError) as e: raise RemoteUnavailable(f"DVC does not give it{then}: {e}") from e
 
 def _patiently(look_up):
@@ -125,8 +125,8 @@ def tracked(
     "Where DVC keeps files; `RemoteUnavailable` for what it does not track, and for a remote that is not to be had."
     paths = [Path(p).absolute() for p in paths]
     try:
-        with _opened(paths[0], rev) as repo:
-            found = [dvc_files(p.relative_to(repo.root_dir), rev, repo) for p in paths]
+        with _opened(paths[0], rev) as (repo, root):
+            found = [dvc_files(p.relative_to(root), rev, repo) for p in paths]
             if missing := [p for p,files in zip(paths, found) if not files]: raise RemoteUnavailable(f"DVC does not give it{rev and f' at {rev}'}: it tracks no {missing[0].name} there")
             return [files[0].place for files in found]
     except RemoteUnavailable as e: raise RemoteUnavailable(f"{paths[0]}: not here, and {e}") from e
