@@ -15,7 +15,7 @@ from .. import __version__
 from .files import sha256, write_json
 
 # %% ../../nbs/core/40_environment.ipynb #a4eb4aaf
-LIBRARIES = ("numpy", "torchaudio", "soundfile", "transformers", "dvc")  # beside torch, what results may depend on
+LIBRARIES = ("numpy", "soundfile", "transformers", "dvc")  # beside torch, what results may depend on
 MADE = ("results", "comparison", "papermill_runs", "dvc.lock", "README.md") # kept in git, made by the pipeline
 
 def environment()->dict:

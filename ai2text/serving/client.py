@@ -16,7 +16,6 @@ from pathlib import Path
 
 import aiohttp
 import numpy as np
-import soundfile as sf
 from tqdm import tqdm
 
 from ..core.batch import SAMPLE_RATE
@@ -25,7 +24,7 @@ from .bundle import check_bundle, session
 from ..core.files import atomic_write
 from ..core.params import ConfigError
 from ..core.parallel import _start_worker, read_ahead
-from ..audio.io import read_blocks
+from ..audio.io import AudioError, Recording, read_blocks
 from ..audio.segment import LONGEST, pieces
 from .server import read_token
 from .protocol import Segments, at_once, paced, pcm, talk
@@ -50,10 +49,8 @@ class Transcript:
 
 LINE, CUE, GAP = 42, 5., 0.6 # characters of a cue, its seconds, and the pause in seconds that ends one
 
-def cues(
-    words,  # `Word`s in order
-)->list:    # lists of words that are shown together
-    "Group words into subtitles."
+def cues(words)->list:
+    "Words in groups that are shown together as subtitles."
     out = []
     for w in words:
         shown = out[-1] if out else None
@@ -167,8 +164,9 @@ def recognise(
 
 def _seconds(path)->float:
     "How long a file says that it is; 0 of one that does not open."
-    try: return sf.info(str(path)).duration
-    except (sf.LibsndfileError, OSError): return 0.
+    try:
+        with Recording(path) as r: return r.seconds
+    except AudioError: return 0.
 
 # %% ../../nbs/serving/70_client.ipynb #44eb8b52
 def transcribe(

@@ -6,19 +6,18 @@
 __all__ = ['ARTIFACT', 'releases', 'pick_release', 'get']
 
 # %% ../../nbs/serving/10_release.ipynb #1a5ad77b
-import atexit, contextlib, hashlib, json, re, sys
+import atexit, hashlib, re, sys
 from pathlib import Path
 
 from ..core.files import atomic_folder
+from ..data.dvc_files import CorruptObject, RemoteUnavailable, dvc_files, innermost
 from .bundle import BundleError, FILES, MAX_BYTES, SUMS, check_bundle
 
 # %% ../../nbs/serving/10_release.ipynb #0ccdb385
 ARTIFACT = "recogniser"  # the bundle's name in dvc.yaml
 
-def releases(
-    tags:list[str], # of a repository
-)->dict:            # {name of the artifact: {version: tag}}, the newest first, candidates after what is released
-    "The releases that are in force."
+def releases(tags:list[str])->dict:
+    "The releases that are in force, {name of the artifact: {version: tag}}, the newest first, candidates after what is released."
     from gto.constants import Action
     from gto.tag import parse_name
     from gto.versions import SemVer
@@ -30,11 +29,8 @@ def releases(
     age = lambda version: ((v := SemVer.parse(version)).prerelease is None, v)
     return {name: {v: found[name][v] for v in sorted(found[name], key=age, reverse=True)} for name in sorted(found)}
 
-def pick_release(
-    tag:str,    # NAME@VERSION, NAME, or a git revision
-    found:dict, # of `releases`
-)->tuple:       # the artifact's name; its version, or "" for a revision that is no release; the git revision
-    "What `tag` asks for; `BundleError` for a release that is not there, with those that are."
+def pick_release(tag:str, found:dict)->tuple:
+    "What NAME@VERSION, NAME or a git revision asks for: name and version (empty for what is no release) and revision; `BundleError` for a release that is not among those found."
     name, at, version = tag.partition("@")
     if tag in found: version = next(iter(found[tag]))
     if version in found.get(name, ()): return name, version, found[name][version]
@@ -44,64 +40,27 @@ def pick_release(
 def _known(found:dict)->str:
     return f"there are {', '.join(f'{n}@{v}' for n in found for v in found[n]) or 'none'}; `git fetch --tags` brings those of others, `gto register` makes one"
 
-# %% ../../nbs/serving/10_release.ipynb #fd4d2cc8
-def _md5(data)->str: return hashlib.md5(data, usedforsecurity=False).hexdigest()
-
-def _reason(error)->str:
-    "The innermost reason of an error."
-    while error.__cause__: error = error.__cause__
-    return " ".join(str(error).split())
-
-@contextlib.contextmanager
-def _asking(
-    where:str,  # what is asked for
-    remote:str, # of whom
-):
-    "Turn what reading from a remote may raise into a `BundleError` with the innermost reason."
-    try: yield
-    except BundleError: raise
-    except Exception as e: # DVC, fsspec, botocore and aiohttp have kinds of their own
-        raise BundleError(f"{where}: DVC's remote {remote!r} does not give it: {_reason(e)}; check its address and keys (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or .dvc/config.local), "
-                          f"name another with --remote, or `dvc push` it from where it was made") from e
-
-def _listed(fs, path:str, where:str, remote:str)->tuple: # {file: MD5}; bytes of all
-    "What DVC has of the bundle at a revision, compared with the hash that is in git."
-    folder = fs.info(path).get("dvc_info") if fs.exists(path) else None
-    if not folder or not (folder.get("md5") or "").endswith(".dir"): raise BundleError(f"{where}: no folder {path[1:]} in its dvc.lock; `dvc repro` and commit before the release")
-    with _asking(where, remote): rows = fs.ls(path, detail=True, dvc_only=True)
-    sums = {row["name"].rpartition("/")[2]: (row.get("dvc_info") or {}).get("md5") or "" for row in rows}
-    listed = json.dumps([dict(md5=md5, relpath=name) for name,md5 in sorted(sums.items())])
-    if _md5(listed.encode()) + ".dir" != folder["md5"]:
-        fs.repo.drop_data_index() # DVC remembers lists
-        raise BundleError(f"{where}: the list of files from the remote {remote!r} is not what dvc.lock says; remove it there and `dvc push` again from where it was made")
-    if set(sums) != {*FILES, SUMS}: raise BundleError(f"{where}: {path[1:]} has {', '.join(sorted(sums))}, a bundle {', '.join(sorted((*FILES, SUMS)))}; use the version of ai2text that released it")
-    return sums, folder.get("size")
-
-def _blocks(fs, path:str, where:str, remote:str):
-    "The bytes of a file that DVC keeps."
-    with _asking(where, remote), fs.open(path, "rb") as source:
-        while block := source.read(1 << 20): yield block
-
 # %% ../../nbs/serving/10_release.ipynb #c8e58801
-def _fetch(fs, path:str, to:Path, where:str, remote:str)->bool: # whether something was written
-    "Write the bundle of a revision into `to`, or find it there."
+def _md5(path:Path)->str: return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() if path.is_file() else ""
+
+def _fetch(project, path:str, to:Path, where:str)->bool:
+    "Write the bundle of an open repository's revision into `to`; or find it there, and write nothing."
     from tqdm.auto import tqdm
-    sums, size = _listed(fs, path, where, remote)
+    files = {f.name: f for f in dvc_files(path, repo=project)}
+    if not files: raise BundleError(f"{where}: no folder {path} in its dvc.lock; `dvc repro` and commit before the release")
+    if set(files) != {*FILES, SUMS}: raise BundleError(f"{where}: {path} has {', '.join(sorted(files))}, a bundle {', '.join(sorted((*FILES, SUMS)))}; use the version of ai2text that released it")
     if to.exists():
-        here = {p.name: _md5(p.read_bytes()) if p.is_file() else "" for p in to.iterdir()} if to.is_dir() else {}
-        if here == sums: return False
-        other = sorted(name for name in {*sums, *here} if here.get(name) != sums.get(name))
+        here = {p.name: _md5(p) for p in to.iterdir()} if to.is_dir() else {}
+        if not (other := sorted(name for name in {*files, *here} if name not in files or here.get(name) != files[name].md5)): return False
         raise BundleError(f"{to}: is there already, and {', '.join(other)} {'are' if other[1:] else 'is'} not as in {where}; move it away, or give another folder with --to")
-    with atomic_folder(to) as part, tqdm(total=size, unit="B", unit_scale=True, desc=where, disable=None, leave=False) as bar:
-        for name,md5 in sums.items():
-            digest, most = hashlib.md5(usedforsecurity=False), MAX_BYTES[name.rpartition(".")[2]]
+    with atomic_folder(to) as part, tqdm(total=project.dvcfs.info(f"/{path}").get("size"), unit="B", unit_scale=True, desc=where, disable=None, leave=False) as bar:
+        for name,file in files.items():
+            most = MAX_BYTES[name.rpartition(".")[2]]
             with open(part/name, "wb") as f:
-                for block in _blocks(fs, f"{path}/{name}", where, remote):
-                    if f.tell() + len(block) > most: raise BundleError(f"{where}: {name} is larger than the {most} bytes of a bundle; is the remote {remote!r} to be trusted?")
+                for block in file.blocks():
+                    if f.tell() + len(block) > most: raise BundleError(f"{where}: {name} is larger than the {most} bytes of a bundle; is the remote to be trusted?")
                     f.write(block)
-                    digest.update(block)
                     bar.update(len(block))
-            if digest.hexdigest() != md5: raise BundleError(f"{where}: {name} from the remote {remote!r} is not what dvc.lock says; remove it there and `dvc push` again from where it was made")
         try: check_bundle(part)
         except BundleError as e: raise BundleError(f"{where}: was released with a fault: {str(e).replace(f'{part}/', '')}") from None
     return True
@@ -126,13 +85,17 @@ def get(
             name, version, rev = pick_release(tag, found)
             sha = resolve_rev(project.scm, rev)
         with Repo.open(repo, rev=sha, remote=remote or None) as project:
-            known, path = project.config["remote"], "/" + project.artifacts.get_path(name)
+            known, path = project.config["remote"], project.artifacts.get_path(name)
             remote = remote or project.config["core"].get("remote", "")
             if remote and remote not in known: raise BundleError(f"{where}: no remote {remote!r} in its .dvc/config; there are {', '.join(known) or 'none'}")
             to = Path(to or f"{re.sub('[/:]', '-', name)}-{version or sha[:7]}")
-            fresh = _fetch(project.dvcfs, path, to, where, remote)
+            fresh = _fetch(project, path, to, where)
     except RevError: raise BundleError(f"{where}: neither a release nor a git revision; {_known(found)}") from None
     except ArtifactNotFoundError: raise BundleError(f"{where}: its dvc.yaml has no artifact {name!r}; add it to `artifacts` before the release") from None
-    except DvcException as e: raise BundleError(f"{where}: {_reason(e)}; give the folder or the address of a git repository with DVC") from e
+    except RemoteUnavailable as e:
+        raise BundleError(f"{where}: DVC's remote {remote!r} does not give it: {innermost(e)}; check its address and keys (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or .dvc/config.local), "
+                          f"name another with --remote, or `dvc push` it from where it was made") from e
+    except CorruptObject as e: raise BundleError(f"{where}: from the remote {remote!r}: {e}; remove it there and `dvc push` again from where it was made") from e
+    except DvcException as e: raise BundleError(f"{where}: {innermost(e)}; give the folder or the address of a git repository with DVC") from e
     print(f"{to}: {name} {version or sha[:7]}, {'fetched and checked' if fresh else 'already there, the same'}", file=sys.stderr)
     return to

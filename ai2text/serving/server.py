@@ -8,14 +8,13 @@ __all__ = ['SUBPROTOCOL', 'LOOPBACK', 'MIN_TOKEN', 'FRAME_BYTES', 'LOUDEST', 'ID
            'Service', 'running', 'read_token', 'serve']
 
 # %% ../../nbs/serving/60_server.ipynb #6ff42cf4
-import asyncio, base64, binascii, contextlib, hashlib, hmac, io, json, os, re, secrets, signal, sys, time, unicodedata
+import asyncio, base64, binascii, contextlib, hashlib, hmac, json, os, re, secrets, signal, sys, time, unicodedata
 from collections import deque
 from importlib.resources import files
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
-import soundfile
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from aiohttp import ClientError, WSMsgType, web
@@ -23,8 +22,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 
 from .bundle import Bundle, check_bundle, session
 from ..core.files import atomic_write, read_json
+from ..core.batch import SAMPLE_RATE
 from ..core.params import ConfigError
-from .engine import SAMPLE_RATE, Runtime, command, within
+from ..audio.io import encode
+from .engine import Runtime, command, within
 
 # %% ../../nbs/serving/60_server.ipynb #5df261bc
 SUBPROTOCOL, LOOPBACK, MIN_TOKEN = "ai2text", ("127.0.0.1", "localhost", "::1"), 16 # characters of a token, at least
@@ -100,9 +101,7 @@ class Store:
         text:str, # recognised
     ):
         "Save a segment."
-        sound = io.BytesIO()
-        soundfile.write(sound, wave.clip(-1, 1), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-        with atomic_write(self.folder/f"{id}.flac", "wb") as f: f.write(sound.getvalue())
+        with atomic_write(self.folder/f"{id}.flac", "wb") as f: f.write(encode(wave.clip(-1, 1), SAMPLE_RATE, "flac"))
         self._write(dict(id=id, audio_filepath=f"{id}.flac", duration=len(wave)/SAMPLE_RATE, pred_text=text, confidence=round(self.confidence(wave), 4), split="train", model=self.bundle.config["name"]))
 
     def correct(self,

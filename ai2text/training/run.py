@@ -7,7 +7,7 @@ __all__ = ['OR_NOT', 'SPOILT', 'LiveCurve', 'unlike', 'bring', 'train_rank', 'fi
            'plot_curve']
 
 # %% ../../nbs/training/60_run.ipynb #d1c182eb
-import dataclasses, hashlib, json, os, sys, time
+import dataclasses, json, os, sys, time
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from ..core.environment import NotePeak, environment
 from ..core.distributed import LostMachine, MINUTES, Ranks, launch
 from ..text.normalise import NORMALISER_VERSION
 from ..text.tokenizer import load_tokenizer
-from ..data.dvc_files import OutOfReach, kept_by_dvc, packed
+from ..data.dvc_files import CorruptObject, RemoteUnavailable, dvc_files, packed
 from ..models.store import load_model
 from ..ttq.log import TTQObserver, TTQTracker, read_again, read_milestones
 from ..ttq.stopping import StopWhen, why_stop
@@ -63,18 +63,20 @@ def bring(
 ):
     "Where this machine has no run of a recipe, take the one that DVC keeps for the model, if that is of the same recipe."
     tell = lambda text: print(f"{name}: {text}", file=sys.stderr, flush=True)
+    kept, none = packed(layout, name).absolute(), "starts from the beginning; there is no earlier run to go on with"
     with Lock(top, wait=3600): # of several ranks, one brings it and the others wait
         if any(top.glob("*/checkpoints/*/checkpoint.json")): return
+        if not any(f"path: {kept.relative_to(p).as_posix()}\n" in (p/"dvc.lock").read_text("utf-8") for p in kept.parents if (p/"dvc.lock").is_file()): return tell(f"{none} (no `dvc.lock` names one)")
         try:
-            files = kept_by_dvc(packed(layout, name))
+            files = {f.name: f.blocks for f in dvc_files(kept)}
             if "recipe.json" not in files: return tell("starts from the beginning; what DVC keeps as its run has no recipe")
-            digest, text = files["recipe.json"][0], b"".join(files["recipe.json"][1]())
-        except OutOfReach as e: return tell(f"starts from the beginning; there is no earlier run to go on with ({e})")
-        if hashlib.md5(text, usedforsecurity=False).hexdigest() != digest: raise ConfigError(f"{packed(layout, name)}/recipe.json: {SPOILT}")
-        if other := unlike(json.loads(text), read_json(top/"recipe.json")): return tell(f"starts from the beginning; the run that `dvc.lock` names differs in {other}")
+            recipe = json.loads(b"".join(files["recipe.json"]()))
+        except RemoteUnavailable as e: return tell(f"{none} ({e})")
+        except CorruptObject as e: raise ConfigError(f"{packed(layout, name)}: {e}; {SPOILT}") from e
+        if other := unlike(recipe, read_json(top/"recipe.json")): return tell(f"starts from the beginning; the run that `dvc.lock` names differs in {other}")
         try: run = unpack_run(files, top)
-        except OutOfReach as e: raise ConfigError(f"{packed(layout, name)}: a run to go on with, but not all of it arrives ({e}); try again when it does, or push it from where it was trained; {OR_NOT}") from e
-        except ConfigError as e: raise ConfigError(f"{packed(layout, name)}/{e}; {SPOILT}") from e
+        except RemoteUnavailable as e: raise ConfigError(f"{packed(layout, name)}: a run to go on with, but not all of it arrives ({e}); try again when it does, or push it from where it was trained; {OR_NOT}") from e
+        except ConfigError as e: raise ConfigError(f"{packed(layout, name)}: {e}; {SPOILT}") from e
         tell(f"goes on with the run of {run.name} that DVC keeps")
 
 OR_NOT = "to start from the beginning instead, take it out of `dvc.lock`"
