@@ -63,10 +63,8 @@ class Recording:
     def __enter__(self): return self
     def __exit__(self, *error): self.file.close()
 
-    def blocks(self,
-        frames:int=_BLOCK, # of a block
-    ):                     # an iterator of (T, channels) float32
-        "All samples, once; then `AudioError` if the recording breaks off, or has none."
+    def blocks(self, frames:int=_BLOCK):
+        "All samples, once, so many at a time, (T, channels) float32; then `AudioError` if the recording breaks off, or has none."
         broken = ""
         while self.decoded < self.frames: # not SoundFile.blocks(): it repeats old samples after a truncated MP3
             try: block_TC = self.file.read(frames, dtype="float32", always_2d=True)
@@ -77,10 +75,8 @@ class Recording:
         if lost := self._missing(broken): raise AudioError(self.name, f"breaks off after {lost}", "truncated")
         if not self.decoded: raise AudioError(self.name, "holds no samples")
 
-    def mono(self,
-        frames:int=_BLOCK, # of a block
-    ):                     # an iterator of (T,) float32
-        "The mean of the channels; `AudioError` for what is no number, too."
+    def mono(self, frames:int=_BLOCK):
+        "The same as the mean of the channels, (T,) float32; `AudioError` for what is no number, too."
         for block_TC in self.blocks(frames):
             mono_T = block_TC.mean(1) if self.channels > 1 else block_TC[:,0]
             if not np.isfinite(mono_T).all(): raise AudioError(self.name, "holds samples that are not finite numbers", "not finite")
