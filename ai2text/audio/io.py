@@ -63,24 +63,20 @@ class Recording:
     def __enter__(self): return self
     def __exit__(self, *error): self.file.close()
 
-    def blocks(self,
-        frames:int=_BLOCK, # of a block
-    ):                     # an iterator of (T, channels) float32
-        "All samples, once; then `AudioError` if the recording breaks off, or has none."
+    def blocks(self, frames:int=_BLOCK):
+        "All samples, once, so many at a time, (T, channels) float32; then `AudioError` if the recording breaks off, or has none."
         broken = ""
-        while not broken: # not SoundFile.blocks(): it repeats old samples after a truncated MP3
+        while self.decoded < self.frames: # not SoundFile.blocks(): it repeats old samples after a truncated MP3
             try: block_TC = self.file.read(frames, dtype="float32", always_2d=True)
-            except sf.SoundFileError as e: broken = _complaint(e); continue
+            except sf.SoundFileError as e: broken = _complaint(e); break
             if not len(block_TC): break
             self.decoded += len(block_TC)
             yield block_TC
         if lost := self._missing(broken): raise AudioError(self.name, f"breaks off after {lost}", "truncated")
         if not self.decoded: raise AudioError(self.name, "holds no samples")
 
-    def mono(self,
-        frames:int=_BLOCK, # of a block
-    ):                     # an iterator of (T,) float32
-        "The mean of the channels; `AudioError` for what is no number, too."
+    def mono(self, frames:int=_BLOCK):
+        "The same as the mean of the channels, (T,) float32; `AudioError` for what is no number, too."
         for block_TC in self.blocks(frames):
             mono_T = block_TC.mean(1) if self.channels > 1 else block_TC[:,0]
             if not np.isfinite(mono_T).all(): raise AudioError(self.name, "holds samples that are not finite numbers", "not finite")
@@ -115,11 +111,12 @@ def plain_pcm(
 
 def read_plain(path, most:int):
     "`plain_pcm` of a file of so many bytes at most; of any other one no more than the start is read."
-    if not os.path.isfile(path) or os.path.getsize(path) > most: return None
-    with open(path, "rb", 0) as f:
-        if f.read(4) != b"RIFF": return None
-        f.seek(0)
-        return plain_pcm(f.readall())
+    try: fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK) # a named pipe would wait for its writer
+    except OSError: return None
+    try:
+        about = os.fstat(fd)
+        if stat.S_ISREG(about.st_mode) and about.st_size <= most and os.pread(fd, 4, 0) == b"RIFF": return plain_pcm(os.read(fd, about.st_size))
+    finally: os.close(fd)
 
 def encode(
     wave,            # (T,) int16, or float in [-1, 1]
@@ -187,6 +184,7 @@ def resample(
     sample_rate:int, # Hz it shall have
 )->np.ndarray:       # (ceil(T * sample_rate / rate),) float32
     "Band-limited resampling of a whole wave."
+    if rate == sample_rate: return wave
     return np.concatenate([np.zeros(0, np.float32), *resample_blocks([wave], rate, sample_rate)])
 
 # %% ../../nbs/audio/00_io.ipynb #9f00f258
@@ -195,7 +193,9 @@ def read_audio(
     sample_rate:int=SAMPLE_RATE, # Hz of the result
 )->np.ndarray:                   # (T,) float32, mono
     "All samples of a recording; `AudioError` says why there are none."
-    with Recording(source) as r: return resample(np.concatenate(list(r.mono())), r.rate, sample_rate)
+    with Recording(source) as r:
+        first, *more = r.mono()
+        return resample(np.concatenate([first, *more]) if more else first, r.rate, sample_rate)
 
 def read_blocks(
     path,              # a recording in any format

@@ -62,12 +62,12 @@ def read_pcm(
 _HEADER = tarfile.TarInfo()
 _HEADER.mode, _HEADER.uname, _HEADER.gname = 0o444, "bigdata", "bigdata"
 _HEADER = _HEADER.tobuf(tarfile.USTAR_FORMAT)
+_SUM = sum(_HEADER[:124] + b" "*8 + _HEADER[136:148] + _HEADER[156:]) # without the size, and with blanks for the sum itself
 
 def _tar_header(name:bytes, size:int)->bytes:
     "A member's header, as webdataset's `TarWriter(mtime=0)` writes it, without the cost of `tarfile`."
-    header = bytearray(_HEADER)
-    header[:len(name)], header[124:135], header[148:156] = name, b"%011o" % size, bytes(8)
-    header[148:156] = b"%06o\0 " % (sum(header) + 8*ord(" "))
+    header, digits = bytearray(_HEADER), b"%011o" % size
+    header[:len(name)], header[124:135], header[148:156] = name, digits, b"%06o\0 " % (_SUM + sum(name) + sum(digits))
     return header
 
 def tar_end(size:int)->bytes:
