@@ -76,6 +76,11 @@ def pytest_collection_modifyitems(config, items):
             if item.get_closest_marker(flag): item.add_marker(pytest.mark.skip(reason=f'runs with --flags "{flag}"'))
 
 
+def too(*values):
+    "Further values of a parametrized test, for `make test-all`: one of a kind is enough for `make test`."
+    return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.slow) for v in values]
+
+
 @pytest.fixture(scope="session")
 def root(): return ROOT
 

@@ -20,7 +20,7 @@ from ai2text.pipeline.cli import main
 from ai2text.core.files import read_json, read_jsonl, sha256
 from ai2text.core.layout import Layout
 from ai2text.core.params import ConfigError
-from ai2text import corpus as corpus_module
+from ai2text.corpora.importers import REASONS
 from ai2text.core.sections import CorpusConfig
 from ai2text.corpora.corpus import make_corpus
 from ai2text.data.loader import create_webdataset_loader
@@ -302,7 +302,7 @@ def test_bad_inputs_have_a_counted_reason_or_work(tmp_path):
         wanted |= expected
         kept, lost = make_corpus(CorpusConfig(source=kind, path=str(tmp_path/kind), processes=1, **more), kind, layout.corpus(kind), tmp_path)
         rejects = read_jsonl(layout.corpus(kind)/"rejects.jsonl")
-        assert len(rejects) == lost and kept + lost == sum(map(len, expected.values())) and {r["reason"] for r in rejects} <= set(corpus_module.REASONS)
+        assert len(rejects) == lost and kept + lost == sum(map(len, expected.values())) and {r["reason"] for r in rejects} <= set(REASONS)
         for r in rejects: found.setdefault((kind, known[kind][r["line"] if "line" in r else stem(r["id"] or r.get("audio_filepath", r["file"]))]), []).append(r["reason"])
         for r in read_jsonl(layout.corpus(kind)/"manifest.jsonl"): assert Path(os.path.realpath(layout.corpus(kind)/r["audio_filepath"])).is_relative_to(tmp_path/kind) and r["sha256"] != sha256(tmp_path/"outside.wav")
     stats = prepared(layout, max_reject_share=0.9)
@@ -395,7 +395,7 @@ def test_full_disk_leaves_no_half_shard(tmp_path):
 
 def test_model_with_another_vocabulary_is_refused(tmp_path):
     from ai2text.models.store import save_model
-    from ai2text.core.sections import EvaluateConfig
+    from ai2text.core.sections import StreamConfig
     from ai2text.evaluation.evaluate import evaluate
     from ai2text.models.store import build_model
     from ai2text.text.tokenizer import load_tokenizer
@@ -405,7 +405,7 @@ def test_model_with_another_vocabulary_is_refused(tmp_path):
     save_model(layout.model(M), model, None, lambda part: model.tokenizer.save(part/"tokenizer"), "conformer")
     prepared(layout, tokenizer="bpe", vocab_size=model.tokenizer.vocab_size + 2)
     with pytest.raises(ConfigError, match=rf"models/{M}: was trained with another vocabulary \(char, .* symbols\) than the data's \(bpe, .*\); train it again on this data"):
-        evaluate(M, EvaluateConfig(), layout)
+        evaluate(M, StreamConfig(), layout)
     assert not layout.results(f"{M}-eval").exists()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ai2text import forecast
+from ai2text.ttq import forecast
 from ai2text.ttq.forecast import EARLY, LATE, START, Arrival, arrival, futures
 
 CURVES = Path(__file__).parent/"curves"

@@ -16,14 +16,13 @@ from ai2text.core.layout import Layout
 from ai2text.core.params import load_params, make
 from ai2text.core.sections import CorpusConfig
 from ai2text.corpora.corpus import make_corpus
-from ai2text.core.sections import EvaluateConfig
 from ai2text.evaluation.evaluate import evaluate
 from ai2text.testing.s3_faults import KEY, SECRET, Faults, bad_line, serve_s3
 from ai2text.corpora.checks import SPLITS
 from ai2text.core.sections import PrepareConfig
 from ai2text.corpora.prepare import prepare
 from ai2text.core.distributed import Ranks
-from ai2text.core.sections import InitConfig
+from ai2text.core.sections import InitConfig, StreamConfig
 from ai2text.training.init import init
 from ai2text.training.publish import publish
 from ai2text.training.run import fit, train_rank
@@ -143,7 +142,7 @@ def test_one_parameter_changed(origin, clone, far, monkeypatch):
     assert result(clone) == expected != origin.second
     clone.run("dvc", "pull", "-q", "data/index", "data/prepared")
     clone.here(monkeypatch, far[1])
-    for w in (origin, clone): evaluate(M, EvaluateConfig(threads=1), Layout(w.root))
+    for w in (origin, clone): evaluate(M, StreamConfig(), Layout(w.root))
     assert clone.held() == digests(origin, "train", "dev", "test")
     for name in ("eval.json", "utterances.jsonl"): assert (clone.root/f"results/{M}-eval"/name).read_bytes() == (origin.root/f"results/{M}-eval"/name).read_bytes()
 

@@ -17,11 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from workspace import KILLS, M, Workspace, environment
+from workspace import STAGES, M, Workspace, environment
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by their environment, as Linux shows it")
 
-STAGES = ("corpus@demo", "prepare", "shards", f"init@{M}", f"train@{M}", f"evaluate@{M}", "compare", "export")
 VICTIMS = ("kernel", "runner", "dvc", "group") # innermost first
 MADE = ("dvc.lock", ".dvc/cache", ".runs", "data", "models", "results", "comparison", "papermill_runs")
 CUT = {"dvc.lock": ("dvc.lock' validation failed", "dvc.lock' is invalid", "unable to read: 'dvc.lock'"), ".dvc/tmp/rwlock": ("Unable to read RWLock-file",)}
@@ -219,7 +218,7 @@ def table(kills:list)->str:
 
 @pytest.mark.parametrize("kills, targets", [(5, (f"train@{M}",)), pytest.param(100, (), marks=pytest.mark.slow)], ids=["5", "100"])
 def test_killed_at_random_moments(tmp_path, kills, targets):
-    w, rng, done, mends = Workspace(tmp_path/"w", KILLS), random.Random(kills), [], []
+    w, rng, done, mends = Workspace(tmp_path/"w"), random.Random(kills), [], []
     spent = Repro(w, *targets).finish()
     expected = results(w.root)
     while len(done) < kills: killed_round(w, rng, min(25, kills - len(done)), spent, expected, done, mends, *targets)

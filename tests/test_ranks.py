@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from ai2text import recipe
 from ai2text.training.checkpoint import latest, load_checkpoint
 from ai2text.core.layout import Layout
 from ai2text.core.distributed import WORKER, RankError, launch
 from ai2text.core.sections import InitConfig
 from ai2text.training.init import init
+from ai2text.training import run as training
 from ai2text.training.run import fit
 from ai2text.core.sections import TrainConfig
 from ai2text.testing.workspace import tiny_workspace
@@ -59,7 +59,7 @@ def slowly(ranks, **run):
     make_step = TrainerOptimized.train_step
     def train_step(self, *arguments): time.sleep(0.2); return make_step(self, *arguments)
     TrainerOptimized.train_step = train_step
-    recipe.train_rank(ranks, **run)
+    training.train_rank(ranks, **run)
 
 # What is expected of them
 
@@ -139,7 +139,7 @@ def ranks_of(process):
     return [p for p in process.children(recursive=True) if p.cmdline()[1:] == ["-c", WORKER]]
 
 def test_asked_to_stop_then_killed_two_ranks_end_as_if_left_alone(layout, whole, monkeypatch):
-    monkeypatch.setattr(recipe, "launch", lambda function, *arguments: launch(here(slowly), *arguments))
+    monkeypatch.setattr(training, "launch", lambda function, *arguments: launch(here(slowly), *arguments))
     top, me = layout.runs/"killed", psutil.Process()
     when_saved(top, range(2, 16), lambda: me.send_signal(signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt, match=r"SIGTERM at step \d+; saved as .*, run it again to go on"): run(layout, "killed", nproc=2)

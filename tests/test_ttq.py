@@ -261,7 +261,7 @@ def test_with_the_trainer(tmp_path):
         def load_state_dict(self, state): pass
     def fit(steps, name):
         model = Model()
-        trainer = TrainerOptimized(model, torch.optim.SGD(model.parameters(), lr=.001), batch_size=2, accumulation_steps=1, use_amp=False)
+        trainer = TrainerOptimized(model, torch.optim.SGD(model.parameters(), lr=.001), batch_size=2, accumulation_steps=1, amp_dtype="fp32")
         run = TTQTracker([dict(wer=.5, budget_hours=1)], tmp_path/name/"ttq_log.json", announce=len)
         trainer.fit(Loader(), Budget(max_steps=steps), [TTQObserver(run)], tmp_path/name, evaluate=lambda m: dict(val_wer=.4, val_wer_low=.3, val_wer_high=.45), evaluate_every=Every(steps=4))
         return load_log(run.log_file)

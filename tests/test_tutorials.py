@@ -7,7 +7,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from nbformat import write
 
 from conftest import ROOT
-from workspace import KILLS, Workspace
+from workspace import Workspace
 
 
 def moved_in(root:Path):
@@ -34,7 +34,7 @@ def split(source:str)->list:
 
 
 def test_the_family_of_the_tutorial_moves_in(tmp_path):
-    home = Workspace(tmp_path, KILLS)
+    home = Workspace(tmp_path)
     moved_in(tmp_path)
     bin = f"{Path(sys.executable).parent}/"
     for command in ("nbdev_export", "nbdev_clean"): home.run(bin + command)

@@ -11,16 +11,12 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parent.parent
 M = "conformer_ctc"
-SMOKE = dict(
-    corpora=dict(demo=dict(sentences=60, dev_sentences=8, test_sentences=8)), prepare=dict(tokenizer="char"), shards=dict(shard_size=20),
-    train=dict(max_steps=240, batch_seconds=8., warmup_steps=5, evaluate_every_steps=60, checkpoint_minutes=0.01, threads=1, seed=3),
-    export=dict(min_utterances=1, runtime_utterances=2, max_wer_gap=1., max_int8_gap=1., chunks=[8], pasts=[8], untrained_chunks=True, threads=1))
-
-# Every stage as short as it can be: for tests that run the whole pipeline again and again.
-KILLS = dict(
+# Every stage as short as it can be; training long enough to be met on its way.
+SMALL = dict(
     corpora=dict(demo=dict(sentences=24, dev_sentences=4, test_sentences=4, processes=1)), prepare=dict(tokenizer="char", processes=1), shards=dict(shard_size=20, processes=1),
-    train=dict(SMOKE["train"], max_steps=30, evaluate_every_steps=15), evaluate=dict(chunks=[8], threads=1),
-    export=dict(SMOKE["export"], utterances=2, runtime_utterances=1))
+    train=dict(max_steps=120, batch_seconds=8., warmup_steps=5, evaluate_every_steps=30, checkpoint_minutes=0.01, threads=1, seed=3),
+    models={M: dict(size="tiny", chunk_share=0.5)}, export=dict(min_utterances=1, utterances=2, runtime_utterances=1, max_wer_gap=1., max_int8_gap=1.))
+STAGES = ("identity", "corpus@demo", "prepare", "shards", f"init@{M}", f"train@{M}", f"evaluate@{M}", "compare", "export")
 
 
 def environment(**changes)->dict:
@@ -31,16 +27,22 @@ def environment(**changes)->dict:
 
 class Workspace:
     "A copy of the project's files with small parameters, in a git repository of its own."
-    def __init__(self, root:Path, smoke:dict=SMOKE):
+    def __init__(self, root:Path):
         self.root = root
         names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
         for name in filter(None, names):
             if {"papermill_runs", "results", "comparison", "dvc.lock"} & set(Path(name).parts) or not (ROOT/name).is_file(): continue
             (root/name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT/name, root/name)
-        self.change(smoke)
-        self.change(dict(models={M: dict(size="tiny")}))
+        self.change(SMALL)
         self.run("git", "init", "-q")
+
+    @classmethod
+    def copy(cls, folder:Path, root:Path):
+        "A copy of a workspace with all that was made there; a few MB, so that no links are needed."
+        self = cls.__new__(cls)
+        self.root = Path(shutil.copytree(folder, root, symlinks=True, dirs_exist_ok=True))
+        return self
 
     def change(self, values:dict):
         "Write values into params.yaml; None takes a key out."

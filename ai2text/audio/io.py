@@ -12,8 +12,6 @@ from fractions import Fraction
 import numpy as np
 import soundfile
 import soundfile as sf
-import torch
-import torchaudio
 
 from ..core.batch import SAMPLE_RATE
 
@@ -37,6 +35,7 @@ def resample(
 )->np.ndarray:        # (T * sample_rate / rate,) float32
     "Band-limited resampling, by torchaudio."
     if rate == sample_rate: return np.ascontiguousarray(wave)
+    import torch, torchaudio # three seconds, and most recordings need neither
     return torchaudio.functional.resample(torch.from_numpy(np.ascontiguousarray(wave)), rate, sample_rate).numpy()
 
 # %% ../../nbs/audio/00_io.ipynb #9f00f258
@@ -65,6 +64,7 @@ def _mono(file, path, size:int):
 def _resampled(blocks, rate:int, seconds:float):
     "Blocks at 16 kHz: each is resampled with what the kernel needs of its neighbours, and cut to itself."
     if rate == SAMPLE_RATE: return (yield from blocks)
+    import torch, torchaudio
     up, down = Fraction(SAMPLE_RATE, rate).limit_denominator(1 << 30).as_integer_ratio()
     if up > MAX_UP: down, up = Fraction(rate, SAMPLE_RATE).limit_denominator(MAX_UP).as_integer_ratio()
     resample = torchaudio.transforms.Resample(down, up)

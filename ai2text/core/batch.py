@@ -7,11 +7,11 @@ __all__ = ['SAMPLE_RATE', 'Batch', 'collate', 'Loss', 'Hypothesis']
 
 # %% ../../nbs/core/70_batch.ipynb #b52a2fbc
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING: from torch import Tensor # torch takes two seconds to import: stages without a model import SAMPLE_RATE alone
 
 # %% ../../nbs/core/70_batch.ipynb #062f26c8
 SAMPLE_RATE = 16_000  # Hz, of all audio inside the house
@@ -19,8 +19,8 @@ SAMPLE_RATE = 16_000  # Hz, of all audio inside the house
 @dataclass
 class Batch:
     "Utterances padded to the longest, with where they stand in the run."
-    audio: Tensor             # (B, T) float32 in [-1, 1] at 16 kHz, zero after each utterance's end
-    lengths: Tensor           # (B,) int64, samples
+    audio: 'Tensor'           # (B, T) float32 in [-1, 1] at 16 kHz, zero after each utterance's end
+    lengths: 'Tensor'         # (B,) int64, samples
     transcripts: list         # B normalised texts
     ids: list                 # B utterance ids
     epoch: int = 0            # epoch of the plan
@@ -59,6 +59,7 @@ def collate(
     skipped:list=(),     # what could not be read
 )->Batch:
     "Pad `waves` into one `Batch`; each sample is copied once."
+    import torch
     lengths = [len(w) for w in waves]
     audio = np.zeros((len(waves), max(lengths, default=0)), dtype=np.float32)
     for row, wave in zip(audio, waves):
@@ -70,8 +71,8 @@ def collate(
 # %% ../../nbs/core/70_batch.ipynb #81081dab
 class Loss(NamedTuple):
     "What `forward` returns: 0-d float32 tensors, so that the trainer reads them without waiting for the device."
-    sum: Tensor      # loss summed over the units
-    units: Tensor    # how many units: utterances here
+    sum: 'Tensor'    # loss summed over the units
+    units: 'Tensor'  # how many units: utterances here
     counts: dict     # other sums worth showing, such as utterances no alignment fits
 
 # %% ../../nbs/core/70_batch.ipynb #1c159107

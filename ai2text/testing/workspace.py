@@ -13,10 +13,6 @@ from pathlib import Path
 from ..core.files import read_jsonl
 from ..core.layout import Layout
 from ..core.sections import CorpusConfig, InitConfig, PrepareConfig, ShardsConfig, StreamConfig, TrainConfig
-from ..corpora.checks import SPLITS
-from ..corpora.corpus import make_corpus
-from ..corpora.prepare import prepare
-from ..data.shards import write_shards
 
 # %% ../../nbs/testing/00_workspace.ipynb #1ffc74f4
 STEPS = ("", "corpus", "prepare", "shards", "init", "train", "evaluate")
@@ -30,6 +26,10 @@ def tiny_workspace(
     steps:int=4,        # of training
 )->Path:                # the workspace; deleted when Python ends
     "A small workspace, made by the pipeline's own functions."
+    from ai2text.corpora.checks import SPLITS # every stage imports this module, and a real run makes no workspace
+    from ai2text.corpora.corpus import make_corpus
+    from ai2text.corpora.prepare import prepare
+    from ai2text.data.shards import write_shards
     root = Path(tempfile.mkdtemp(prefix="ai2text-tiny-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     layout, wanted = Layout(root), STEPS[:STEPS.index(upto) + 1]
