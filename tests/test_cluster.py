@@ -25,6 +25,7 @@ from ai2text.testing.workspace import tiny_workspace
 from ai2text.training.trainer import TrainerOptimized
 from conftest import free_port
 
+pytestmark = pytest.mark.slow
 STEPS, MILESTONES = 40, [dict(wer=0.3, budget_hours=1)]
 
 # A machine

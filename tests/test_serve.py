@@ -87,6 +87,7 @@ def test_faults(bundle):
     assert all(r["as it should"] for r in rows), rows
 
 
+@pytest.mark.slow
 def test_back_pressure(bundle):
     "While the runtime stands still, little is taken; when it goes on, all arrives. Five minutes are in memory at no time."
     wave, times = whistle("hai ba")[0], 120
@@ -113,6 +114,7 @@ def test_back_pressure(bundle):
     assert row["as it should"], row
 
 
+@pytest.mark.slow
 def test_hanging_runtime_is_replaced(bundle):
     "One that stands still is found out, killed and replaced; its stream is told."
     async def main():
