@@ -66,8 +66,10 @@ def flags(pytestconfig):
     return set(pytestconfig.getoption("--flags").split())
 
 
-# The longest first, so that of two processes neither is left alone with one at the end.
-LONG = ["test_pipeline.py", "test_pipeline_kills.py", "test_tutorials.py", "test_continue_elsewhere.py"]
+# The longest first, so that of two processes neither is left alone with one at the end. Others that take a copy of the pipeline
+# come when the first has made it.
+LONG = ["test_pipeline.py", "test_pipeline_kills.py", "test_stage.py", "test_replay.py", "test_export.py", "test_ranks.py", "test_continue_elsewhere.py", "test_tutorials.py", "test_compare.py",
+        "test_trainer.py", "test_stream_from_remote.py", "test_resume.py", "test_s3.py", "test_recordings.py"]
 
 
 def pytest_collection_modifyitems(config, items):

@@ -73,7 +73,7 @@ def keep(w, tag, *stages):
 
 
 KEYS = dict(AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET)
-FIRST = "corpus@demo", "prepare", "shards", f"init@{M}"
+FIRST = "identity", "corpus@demo", "prepare", "shards", f"init@{M}"
 
 
 class Clone(Workspace):
@@ -126,12 +126,14 @@ def origin(far, tmp_path_factory):
 def clone(origin, tmp_path_factory): return Clone(origin, tmp_path_factory.mktemp("clones")/"b")
 
 
+@pytest.mark.slow
 def test_nothing_changed_nothing_runs_and_nothing_is_fetched(clone):
     assert clone.repro(*PULLING, f"train@{M}") == set()
     assert not (clone.root/"data").exists() and not clone.caches.exists()
     assert clone.run("git", "status", "--short") == ""
 
 
+@pytest.mark.slow
 def test_one_parameter_changed(origin, clone, far, monkeypatch):
     "One command pulls what is small and streams the shards; the result is that of the disk, byte for byte, clocks apart. Then test, the same way."
     clone.change(dict(train=dict(seed=4)))
@@ -165,6 +167,7 @@ def bare(origin, far, tmp_path, monkeypatch):
     return clone
 
 
+@pytest.mark.slow
 def test_a_spoilt_object(origin, far, tmp_path, monkeypatch):
     "Training stops and says which object it is and what to do, and leaves no model behind. Done as it says, all is well."
     clone, (folder, url) = Clone(origin, tmp_path/"b"), far
@@ -191,6 +194,7 @@ def test_wrong_key(bare, far, monkeypatch):
     assert not (bare.root/"models"/M).exists()
 
 
+@pytest.mark.slow
 def test_a_line_that_breaks(origin, bare, far, monkeypatch):
     "With a seed of its own: of the recipe of `origin` DVC keeps a finished run, and nothing would be streamed."
     with bad_line(far[1], Faults(every=150_000, seed=1)) as line:
@@ -200,6 +204,7 @@ def test_a_line_that_breaks(origin, bare, far, monkeypatch):
         assert line.cuts.value > 3
 
 
+@pytest.mark.slow
 def test_the_server_goes_away_and_comes_back(origin, bare, far, tmp_path, monkeypatch):
     "In the middle of a run: a clear error after the tries; the same command goes on when the server is back, and the result is as if nothing had happened."
     windows = dict(asdict(config(bare, TrainConfig, "train")), shuffle_buffer=10, checkpoint_minutes=1e-9)
