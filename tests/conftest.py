@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import socket
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 os.environ.setdefault("MPLBACKEND", "agg")
+sys.modules.setdefault("rfc3987_syntax", None) # nbformat imports it, and it builds a grammar for seconds
 
 ROOT = Path(__file__).resolve().parent.parent
 

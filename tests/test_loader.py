@@ -132,6 +132,7 @@ def test_killed_at_twenty_random_steps(home, tmp_path, workers):
 
 # Resources
 
+@pytest.mark.slow
 def test_memory_is_flat_and_files_are_closed(home):
     "Twenty epochs: what is held after the fifth is what is held after the last."
     def held():

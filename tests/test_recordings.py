@@ -67,7 +67,7 @@ def repro(): return sorted(stage.addressing for stage in dvc("reproduce", ["prep
 def outdated(): return sorted(dvc("status", [*STAGES, "data/raw/mine.dvc"]))
 
 
-def test_a_clip_changed_removed_and_back(workspace):
+def test_a_clip_changed_removed_and_back_and_a_corpus_less_and_more(workspace):
     w, raw = workspace, workspace.root/"data/raw/mine"
     for i in range(40): clip(raw/f"speaker{i % 8}/u{i:02}", i)
     dvc("add", ["data/raw/mine"])
@@ -99,17 +99,12 @@ def test_a_clip_changed_removed_and_back(workspace):
 
 
 
-def test_a_corpus_more_and_a_corpus_less(workspace):
-    "A second corpus runs its own stage and what comes after; the first is not imported again. Without it, all is as before."
-    w, mine = workspace, dict(source="folder", path="data/raw/mine")
-    w.change(dict(corpora=dict(mine=None)))
-    assert repro() == ["corpus@demo", "prepare"]
-    before = (w.root/"data/prepared/train.jsonl").read_bytes()
-    for i in range(40): clip(w.root/f"data/raw/mine/speaker{i % 8}/u{i:02}", i)
-    w.change(dict(corpora=dict(mine=mine)))
-    assert repro() == ["corpus@mine", "prepare"]
-    assert {json.loads(line)["corpus"] for line in (w.root/"data/prepared/train.jsonl").read_text().splitlines()} == {"demo", "mine"}
+    # Without the corpus: its folder has to go too; what the demo has is not imported again, nor when the corpus is back
+    mine = dict(source="folder", path="data/raw/mine")
     w.change(dict(corpora=dict(mine=None)))
     assert "data/corpus/mine" in w.run("dvc", "repro", "prepare", ok=False, stderr=True)
     shutil.rmtree(w.root/"data/corpus/mine")
-    assert repro() == ["prepare"] and (w.root/"data/prepared/train.jsonl").read_bytes() == before
+    assert repro() == ["prepare"] and {json.loads(line)["corpus"] for line in files[1].read_text().splitlines()} == {"demo"}
+    w.change(dict(corpora=dict(mine=mine)))
+    assert repro() == ["corpus@mine", "prepare"]
+    assert [path.read_bytes() for path in files] == before

@@ -24,8 +24,7 @@ from ai2text.corpora.prepare import prepare
 from ai2text.core.distributed import Ranks
 from ai2text.core.sections import InitConfig, StreamConfig
 from ai2text.training.init import init
-from ai2text.training.publish import publish
-from ai2text.training.run import fit, train_rank
+from ai2text.training.run import train_rank
 from ai2text.core.sections import TrainConfig
 from ai2text.data.storage import Cache, Server, client
 from ai2text.data.shard_index import ShardError, load_index
@@ -33,6 +32,7 @@ from ai2text.core.sections import ShardsConfig
 from ai2text.data.shards import write_shards
 from workspace import ROOT, M, Workspace
 
+pytestmark = pytest.mark.slow
 STEPS = dict(max_steps=12, evaluate_every_steps=6)
 PULLING = "--pull", "--allow-missing"
 
@@ -52,9 +52,8 @@ def make_data(w):
 
 
 def train_here(w, **changes):
-    "Train in this process as the stage does, and publish; the curve and the metrics."
-    train, layout = asdict(config(w, TrainConfig, "train")) | changes, Layout(w.root)
-    publish(M, fit(M, make(TrainConfig, train, "train"), [], layout), [], layout)
+    "Train; the curve and the metrics."
+    w.train(**changes)
     return result(w)
 
 
@@ -126,14 +125,12 @@ def origin(far, tmp_path_factory):
 def clone(origin, tmp_path_factory): return Clone(origin, tmp_path_factory.mktemp("clones")/"b")
 
 
-@pytest.mark.slow
 def test_nothing_changed_nothing_runs_and_nothing_is_fetched(clone):
     assert clone.repro(*PULLING, f"train@{M}") == set()
     assert not (clone.root/"data").exists() and not clone.caches.exists()
     assert clone.run("git", "status", "--short") == ""
 
 
-@pytest.mark.slow
 def test_one_parameter_changed(origin, clone, far, monkeypatch):
     "One command pulls what is small and streams the shards; the result is that of the disk, byte for byte, clocks apart. Then test, the same way."
     clone.change(dict(train=dict(seed=4)))
@@ -167,7 +164,6 @@ def bare(origin, far, tmp_path, monkeypatch):
     return clone
 
 
-@pytest.mark.slow
 def test_a_spoilt_object(origin, far, tmp_path, monkeypatch):
     "Training stops and says which object it is and what to do, and leaves no model behind. Done as it says, all is well."
     clone, (folder, url) = Clone(origin, tmp_path/"b"), far
@@ -194,7 +190,6 @@ def test_wrong_key(bare, far, monkeypatch):
     assert not (bare.root/"models"/M).exists()
 
 
-@pytest.mark.slow
 def test_a_line_that_breaks(origin, bare, far, monkeypatch):
     "With a seed of its own: of the recipe of `origin` DVC keeps a finished run, and nothing would be streamed."
     with bad_line(far[1], Faults(every=150_000, seed=1)) as line:
@@ -204,7 +199,6 @@ def test_a_line_that_breaks(origin, bare, far, monkeypatch):
         assert line.cuts.value > 3
 
 
-@pytest.mark.slow
 def test_the_server_goes_away_and_comes_back(origin, bare, far, tmp_path, monkeypatch):
     "In the middle of a run: a clear error after the tries; the same command goes on when the server is back, and the result is as if nothing had happened."
     windows = dict(asdict(config(bare, TrainConfig, "train")), shuffle_buffer=10, checkpoint_minutes=1e-9)

@@ -19,7 +19,7 @@ from ai2text.text.tokenizer import CharTokenizer
 from ai2text.training.trainer import Interrupted, TrainerOptimized
 from conftest import free_port
 
-STEPS, KILLS = 30, 6
+STEPS, KILLS = 30, 3
 
 # One process
 

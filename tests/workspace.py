@@ -68,6 +68,17 @@ class Workspace:
     def start(self, *targets:str, **changes)->subprocess.Popen:
         return subprocess.Popen(["dvc", "repro", *targets], cwd=self.root, env=environment(**changes), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
+    def train(self, **changes):
+        "What the stage `train` does, in this process and without its notebook."
+        from ai2text.core.layout import Layout
+        from ai2text.core.params import load_params
+        from ai2text.core.sections import section
+        from ai2text.training.publish import publish
+        from ai2text.training.run import fit
+        layout, params = Layout(self.root), load_params(self.root/"params.yaml")
+        milestones = params["milestones"][params["train"]["milestones"]]
+        publish(M, fit(M, section("train", params["train"] | changes), milestones, layout), milestones, layout)
+
     def folders(self)->set: return set(self.root.glob(f".runs/{M}/*/*/"))
 
     def wait_for_checkpoint(self, known:set, seconds:float=300.)->tuple:
