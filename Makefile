@@ -1,10 +1,11 @@
 # All the set-up there is: git, make and Python. Every target below first makes .venv with the versions in
 # constraints.txt; a second call finds the stamp and installs nothing.
 #   make demo   run the whole pipeline and print what came out
-#   make test   every check and every test
+#   make test   the rules of the house, every notebook, and the tests of what crosses modules: minutes
+#   make test-all  the same with every slow test, every notebook again on the exported package, its coverage, and the benchmarks
+#   make try NB=models/conformer  the loop of a day: export, clean, test one notebook, the rules that touch it: seconds
 #   make benchmarks  whether every benchmark runs, on tiny data
 #   make compare  train three families of models on equal terms, five minutes each, and say which to take
-#   make try NB=55_ctc  the loop of a day: export, clean, test one notebook, the rules of the house
 #   make report  all reports, the comparison and the milestones as pages, in _site
 #   make s3     a real S3 server on this machine, for the remote `minio`
 #   make docs   the library's notebooks as a site, in _docs; needs quarto
@@ -13,6 +14,8 @@ PYTHON  ?= python3
 VENV    ?= .venv
 # flags of notebook cells and of tests to run as well: FLAGS="slow cuda"
 FLAGS   ?=
+# options of pytest
+PYTEST  ?=
 WORKERS ?= 2
 LAB_ARGS ?=
 
@@ -34,7 +37,7 @@ export HOME := $(CURDIR)/$(VENV)/home
 export PIP_NO_CACHE_DIR := 1
 endif
 
-.PHONY: help demo compare report test try check notebooks pytest benchmarks s3 lab docs setup
+.PHONY: help demo compare report test test-all try check notebooks pytest benchmarks s3 lab docs setup
 .NOTPARALLEL:
 
 help:
@@ -55,13 +58,19 @@ report: $(STAMP)
 
 test: check notebooks pytest
 
+# Coverage is of the notebooks' tests on the exported package (tests/test_replay.py) and of all others together.
+test-all:
+	@$(MAKE) --no-print-directory test benchmarks FLAGS="slow $(FLAGS)" PYTEST=--cov
+
+# A notebook by its path under nbs/, with its number or without.
+NOTEBOOK = $(firstword $(wildcard nbs/$(NB).ipynb nbs/$(dir $(NB))[0-9][0-9]_$(notdir $(NB)).ipynb))
 try: $(STAMP)
-	@test -f "nbs/$(NB).ipynb" || { echo "error: nbs/$(NB).ipynb: no such notebook; name one: make try NB=55_ctc" >&2; exit 1; }
+	@test -n "$(NOTEBOOK)" || { echo "error: nbs/$(NB).ipynb: no such notebook; name one: make try NB=models/conformer" >&2; exit 1; }
 	@$(BIN)/nbdev_export
-	@$(BIN)/nbdev_clean --fname nbs/$(NB).ipynb
-	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/$(NB).ipynb --do_print
-	@$(BIN)/ruff check ai2text nbs/$(NB).ipynb
-	@$(BIN)/python -m pytest -q tests/test_house.py -k "$(notdir $(NB)) or sync or required"
+	@$(BIN)/nbdev_clean --fname $(NOTEBOOK)
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path $(NOTEBOOK) --do_print
+	@$(BIN)/ruff check ai2text $(NOTEBOOK)
+	@$(BIN)/python -m pytest -q tests/test_house.py -k "$(basename $(notdir $(NOTEBOOK))) or sync or required"
 
 # The rules of the house: seconds, so they come first.
 check: $(STAMP)
@@ -83,11 +92,11 @@ benchmarks: $(STAMP)
 	@echo "--- nbdev_test of benchmarks"
 	@$(BIN)/nbdev_test --path nbs/benchmarks --n_workers $(WORKERS) --timing --flags "$(FLAGS)"
 
-# What crosses modules, and every notebook's tests again, on the exported package: a file of tests in each of $(WORKERS) processes.
+# What crosses modules: a file of tests in each of $(WORKERS) processes.
 pytest: export OMP_NUM_THREADS := 1
 pytest: $(STAMP)
 	@echo "--- pytest"
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=12 --ignore=tests/test_house.py --cov --flags "$(FLAGS)"
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=12 --ignore=tests/test_house.py $(PYTEST) --flags "$(FLAGS)"
 
 # The bucket of the remote `minio`, in .s3/; the keys are of this server alone. Ctrl-C ends it.
 s3: $(STAMP)

@@ -1,9 +1,12 @@
-"What every test shares: the notebooks of the house, and which slow ones to run."
+"What every test shares: the notebooks of the house, a pipeline that ran once, and which slow ones to run."
+import fcntl
 import json
 import os
 import random
 import re
+import shutil
 import socket
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 os.environ.setdefault("MPLBACKEND", "agg")
+sys.modules.setdefault("rfc3987_syntax", None) # nbformat imports it, and it builds a grammar for seconds
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,25 +70,24 @@ def flags(pytestconfig):
     return set(pytestconfig.getoption("--flags").split())
 
 
-# The longest first, so that of two processes neither is left alone with one at the end.
-LONG = ["test_pipeline.py", "test_goon.py", "test_pipeline_kills.py", "test_tutorials.py", "test_from_remote.py", "test_cluster.py", "test_remote.py", "test_registry.py", "test_compare.py", "test_ttq_kills.py", "test_raw.py"]
+# The longest first, so that of two processes neither is left alone with one at the end. Others that take a copy of the pipeline
+# come when the first has made it.
+LONG = ["test_pipeline.py", "test_pipeline_kills.py", "test_stage.py", "test_replay.py", "test_export.py", "test_ranks.py", "test_continue_elsewhere.py", "test_tutorials.py", "test_compare.py",
+        "test_trainer.py", "test_stream_from_remote.py", "test_resume.py", "test_s3.py", "test_recordings.py"]
 
 
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
-    asked = set(config.getoption("--flags").split())
-    for item in items:
-        for flag in {"slow", "cuda"} - asked:
-            if item.get_closest_marker(flag): item.add_marker(pytest.mark.skip(reason=f'runs with --flags "{flag}"'))
+    left_out = {"slow", "cuda"} - set(config.getoption("--flags").split())
+    kept = {False: [], True: []}
+    for item in items: kept[any(map(item.get_closest_marker, left_out))].append(item)
+    config.hook.pytest_deselected(items=kept[True])
+    items[:] = kept[False]
 
 
 def too(*values):
     "Further values of a parametrized test, for `make test-all`: one of a kind is enough for `make test`."
     return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.slow) for v in values]
-
-
-@pytest.fixture(scope="session")
-def root(): return ROOT
 
 
 def free_port()->int:
@@ -97,6 +100,21 @@ def free_port()->int:
             try: s.bind(("127.0.0.1", port)); return port
             except OSError: continue
     raise OSError("no free port found")
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory):
+    "The folder of a small workspace in which the pipeline ran once. The first test that asks makes it, for all processes of the session; who changes something takes a `Workspace.copy`."
+    from workspace import STAGES, Workspace
+    top = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ: top = top.parent
+    with open(top/"pipeline.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (top/"pipeline.ran").exists():
+            shutil.rmtree(top/"pipeline", ignore_errors=True)
+            assert Workspace(top/"pipeline").repro() == set(STAGES)
+            (top/"pipeline.ran").touch()
+    return top/"pipeline"
 
 
 class Store(NamedTuple):

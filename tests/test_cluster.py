@@ -9,7 +9,6 @@ import psutil
 import pytest
 import torch
 
-from ai2text import recipe
 from ai2text.training.checkpoint import latest, load_checkpoint
 from ai2text.core.files import read_jsonl
 from ai2text.core.layout import Layout
@@ -18,6 +17,7 @@ from ai2text.testing.s3_faults import KEY, SECRET, serve_s3
 from ai2text.core.distributed import launch
 from ai2text.core.sections import InitConfig
 from ai2text.training.init import init
+from ai2text.training import run
 from ai2text.training.run import fit, join
 from ai2text.core.sections import TrainConfig
 from ai2text.data.shard_index import load_index
@@ -25,20 +25,21 @@ from ai2text.testing.workspace import tiny_workspace
 from ai2text.training.trainer import TrainerOptimized
 from conftest import free_port
 
+pytestmark = pytest.mark.slow
 STEPS, MILESTONES = 40, [dict(wer=0.3, budget_hours=1)]
 
 # A machine
 
-def noting(ranks, **run):
+def noting(ranks, **what):
     "What a rank does, with a note of each step's utterances in its own tree; a step that is made again replaces the first. Slowly, so that it is met on its way."
     make_step = TrainerOptimized.train_step
     def train_step(self, window, used=0.):
         time.sleep(0.1)
         done = make_step(self, window, used)
-        with open(Path(run["root"], "seen.jsonl"), "a") as f: f.write(json.dumps(dict(step=self.state.step, parts=[[b.epoch, b.ids] for b in window])) + "\n")
+        with open(Path(what["root"], "seen.jsonl"), "a") as f: f.write(json.dumps(dict(step=self.state.step, parts=[[b.epoch, b.ids] for b in window])) + "\n")
         return done
     TrainerOptimized.train_step = train_step
-    recipe.train_rank(ranks, **run)
+    run.train_rank(ranks, **what)
 
 def machine(number, root):
     "The work of a machine: `dvc repro` runs `fit`, `ai2text join` runs `join`. It ends with the test, however that ends."
@@ -46,7 +47,7 @@ def machine(number, root):
         sys.stdin.read()
         os.killpg(0, signal.SIGKILL)
     threading.Thread(target=follow, daemon=True).start()
-    recipe.launch = lambda function, *arguments: launch("test_cluster:noting", *arguments)
+    run.launch = lambda function, *arguments: launch("test_cluster:noting", *arguments)
     if number: print(join("m", number, Path(root)))
     else: fit("m", config_of(root), MILESTONES, Layout(root))
 
@@ -99,7 +100,7 @@ def trees(tmp_path_factory):
     init("m", InitConfig(), dict(family="conformer", size="tiny", freq_masks=0, time_masks=0), Layout(one))
     (one/"dvc.yaml").write_text("stages: {}\n")
     (one/"params.yaml").write_text(json.dumps(dict(models=dict(m=dict(family="conformer")), train=dict(machines=2, master=f"127.0.0.1:{free_port()}", max_steps=STEPS, batch_seconds=20., optimizer="adamw", lr=1e-3,
-        warmup_steps=0, ema_decay=0.9, average_last=2, evaluate_every_steps=15, checkpoint_minutes=1e-4, amp_dtype="fp32", threads=1))))
+        warmup_steps=0, ema_decay=0.9, evaluate_every_steps=15, checkpoint_minutes=1e-4, amp_dtype="fp32", threads=1))))
     def git(*arguments): subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *map(str, arguments)], cwd=one, check=True, capture_output=True)
     with serve_s3(top/"store") as url:
         keys = f"['remote \"far\"']\n    access_key_id = {KEY}\n    secret_access_key = {SECRET}\n"

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 
-from ai2text import export as exporting
+from ai2text.serving import export as exporting
 from ai2text.audio.io import read_audio
 from ai2text.core.batch import collate
 from ai2text.serving.bundle import INPUTS, BundleError, check_bundle, seal

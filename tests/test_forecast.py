@@ -242,6 +242,7 @@ def test_peers(heldout):
         assert mine["end_inside"] >= .8 > lines["end_inside"], cut
         assert cut == .5 or mine["end_error"] < lines["end_error"], cut
 
+@pytest.mark.slow
 def test_promises_are_kept(synthetic):
     """86 of 916 failed (9.4%), where one in ten was allowed over all kinds together. All but one came from what no past tells
     of: divergence 34 of 84, plateau 26 of 87, overfit 25 of 120. The share depends on the mix of kinds."""
@@ -252,6 +253,7 @@ def test_promises_of_real_runs_are_kept(heldout):
     found = judge_promises(heldout, CUTS)
     assert found["promises"] >= 10 and found["failed"] <= .1*found["promises"], found
 
+@pytest.mark.slow
 def test_refusals(synthetic):
     "What rises, or has only just begun, is not forecast; most else is."
     share = {kind: o["refused"]/o["forecasts"] for kind,o in synthetic.items()}

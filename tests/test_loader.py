@@ -19,6 +19,7 @@ from ai2text.core.files import write_json
 from ai2text.data.loader import create_webdataset_loader
 from ai2text.core.sections import ShardsConfig
 from ai2text.data.shards import write_shards
+from conftest import too
 
 fork = multiprocessing.get_context("fork")
 SHARDS = 1, 7
@@ -66,7 +67,7 @@ def rank_of(rank, world, home, results):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [2, *too(1, 3)])
 def test_once_on_any_ranks_workers_and_shards(home, world):
     results = fork.Queue()
     ranks = [fork.Process(target=rank_of, args=(r, world, home, results)) for r in range(world)]
@@ -108,7 +109,7 @@ def consume(folder, workers, path, total, most=math.inf):
             while len(done["batches"]) >= most: time.sleep(1)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [2, *too(0)])
 def test_killed_at_twenty_random_steps(home, tmp_path, workers):
     "Twenty times SIGKILL in the middle of three epochs; then every batch is as if nothing had happened."
     total, rng = 3*len(make(home/"7", num_workers=0)) - 2, random.Random(workers)
@@ -131,6 +132,7 @@ def test_killed_at_twenty_random_steps(home, tmp_path, workers):
 
 # Resources
 
+@pytest.mark.slow
 def test_memory_is_flat_and_files_are_closed(home):
     "Twenty epochs: what is held after the fifth is what is held after the last."
     def held():

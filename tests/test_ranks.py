@@ -9,17 +9,18 @@ import pytest
 import torch
 from torch import nn
 
-from ai2text import recipe
 from ai2text.training.checkpoint import latest, load_checkpoint
 from ai2text.core.layout import Layout
 from ai2text.core.distributed import WORKER, RankError, launch
 from ai2text.core.sections import InitConfig
 from ai2text.training.init import init
+from ai2text.training import run as training
 from ai2text.training.run import fit
 from ai2text.core.sections import TrainConfig
 from ai2text.testing.workspace import tiny_workspace
 from ai2text.training.trainer import TrainerOptimized
 from ai2text.ttq.log import load_log
+from conftest import too
 
 # What runs in a rank
 
@@ -59,7 +60,7 @@ def slowly(ranks, **run):
     make_step = TrainerOptimized.train_step
     def train_step(self, *arguments): time.sleep(0.2); return make_step(self, *arguments)
     TrainerOptimized.train_step = train_step
-    recipe.train_rank(ranks, **run)
+    training.train_rank(ranks, **run)
 
 # What is expected of them
 
@@ -78,16 +79,19 @@ def wait_for(holds, seconds=300):
 
 def alive(pid): return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
+@pytest.mark.slow
 def test_gradients_are_those_of_ddp(capfd):
     launch(here(as_ddp_does), {}, 2, threads=1)
     assert capfd.readouterr().err == "as DDP does, in 2 ranks True\n"
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function, says", [(fails, "rank 1 of 2: ValueError: lr = -1: give a positive one"), (dies, "rank 1 of 2: was killed, perhaps for want of memory")])
 def test_the_end_of_one_is_the_end_of_all(function, says):
     before = set(psutil.Process().children(recursive=True))
     with pytest.raises(RankError, match=says): launch(here(function), {}, 2, threads=1)
     assert not set(psutil.Process().children(recursive=True)) - before
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how, code", [(signal.SIGTERM, 3), (signal.SIGKILL, -signal.SIGKILL)])
 def test_they_end_with_who_started_them(tmp_path, how, code):
     "Asked to stop, they are asked too; killed, they are no orphans."
@@ -119,7 +123,7 @@ def run(layout, name, **changes):
 @pytest.fixture(scope="module")
 def whole(layout): return run(layout, "whole", nproc=2)
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, *too(3)])
 def test_ranks_are_one_with_more_accumulation(layout, whole, world):
     (a, curve_a, _), (b, curve_b, folder) = run(layout, "one", accumulation_steps=world), whole if world == 2 else run(layout, "three", nproc=3)
     for name in a: torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5)
@@ -138,8 +142,9 @@ def ranks_of(process):
     "The processes that train."
     return [p for p in process.children(recursive=True) if p.cmdline()[1:] == ["-c", WORKER]]
 
+@pytest.mark.slow
 def test_asked_to_stop_then_killed_two_ranks_end_as_if_left_alone(layout, whole, monkeypatch):
-    monkeypatch.setattr(recipe, "launch", lambda function, *arguments: launch(here(slowly), *arguments))
+    monkeypatch.setattr(training, "launch", lambda function, *arguments: launch(here(slowly), *arguments))
     top, me = layout.runs/"killed", psutil.Process()
     when_saved(top, range(2, 16), lambda: me.send_signal(signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt, match=r"SIGTERM at step \d+; saved as .*, run it again to go on"): run(layout, "killed", nproc=2)

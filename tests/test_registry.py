@@ -104,6 +104,7 @@ def test_each_release_on_another_machine(far, clone, here, capsys):
     assert content("recogniser-v1.0.0") == first | {"mine.txt": b"mine"}
 
 
+@pytest.mark.slow
 def test_what_cannot_be_had(far, clone, here):
     def refused(text, tag="recogniser", repo=clone, **more):
         with pytest.raises(BundleError, match=text): get(tag, str(repo), **more)
@@ -122,6 +123,7 @@ def test_what_cannot_be_had(far, clone, here):
     refused("main of .*: its dvc.yaml has no artifact 'recogniser'; add it to `artifacts`", "main")
 
 
+@pytest.mark.slow
 def test_a_remote_that_lies(far, clone, here):
     "Other bytes, an other bundle whose sums agree among themselves, another list of files, nothing: none of it passes for the release."
     def lock(rev): return YAML(typ="safe").load(run(far.home, "git", "show", f"{rev}:dvc.lock"))["stages"]["export"]["outs"][0]["md5"]
@@ -148,6 +150,7 @@ def test_a_remote_that_lies(far, clone, here):
     assert check_bundle(get("recogniser@v1.0.0", str(clone)))
 
 
+@pytest.mark.slow
 def test_a_line_that_breaks(far, clone, here):
     "Either the whole bundle, or an error and nothing."
     with bad_line(far.url, Faults(every=3000, most=1)) as line:

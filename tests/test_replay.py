@@ -1,7 +1,8 @@
 """Every library notebook's tests again, on the exported module.
 
 nbdev_test runs a notebook's own definitions, so an import that is missing in an exported cell passes it and breaks
-the package. Here the exported cells are not run: their names come from the module. So the coverage is the package's."""
+the package. Here the exported cells are not run: their names come from the module. So the coverage is the package's.
+Ruff finds such imports in seconds (F821), so this runs with all else, in `make test-all`."""
 import importlib
 import os
 import re
@@ -12,6 +13,8 @@ import pytest
 from execnb.shell import CaptureShell
 
 from conftest import LIBRARY, ROOT
+
+pytestmark = pytest.mark.slow
 
 DIRECTIVE = re.compile(r"^\s*#\|\s*(.+)$", flags=re.M)
 # set in a namespace by Python or by IPython, not by the module's author

@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -138,20 +137,18 @@ def test_an_object_that_is_not_in_the_index(store, tmp_path):
 
 def test_any_revision_of_what_dvc_tracks(store, tmp_path):
     "Two commits of one folder of shards: the clone has neither, and reads either, from the remote."
+    from dvc.repo import Repo # a second to import
     home = tmp_path/"repo"
     home.mkdir()
-    def run(*command):
-        done = subprocess.run([str(o) for o in command], cwd=home, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
-    def dvc(*arguments): run(sys.executable, "-m", "dvc", *arguments)
+    def git(*words): subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *words], cwd=home, capture_output=True, check=True)
     def commit(name):
-        dvc("add", "-q", "data/shards")
-        for arguments in (["add", "."], ["-c", "user.name=a", "-c", "user.email=a@example.org", "commit", "-qm", name], ["tag", name]): run("git", *arguments)
-        dvc("push", "-q")
-    run("git", "init", "-q"); dvc("init", "-q")
-    dvc("remote", "add", "-d", "far", "s3://bucket/dvc")
-    dvc("remote", "modify", "far", "endpointurl", store.url)
-    for name, value in (("access_key_id", KEY), ("secret_access_key", SECRET)): dvc("remote", "modify", "--local", "far", name, value)
+        with Repo(str(home)) as repo: repo.add([str(home/"data/shards")])
+        git("add", "."), git("commit", "-qm", name), git("tag", name)
+        with Repo(str(home)) as repo: repo.push()
+    git("init", "-q")
+    with Repo.init(str(home)): pass
+    (home/".dvc/config").write_text(f"[core]\n    remote = far\n['remote \"far\"']\n    url = s3://bucket/dvc\n    endpointurl = {store.url}\n")
+    (home/".dvc/config.local").write_text(f"['remote \"far\"']\n    access_key_id = {KEY}\n    secret_access_key = {SECRET}\n")
     first = make_shards(home/"data/shards", 30)
     commit("one")
     shutil.rmtree(home/"data/shards")

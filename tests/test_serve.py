@@ -112,6 +112,7 @@ def test_lies_are_refused_beside_a_good_stream(bundle):
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_back_pressure(bundle):
     "While the runtime stands still, little is taken; when it goes on, all arrives. Five minutes are in memory at no time."
     wave, times = whistle("hai ba")[0], 120
@@ -144,6 +145,7 @@ def test_back_pressure(bundle):
     asyncio.run(asyncio.wait_for(main(), 600))
 
 
+@pytest.mark.slow
 def test_hanging_runtime_is_replaced(bundle):
     "One that stands still is found out, killed and replaced; its stream is told."
     async def main():

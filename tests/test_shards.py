@@ -107,6 +107,7 @@ def scheduler(tmp_path):
             process.wait()
 
 
+@pytest.mark.slow
 def test_cluster_gives_the_same_bytes(corpus, whole, scheduler, tmp_path):
     address, workers = scheduler
     create_shards(*corpus, tmp_path/"out", scheduler=address, **OPTIONS)
@@ -122,6 +123,7 @@ def test_cluster_gives_the_same_bytes(corpus, whole, scheduler, tmp_path):
     assert done and digests(tmp_path/"again") == whole
 
 
+@pytest.mark.slow
 def test_cluster_that_does_not_answer(corpus, tmp_path):
     pytest.importorskip("distributed")
     with pytest.raises(ConfigError, match="scheduler nowhere: does not answer"): create_shards(*corpus, tmp_path/"out", scheduler="nowhere", **OPTIONS)

@@ -14,21 +14,11 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 import ai2text
-from ai2text import stage
+from ai2text.pipeline.stage_runner import run_stage
+from conftest import too
 
 PACKAGE = Path(ai2text.__file__).parent
-KITCHEN = """
-from dataclasses import dataclass
-@dataclass
-class PourConfig:
-    cups:int = 1
-"""
-RUNNER = """
-import sys
-from ai2text import cli, stage
-stage.STAGES["pour"] = "kitchen:PourConfig"
-sys.exit(cli.main(["stage", "pour"]))
-"""
+RUN = ["-m", "ai2text.pipeline.cli", "stage", "shards"] # whatever its notebook here does
 # Counts its interrupts, takes a second to save after the first, and then raises as a trainer does.
 TRAIN = """
 import os, signal, subprocess, sys, time
@@ -62,15 +52,14 @@ def boil(ranks):
 """
 
 
-def project(root:Path, *cells:str, cups=2)->Path:
+def project(root:Path, *cells:str, seed=2)->Path:
+    "A project whose stage `shards` runs these cells."
     (root/"nbs/stages").mkdir(parents=True)
     (root/"dvc.yaml").touch()
-    (root/"params.yaml").write_text(json.dumps(dict(pour=dict(cups=cups))))
-    (root/"kitchen.py").write_text(KITCHEN)
-    (root/"runner.py").write_text(RUNNER)
-    first = new_code_cell("workspace: str = ''\ncups: int = 1", metadata=dict(tags=["parameters"]))
+    (root/"params.yaml").write_text(json.dumps(dict(shards=dict(seed=seed))))
+    first = new_code_cell("workspace: str = ''\nconfig: dict = {}", metadata=dict(tags=["parameters"]))
     notebook = new_notebook(cells=[first, *map(new_code_cell, cells)], metadata=dict(kernelspec=dict(name="python3", language="python", display_name="python3")))
-    nbformat.write(notebook, root/"nbs/stages/pour.ipynb")
+    nbformat.write(notebook, root/"nbs/stages/shards.ipynb")
     return root
 
 
@@ -85,7 +74,7 @@ def as_in_a_terminal():
 
 
 def start(root:Path, *command:str)->subprocess.Popen:
-    return subprocess.Popen(command or [sys.executable, "runner.py"], cwd=root, env=environment(), start_new_session=True, preexec_fn=as_in_a_terminal,
+    return subprocess.Popen(command or [sys.executable, *RUN], cwd=root, env=environment(), start_new_session=True, preexec_fn=as_in_a_terminal,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -105,25 +94,25 @@ def started(root:Path)->list[int]:
     return [int(pid) for pid in (root/"started").read_text().split()]
 
 
-def failure(root:Path)->str: return nbformat.read(root/"papermill_runs/pour.ipynb", 4).cells[0].source
+def failure(root:Path)->str: return nbformat.read(root/"papermill_runs/shards.ipynb", 4).cells[0].source
 
 
 def test_output_is_live_and_report_repeats(tmp_path):
-    root = project(tmp_path, "import sys\nprint('cups', cups)\nprint(50 * cups, '%', file=sys.stderr)")
+    root = project(tmp_path, "import sys\nprint('seed', config['seed'])\nprint(50 * config['seed'], '%', file=sys.stderr)")
     first, second = (start(root).communicate() for _ in range(2))
     assert first == second
-    assert first == ("cups 2\npapermill_runs/pour.ipynb\n", "100 %\n")
-    report = (root/"papermill_runs/pour.ipynb").read_text()
+    assert first == ("seed 2\npapermill_runs/shards.ipynb\n", "100 %\n")
+    report = (root/"papermill_runs/shards.ipynb").read_text()
     assert str(root) not in report and "100 %" not in report
     start(root).wait()
-    assert (root/"papermill_runs/pour.ipynb").read_text() == report
+    assert (root/"papermill_runs/shards.ipynb").read_text() == report
 
 
 def test_wrong_parameter_is_one_line(tmp_path):
-    process = start(project(tmp_path, "1", cups="two"))
+    process = start(project(tmp_path, "1", seed="two"))
     out, err = process.communicate()
     assert (process.returncode, out) == (2, "")
-    assert err == "ai2text stage: params.yaml: pour.cups: 'two' is a str; write a int\n"
+    assert err == "ai2text stage: params.yaml: shards.seed: 'two' is a str; write a int\n"
 
 
 def test_failure_keeps_the_report(tmp_path):
@@ -131,7 +120,7 @@ def test_failure_keeps_the_report(tmp_path):
     process = start(root)
     out, err = process.communicate()
     assert process.returncode == 1 and out == "before\n"
-    assert err.endswith("ai2text stage: stage pour: KeyError: 'tea'; its report: papermill_runs/pour.ipynb\n")
+    assert err.endswith("ai2text stage: stage shards: KeyError: 'tea'; its report: papermill_runs/shards.ipynb\n")
     assert "KeyError: 'tea'" in failure(root)
 
 
@@ -142,7 +131,7 @@ def test_dead_kernel_is_a_failure(tmp_path):
     assert "DeadKernelError" in failure(root)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, *too(signal.SIGINT, signal.SIGHUP)])
 def test_signals_become_one_interrupt(tmp_path, signum):
     root = project(tmp_path, TRAIN)
     process = start(root)
@@ -157,7 +146,7 @@ def test_signals_become_one_interrupt(tmp_path, signum):
     wait_for(lambda: not any(map(alive, pids)))
 
 
-@pytest.mark.parametrize("cells", [["Path('next').touch()"], []], ids=["before the last cell", "in the last cell"])
+@pytest.mark.parametrize("cells", [["Path('next').touch()"], *too([])], ids=["before the last cell", "in the last cell"])
 def test_swallowed_interrupt_stops_the_stage(tmp_path, cells):
     root = project(tmp_path, TRAIN.replace("raise KeyboardInterrupt", ""), *cells)
     process = start(root)
@@ -169,7 +158,7 @@ def test_swallowed_interrupt_stops_the_stage(tmp_path, cells):
 
 def test_death_of_the_parent_is_an_interrupt(tmp_path):
     root = project(tmp_path, TRAIN)
-    parent = start(root, sys.executable, "-c", "import subprocess, sys; subprocess.run([sys.executable, 'runner.py'])")
+    parent = start(root, sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, *{RUN}])")
     pids = started(root)
     runner = psutil.Process(pids[0]).ppid()
     parent.kill()
@@ -178,12 +167,12 @@ def test_death_of_the_parent_is_an_interrupt(tmp_path):
     assert "interrupted by SIGTERM" in failure(root)
 
 
-@pytest.mark.parametrize("moment", ["in its imports", "before its first line"])
+@pytest.mark.parametrize("moment", ["in its imports", *too("before its first line")])
 def test_an_orphan_begins_nothing(tmp_path, moment):
     root = project(tmp_path, TRAIN)
-    (root/"kitchen.py").write_text("import os, pathlib, time\npathlib.Path('importing').write_text(str(os.getpid()))\ntime.sleep(600)" + KITCHEN)
-    command = [sys.executable, "-c", "import subprocess, sys; subprocess.run([sys.executable, 'runner.py'])"]
-    if moment == "before its first line": command = ["sh", "-c", f"DVC_STAGE=pour {sys.executable} runner.py & echo $! > importing"]
+    (root/"papermill.py").write_text("import os, pathlib, time\npathlib.Path('importing').write_text(str(os.getpid()))\ntime.sleep(600)") # found first, and slow
+    command = [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, *{RUN}])"]
+    if moment == "before its first line": command = ["sh", "-c", f"DVC_STAGE=shards {sys.executable} {' '.join(RUN)} & echo $! > importing"]
     parent = start(root, *command)
     wait_for(lambda: (root/"importing").exists() and (root/"importing").read_text())
     parent.kill()
@@ -200,7 +189,7 @@ def test_kernel_ends_with_a_killed_runner(tmp_path):
     assert not (root/"saved").exists()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, *too(signal.SIGKILL)])
 def test_processes_of_a_stage_end_with_it(tmp_path, signum):
     "Asked to stop, a stage asks its ranks; killed, it leaves none."
     root = project(tmp_path, "from ai2text.core.distributed import launch\nlaunch('boiling:boil', {}, 2, threads=1)")
@@ -218,7 +207,7 @@ def test_processes_of_a_stage_end_with_it(tmp_path, signum):
 
 def test_dvc_killed_without_a_shell_variable(tmp_path):
     root = project(tmp_path, TRAIN)
-    (root/"dvc.yaml").write_text("stages:\n  pour:\n    cmd: exec python runner.py\n")
+    (root/"dvc.yaml").write_text(f"stages:\n  shards:\n    cmd: exec python {' '.join(RUN)}\n")
     dvc = [sys.executable, "-m", "dvc"]
     subprocess.run([*dvc, "init", "--no-scm", "-q"], cwd=root, env=environment(), check=True)
     process = start(root, *dvc, "repro")
@@ -234,10 +223,5 @@ def test_a_copy_of_the_project_runs_its_own_code(tmp_path):
     root = project(tmp_path, "import ai2text\nprint(ai2text.__version__)")
     shutil.copytree(PACKAGE, root/"ai2text", ignore=shutil.ignore_patterns("__pycache__", "demo"))
     (root/"ai2text/__init__.py").write_text('__version__ = "of the copy"\n')
-    stage.STAGES["pour"] = "kitchen:PourConfig"
-    sys.path.append(str(root))
-    try: report = root/stage.run_stage("pour", root=root/"nbs")
-    finally:
-        sys.path.remove(str(root))
-        del stage.STAGES["pour"]
+    report = root/run_stage("shards", root=root/"nbs")
     assert "of the copy" in nbformat.read(report, 4).cells[2].outputs[0].text

@@ -1,4 +1,4 @@
-"""Lines 44 to 53 of the review of the plan's sample, each as a test; the forecasts in a log; the tracker in a trainer."""
+"""The log of a run: what is achieved, what time is counted, what is confirmed, what is refused; the forecasts in it; the tracker in a trainer."""
 import json, math, os, warnings
 from types import SimpleNamespace
 
@@ -32,12 +32,12 @@ def tell(run, clock, wers, hours=1., **more):
 
 def view(run): return json.loads(run.log_file.read_text())
 
-def test_44_achieved_is_append_only(tracker, clock):
+def test_achieved_is_append_only(tracker, clock):
     run = tracker()
     tell(run, clock, [.28, .25, .35])
     assert [(a["target_wer"], a["achieved_wer"], a["elapsed_hours"]) for a in view(run)["achieved"]] == [(.3, .28, 1)]
 
-def test_45_told_once_and_late_and_missed_recorded(tracker, clock, said):
+def test_told_once_and_late_and_missed_are_recorded(tracker, clock, said):
     run = tracker()
     tell(run, clock, [.28, .25, .24], hours=2)
     tell(run, clock, [.22, .19], hours=4)
@@ -46,7 +46,7 @@ def test_45_told_once_and_late_and_missed_recorded(tracker, clock, said):
     assert [sum(s.startswith(f"🎯 TTQ milestone {wer}") for s in said) for wer in ("30.0%", "20.0%")] == [1, 1]
     assert sum("missed" in s for s in said) == 2 # at the end
 
-def test_46_a_second_process_goes_on(tracker, clock):
+def test_a_second_process_goes_on(tracker, clock):
     run = tracker()
     tell(run, clock, [.5, .4])
     clock.go(.5)
@@ -58,7 +58,7 @@ def test_46_a_second_process_goes_on(tracker, clock):
     assert [h["elapsed_hours"] for h in log["history"]] == [1, 2, 3, 4]
     assert log["totals"]["down_hours"] == 9.5 and log["milestones"][0]["state"] == ACHIEVED
 
-def test_46_lost_work_counts(tracker, clock):
+def test_lost_work_counts(tracker, clock):
     run = tracker(beat_seconds=60)
     tell(run, clock, [.5])
     run.saved(10)
@@ -68,7 +68,7 @@ def test_46_lost_work_counts(tracker, clock):
     tell(again, clock, [.29])
     assert view(again)["totals"] | dict(elapsed_hours=4, lost_hours=2) == view(again)["totals"]
 
-def test_47_a_changed_wall_clock_changes_no_duration(tracker, clock):
+def test_a_changed_wall_clock_changes_no_duration(tracker, clock):
     run = tracker()
     tell(run, clock, [.5])
     clock.wall -= 86400
@@ -77,7 +77,7 @@ def test_47_a_changed_wall_clock_changes_no_duration(tracker, clock):
     tell(run, clock, [.25])
     assert [h["elapsed_hours"] for h in view(run)["history"]] == [1, 2, 3] and view(run)["totals"]["down_hours"] == 0
 
-def test_48_time_is_split(tracker, clock):
+def test_time_is_split(tracker, clock):
     run = tracker()
     for epoch in (1, 2):
         clock.go(1)
@@ -89,7 +89,7 @@ def test_48_time_is_split(tracker, clock):
     assert (totals["elapsed_hours"], totals["training_hours"]) == (3, 2)
     assert totals["clocks"] == dict(training=round(6400/3600, 6), data=round(800/3600, 6), evaluation=1)
 
-def test_49_any_cadence(tracker, clock):
+def test_evaluations_come_at_any_cadence(tracker, clock):
     run = tracker()
     for step in range(1, 36):
         clock.go(.1)
@@ -97,7 +97,7 @@ def test_49_any_cadence(tracker, clock):
     achieved, = view(run)["achieved"]
     assert (achieved["step"], achieved["epoch"], achieved["elapsed_hours"]) == (30, 1, 3)
 
-def test_50_device_hours_and_cost(tracker, clock):
+def test_device_hours_and_cost(tracker, clock):
     run = tracker(devices=2, price_per_hour=1.5)
     tell(run, clock, [.5, .29])
     totals = view(run)["totals"]
@@ -105,7 +105,7 @@ def test_50_device_hours_and_cost(tracker, clock):
 
 @pytest.mark.parametrize("wers, interval, confirmed", [
     ([.5, .29, .31], None, False), ([.5, .29, .31, .29, .28], None, True), ([.5, .29, math.nan, .29], None, False), ([.5, .29], (.28, .299), True), ([.5, .29], (.27, .31), False)])
-def test_51_one_noisy_crossing_is_not_confirmed(tracker, clock, wers, interval, confirmed):
+def test_one_noisy_crossing_is_not_confirmed(tracker, clock, wers, interval, confirmed):
     run = tracker(PLAN[:1])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -113,7 +113,7 @@ def test_51_one_noisy_crossing_is_not_confirmed(tracker, clock, wers, interval, 
     achieved, = view(run)["achieved"]
     assert (achieved["confirmed"], achieved["elapsed_hours"]) == (confirmed, 2)
 
-def test_51_another_set_confirms_nothing(tracker, clock):
+def test_another_evaluation_set_confirms_nothing(tracker, clock):
     run = tracker(PLAN[:1])
     tell(run, clock, [.29], evaluation_set="a")
     clock.go(1)
@@ -121,7 +121,7 @@ def test_51_another_set_confirms_nothing(tracker, clock):
     assert not view(run)["achieved"][0]["confirmed"]
 
 @pytest.mark.parametrize("wer", [math.nan, math.inf, -.1])
-def test_52_a_wer_that_is_none(tracker, clock, wer):
+def test_a_wer_that_is_no_number_is_recorded_as_invalid(tracker, clock, wer):
     run = tracker()
     with pytest.warns(UserWarning, match="recorded as invalid"): tell(run, clock, [wer])
     assert view(run)["achieved"] == [] and view(run)["history"][0]["val_wer"] is None and view(run)["totals"]["invalid"] == 1
@@ -129,10 +129,10 @@ def test_52_a_wer_that_is_none(tracker, clock, wer):
 @pytest.mark.parametrize("milestones, error", [
     ([dict(wer=30, budget_hours=4)], "write 0.30 for 30%"), ([dict(wer=math.nan, budget_hours=4)], "wer: nan"), ([dict(wer=.3, budget_hours=math.nan)], "budget_hours: nan"),
     ([dict(wer=.3, budget_hours=0)], "budget_hours"), (PLAN + PLAN[:1], "is there twice"), ([dict(wer=.3, budget_hours=4), dict(wer=.2, budget_hours=2)], "less than the 4"), ([dict(wer=.3)], "missing")])
-def test_52_wrong_milestones(milestones, error):
+def test_wrong_milestones_are_errors(milestones, error):
     with pytest.raises(ValueError, match=error): read_milestones(milestones)
 
-def test_53_folder_made_written_whole_by_one_rank(tracker, clock, tmp_path, monkeypatch):
+def test_one_rank_writes_and_the_view_is_whole_at_every_moment(tracker, clock, tmp_path, monkeypatch):
     first, other = tracker(), tracker(rank=1)
     for run in (first, other): tell(run, clock, [.5])
     assert len(view(first)["history"]) == 1 and other.log["history"][0]["val_wer"] == .5
@@ -141,7 +141,7 @@ def test_53_folder_made_written_whole_by_one_rank(tracker, clock, tmp_path, monk
     assert len(view(first)["history"]) == 1                       # the old view is whole, and the truth has the new entry
     assert len(load_log(first.truth)["history"]) == 2
 
-def test_53_a_second_writer_is_found_out(tracker, clock):
+def test_a_second_writer_is_found_out(tracker, clock):
     first = tracker()
     tell(first, clock, [.5])
     tell(tracker(), clock, [.5])
@@ -165,7 +165,7 @@ def half_a_run(run, clock, n=10, first=1, of=20):
         clock.go(.5)
         run.log_epoch(epoch, 1., .15*(epoch/of)**-.5, step=10*epoch)
 
-def test_50_time_and_cost_are_forecast(tracker, clock):
+def test_time_and_cost_are_forecast(tracker, clock):
     run = tracker(devices=2, price_per_hour=1.5)
     half_a_run(run, clock)
     told = run.forecast
@@ -261,7 +261,7 @@ def test_with_the_trainer(tmp_path):
         def load_state_dict(self, state): pass
     def fit(steps, name):
         model = Model()
-        trainer = TrainerOptimized(model, torch.optim.SGD(model.parameters(), lr=.001), batch_size=2, accumulation_steps=1, use_amp=False)
+        trainer = TrainerOptimized(model, torch.optim.SGD(model.parameters(), lr=.001), batch_size=2, accumulation_steps=1, amp_dtype="fp32")
         run = TTQTracker([dict(wer=.5, budget_hours=1)], tmp_path/name/"ttq_log.json", announce=len)
         trainer.fit(Loader(), Budget(max_steps=steps), [TTQObserver(run)], tmp_path/name, evaluate=lambda m: dict(val_wer=.4, val_wer_low=.3, val_wer_high=.45), evaluate_every=Every(steps=4))
         return load_log(run.log_file)

@@ -14,7 +14,7 @@ M = "conformer_ctc"
 # Every stage as short as it can be; training long enough to be met on its way.
 SMALL = dict(
     corpora=dict(demo=dict(sentences=24, dev_sentences=4, test_sentences=4, processes=1)), prepare=dict(tokenizer="char", processes=1), shards=dict(shard_size=20, processes=1),
-    train=dict(max_steps=120, batch_seconds=8., warmup_steps=5, evaluate_every_steps=30, checkpoint_minutes=0.01, threads=1, seed=3),
+    train=dict(max_steps=60, batch_seconds=8., warmup_steps=5, evaluate_every_steps=20, checkpoint_minutes=0.01, threads=1, seed=3),
     models={M: dict(size="tiny", chunk_share=0.5)}, export=dict(min_utterances=1, utterances=2, runtime_utterances=1, max_wer_gap=1., max_int8_gap=1.))
 STAGES = ("identity", "corpus@demo", "prepare", "shards", f"init@{M}", f"train@{M}", f"evaluate@{M}", "compare", "export")
 
@@ -65,8 +65,19 @@ class Workspace:
         "Run the pipeline, or a part of it; the names of the stages that ran."
         return {line.split("'")[1] for line in self.run("dvc", "repro", *targets).splitlines() if line.startswith("Running stage")}
 
-    def start(self, **changes)->subprocess.Popen:
-        return subprocess.Popen(["dvc", "repro"], cwd=self.root, env=environment(**changes), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    def start(self, *targets:str, **changes)->subprocess.Popen:
+        return subprocess.Popen(["dvc", "repro", *targets], cwd=self.root, env=environment(**changes), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+    def train(self, **changes):
+        "What the stage `train` does, in this process and without its notebook."
+        from ai2text.core.layout import Layout
+        from ai2text.core.params import load_params
+        from ai2text.core.sections import section
+        from ai2text.training.publish import publish
+        from ai2text.training.run import fit
+        layout, params = Layout(self.root), load_params(self.root/"params.yaml")
+        milestones = params["milestones"][params["train"]["milestones"]]
+        publish(M, fit(M, section("train", params["train"] | changes), milestones, layout), milestones, layout)
 
     def folders(self)->set: return set(self.root.glob(f".runs/{M}/*/*/"))
 

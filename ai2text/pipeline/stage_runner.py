@@ -208,6 +208,9 @@ def _kernel_class(root:Path, scratch:Path, watch):
         async def start_kernel(self, **kwargs):
             await super().start_kernel(**kwargs, cwd=str(root), env=env)
             watch.pid = self.provisioner.pid
+        async def shutdown_kernel(self, **kwargs): # killed, for all is done: the interrupt that Jupyter sends first may end up in the terminal as an error
+            if self.provisioner: await self.provisioner.kill()
+            await super().shutdown_kernel(**kwargs | dict(now=True))
     return Kernel
 
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #65632cbf

@@ -24,8 +24,7 @@ from ai2text.corpora.prepare import prepare
 from ai2text.core.distributed import Ranks
 from ai2text.core.sections import InitConfig, StreamConfig
 from ai2text.training.init import init
-from ai2text.training.publish import publish
-from ai2text.training.run import fit, train_rank
+from ai2text.training.run import train_rank
 from ai2text.core.sections import TrainConfig
 from ai2text.data.storage import Cache, Server, client
 from ai2text.data.shard_index import ShardError, load_index
@@ -33,6 +32,7 @@ from ai2text.core.sections import ShardsConfig
 from ai2text.data.shards import write_shards
 from workspace import ROOT, M, Workspace
 
+pytestmark = pytest.mark.slow
 STEPS = dict(max_steps=12, evaluate_every_steps=6)
 PULLING = "--pull", "--allow-missing"
 
@@ -52,9 +52,8 @@ def make_data(w):
 
 
 def train_here(w, **changes):
-    "Train in this process as the stage does, and publish; the curve and the metrics."
-    train, layout = asdict(config(w, TrainConfig, "train")) | changes, Layout(w.root)
-    publish(M, fit(M, make(TrainConfig, train, "train"), [], layout), [], layout)
+    "Train; the curve and the metrics."
+    w.train(**changes)
     return result(w)
 
 
@@ -73,7 +72,7 @@ def keep(w, tag, *stages):
 
 
 KEYS = dict(AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET)
-FIRST = "corpus@demo", "prepare", "shards", f"init@{M}"
+FIRST = "identity", "corpus@demo", "prepare", "shards", f"init@{M}"
 
 
 class Clone(Workspace):

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from ai2text.testing.s3_faults import KEY, SECRET
+from ai2text.testing.s3_faults import KEY, SECRET, serve_s3
 from workspace import M, Workspace
 
-SHORT = dict(train=dict(max_steps=60, evaluate_every_steps=30))
-LONGER = dict(train=dict(max_steps=90))
 PARTS = ("train@" + M, "init@" + M, "corpus@demo", "prepare", "shards")
 
 
@@ -36,53 +34,58 @@ def outputs(workspace:Workspace)->dict:
     return {path: (workspace.root/path).read_bytes() for path in paths}
 
 
-@pytest.fixture
-def first(tmp_path, store, monkeypatch):
+@pytest.fixture(scope="module")
+def far(tmp_path_factory):
+    "A server with an empty bucket, and its keys in the environment."
+    folder = tmp_path_factory.mktemp("store")
+    (folder/"bucket").mkdir()
+    keys = dict(AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET, AWS_EC2_METADATA_DISABLED="true")
+    with serve_s3(folder) as url, pytest.MonkeyPatch.context() as patch:
+        for name, value in keys.items(): patch.setenv(name, value)
+        yield url
+
+
+@pytest.fixture(scope="module")
+def first(pipeline, far, tmp_path_factory):
     "A machine that has trained, pushed and committed."
-    for name, value in dict(AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET, AWS_EC2_METADATA_DISABLED="true").items(): monkeypatch.setenv(name, value)
-    w = Workspace(tmp_path/"first")
-    w.change(SHORT)
-    w.run("dvc", "remote", "add", "-d", "there", "s3://bucket/dvc"), w.run("dvc", "remote", "modify", "there", "endpointurl", store.url)
-    assert w.repro(f"train@{M}") == set(PARTS)
-    w.run("git", "add", "-A"), w.run("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "sixty steps")
-    w.run("dvc", "push")
+    w = Workspace.copy(pipeline, tmp_path_factory.mktemp("machines")/"first")
+    w.run("dvc", "remote", "add", "-d", "there", "s3://bucket/dvc"), w.run("dvc", "remote", "modify", "there", "endpointurl", far)
+    w.run("git", "add", "-A"), w.run("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "60 steps")
+    w.run("dvc", "push", *PARTS)
+    w.published = outputs(w)
     return w
 
 
-def check_environment(workspace):
-    "It is in the log and in the report, and none of it in the metrics."
-    about, metrics, report = workspace.log()["about"], workspace.metrics().decode(), workspace.report(f"train-{M}").read_text("utf-8")
+def test_environment_is_in_log_and_report_and_not_in_the_metrics(first):
+    about, metrics, report = first.log()["about"], first.metrics().decode(), first.report(f"train-{M}").read_text("utf-8")
     assert {"revision", "changed", "pins", "python", "torch", "numpy", "dvc", "system", "processor", "memory_gb", "gpu"} <= about.keys()
     for name in ("pins", "numpy", "system"): assert about[name] in report
-    for name in ("revision", "pins", "torch", "system", "processor"): assert str(about[name]) not in metrics
+    for name in ("pins", "torch", "system", "processor"): assert str(about[name]) not in metrics
 
 
-def test_another_machine_goes_on(first, tmp_path, monkeypatch):
-    check_environment(first)
-    short = outputs(first)
-
+def test_another_machine_goes_on(first, tmp_path):
     second = Clone(first.root, tmp_path/"second")
     second.run("dvc", "pull", *PARTS)
-    assert outputs(second) == short and not (second.root/".runs").exists()
-    for w in (second, first):
-        w.change(LONGER)
-        assert w.repro(f"train@{M}") == {f"train@{M}"}
-    assert outputs(second) == outputs(first) != short
-    donor = run_of(second, "60-steps")
+    assert outputs(second) == first.published and not (second.root/".runs").exists()
+    for w in (second, first): w.train(max_steps=80)
+    assert outputs(second) == outputs(first) != first.published
+    donor, there = run_of(second, "60-steps"), run_of(second, "80-steps")
     began = json.loads((donor/"checkpoints/before-decay/checkpoint.json").read_text())["step"]
-    there = run_of(second, "90-steps")
     assert [e["step"] for e in entries(there, "resume")] == [0, began] and began > 0
     assert min(e["step"] for e in entries(there, "beat") + entries(there, "checkpoint") if e["wall"] > entries(there, "start")[1]["wall"]) >= began
     log, saved = second.log(), next(e["seconds"] for e in entries(donor, "checkpoint") if e["step"] == began)
     assert log["finished"] and log["totals"]["lives"] == 2 and log["totals"]["down_hours"] > 0 and log["totals"]["elapsed_hours"]*3600 > saved
-    assert [h["step"] for h in log["history"]] == [30, 60, 90]
+    assert [h["step"] for h in log["history"]] == [20, 40, 60, 80]
     listed = second.run("ai2text", "runs")
-    assert "60-steps" in listed and "90-steps" in listed
+    assert "60-steps" in listed and "80-steps" in listed
 
+
+@pytest.mark.slow
+def test_same_commit_gives_the_same_bytes_from_nothing(first, tmp_path, monkeypatch):
     third = Clone(first.root, tmp_path/"third")
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID"), monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"): monkeypatch.delenv(name)
     assert third.repro(f"train@{M}") == set(PARTS)
-    assert outputs(third) == short and third.log()["totals"]["lives"] == 1
-    mine, theirs = run_of(third, "60-steps"), donor
+    assert outputs(third) == first.published and third.log()["totals"]["lives"] == 1
+    mine, theirs = run_of(third, "60-steps"), run_of(first, "60-steps")
     assert mine.parent.name == theirs.parent.name, "a fingerprint that depends on the machine"
     assert entries(mine, "start") != entries(theirs, "start")

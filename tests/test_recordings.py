@@ -1,13 +1,13 @@
-"A user's recordings under DVC: what a changed clip runs again, and how all comes back; recordings that lie in a bucket."
+"A user's recordings under DVC: what a changed clip runs again, how all comes back, and what a corpus more or less does."
+import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 import soundfile as sf
 from dvc.repo import Repo
 
-from ai2text.testing.s3_faults import KEY, SECRET
-from ai2text.data.storage import client
 from workspace import Workspace, environment
 
 STAGES = "corpus@demo", "corpus@mine", "prepare"
@@ -26,14 +26,18 @@ def clip(path, number, loud=1.):
 RUNNER = """
 import sys
 from pathlib import Path
-from ai2text.core.layout import Layout; from ai2text.core.params import load_params, make
+from ai2text.core.layout import Layout; from ai2text.core.params import load_params; from ai2text.core.sections import section
+if sys.argv[1] == "identity":
+    from ai2text.pipeline.stage_runner import write_identities
+    write_identities()
+    sys.exit()
 params, layout, stage = load_params("params.yaml"), Layout("."), sys.argv[2]
 if stage == "corpus":
-    from ai2text.corpora.importers import CorpusConfig; from ai2text.corpora.corpus import make_corpus
-    make_corpus(make(CorpusConfig, params["corpora"][sys.argv[4]], "corpora"), sys.argv[4], layout.corpus(sys.argv[4]), layout.root)
+    from ai2text.corpora.corpus import make_corpus
+    make_corpus(section("corpus", params["corpora"][sys.argv[4]]), sys.argv[4], layout.corpus(sys.argv[4]), layout.root)
 else:
-    from ai2text.corpora.checks import PrepareConfig; from ai2text.corpora.prepare import prepare
-    prepare(make(PrepareConfig, params["prepare"], "prepare"), layout.corpora, layout.prepared, list(params["corpora"]), root=".")
+    from ai2text.corpora.prepare import prepare
+    prepare(section("prepare", params["prepare"]), layout.corpora, layout.prepared, list(params["corpora"]), root=".")
 report = layout.reports/f"{'-'.join([stage, *sys.argv[4:]])}.ipynb"
 report.parent.mkdir(exist_ok=True)
 report.write_text("{}")
@@ -44,7 +48,7 @@ report.write_text("{}")
 def workspace(tmp_path, monkeypatch):
     for name, value in environment(GIT_CONFIG_GLOBAL=os.devnull, GIT_CONFIG_SYSTEM=os.devnull).items(): monkeypatch.setenv(name, value)
     w = Workspace(tmp_path/"w")
-    (w.root/"ai2text/cli.py").write_text(RUNNER)
+    (w.root/"ai2text/pipeline/cli.py").write_text(RUNNER)
     w.change(dict(corpora=dict(demo=dict(sentences=12, dev_sentences=2, test_sentences=2), mine=dict(source="folder", path="data/raw/mine"))))
     monkeypatch.chdir(w.root)
     return w
@@ -59,11 +63,11 @@ def dvc(what, *arguments, **more):
     with Repo() as repo: return getattr(repo, what)(*arguments, **more)
 
 
-def repro(): return sorted(stage.addressing for stage in dvc("reproduce", ["prepare"]) if not stage.addressing.endswith(".dvc"))
+def repro(): return sorted(stage.addressing for stage in dvc("reproduce", ["prepare"]) if stage.addressing != "identity" and not stage.addressing.endswith(".dvc"))
 def outdated(): return sorted(dvc("status", [*STAGES, "data/raw/mine.dvc"]))
 
 
-def test_a_clip_changed_removed_and_back(workspace):
+def test_a_clip_changed_removed_and_back_and_a_corpus_less_and_more(workspace):
     w, raw = workspace, workspace.root/"data/raw/mine"
     for i in range(40): clip(raw/f"speaker{i % 8}/u{i:02}", i)
     dvc("add", ["data/raw/mine"])
@@ -94,27 +98,13 @@ def test_a_clip_changed_removed_and_back(workspace):
     assert not outdated() and repro() == []
 
 
-def test_recordings_in_a_bucket(workspace, store, monkeypatch):
-    "They are fetched once, pinned by what the bucket calls them, followed on demand; or they go straight to DVC's remote."
-    w, raw, s3 = workspace, workspace.root/"data/raw/mine", client(store.server)
-    def put(name, loud=1.):
-        clip(w.root/"local"/name, int(name[-2:]), loud)
-        for suffix in (".wav", ".txt"): s3.put_object(Bucket="bucket", Key=f"recordings/{name}{suffix}", Body=(w.root/"local"/name).with_suffix(suffix).read_bytes())
-    for i in range(4): put(f"speaker{i % 2}/u{i:02}")
-    (w.root/".dvc/config.local").write_text("".join(f"['remote \"{name}\"']\n    url = s3://bucket/{folder}\n    endpointurl = {store.url}\n    access_key_id = {KEY}\n    secret_access_key = {SECRET}\n"
-                                                    for name, folder in (("recordings", "recordings"), ("far", "dvc"))))
-    raw.parent.mkdir(parents=True)
-    dvc("imp_url", "remote://recordings/", "data/raw/mine")
-    names = sorted(path.relative_to(raw).as_posix() for path in raw.rglob("*.wav"))
-    assert names == [f"speaker{i % 2}/u{i:02}.wav" for i in (0, 2, 1, 3)] and "data/raw/mine.dvc" in seen(w)
-    pinned = (w.root/"data/raw/mine.dvc").read_text()
-    put("speaker0/u00", loud=0.5)
-    assert (w.root/"data/raw/mine.dvc").read_text() == pinned
-    dvc("update", ["data/raw/mine.dvc"])
-    assert (w.root/"data/raw/mine.dvc").read_text() != pinned
-    assert (raw/"speaker0/u00.wav").read_bytes() == (w.root/"local/speaker0/u00.wav").read_bytes()
 
-    dvc("imp_url", "remote://recordings/", "data/raw/other", to_remote=True, remote="far")
-    assert not (w.root/"data/raw/other").exists() and (store.folder/"bucket/dvc/files/md5").is_dir()
-    dvc("pull", ["data/raw/other.dvc"], remote="far")
-    assert (w.root/"data/raw/other/speaker0/u00.wav").read_bytes() == (raw/"speaker0/u00.wav").read_bytes()
+    # Without the corpus: its folder has to go too; what the demo has is not imported again, nor when the corpus is back
+    mine = dict(source="folder", path="data/raw/mine")
+    w.change(dict(corpora=dict(mine=None)))
+    assert "data/corpus/mine" in w.run("dvc", "repro", "prepare", ok=False, stderr=True)
+    shutil.rmtree(w.root/"data/corpus/mine")
+    assert repro() == ["prepare"] and {json.loads(line)["corpus"] for line in files[1].read_text().splitlines()} == {"demo"}
+    w.change(dict(corpora=dict(mine=mine)))
+    assert repro() == ["corpus@mine", "prepare"]
+    assert [path.read_bytes() for path in files] == before
