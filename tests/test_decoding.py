@@ -18,7 +18,7 @@ from ai2text.core.files import read_json, sha256, write_json
 from ai2text.core.layout import Layout
 from ai2text.core.params import ConfigError
 from ai2text.models.ctc import BLANK_ID, ctc_loss, greedy
-from ai2text.decoding.ngram_lm import UNKNOWN, build_lm, fit_lm, load_lm
+from ai2text.decoding.ngram_lm import UNKNOWN_WORD, build_lm, fit_lm, load_lm
 from ai2text.data.loader import create_webdataset_loader
 from ai2text.models.store import build_model
 from ai2text.text.tokenizer import CharTokenizer, train_tokenizer
@@ -119,7 +119,7 @@ def test_probabilities_sum_to_one(texts, order, min_count):
     lm = fit_lm(texts, order, min_count)
     for text in [*texts[:3], "hai mốt ba", "", "năm năm năm"]:
         state = lm.start()
-        for word in text.split(): state, _ = lm.step(state, lm.ids.get(word, UNKNOWN))
+        for word in text.split(): state, _ = lm.step(state, lm.ids.get(word, UNKNOWN_WORD))
         assert sum(math.exp(lm.step(state, w)[1]) for w in range(len(lm.words)) if w != 1) == pytest.approx(1, abs=1e-4)
 
 
