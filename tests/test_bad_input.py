@@ -20,9 +20,8 @@ from ai2text.pipeline.cli import main
 from ai2text.core.files import read_json, read_jsonl, sha256
 from ai2text.core.layout import Layout
 from ai2text.core.params import ConfigError
-from ai2text.corpora.importers import IMPORT_REASONS
+from ai2text.corpora.corpus import IMPORT_REASONS, make_corpus
 from ai2text.core.sections import CorpusConfig
-from ai2text.corpora.corpus import make_corpus
 from ai2text.data.loader import create_webdataset_loader
 from ai2text.corpora.checks import SPLITS
 from ai2text.core.sections import PrepareConfig
@@ -326,7 +325,7 @@ def blocked(*_, **__): raise PermissionError(13, "Permission denied")
     ("demo", "nowhere", "nowhere: no such folder; path must name the folder that holds sentences.vi.txt"),
     ("demo", "file", "file: no such folder"),
     ("demo", "folder", "folder/sentences.vi.txt: cannot be read (Is a directory)"),
-    ("common_voice", "nowhere", "nowhere: no such folder; path must name a language's folder of a Common Voice release, with clips/ and train.tsv in it"),
+    ("common_voice", "nowhere", "nowhere: no such folder; path must name a language's folder of a Common Voice release, with clips/ and train.tsv or validated.tsv in it"),
     ("common_voice", "file", "file: no such folder"),
     ("common_voice", "folder", "folder: holds no test.tsv, dev.tsv, train.tsv"),
     ("common_voice", "locked", "locked: cannot be read (Permission denied); change its permissions")])

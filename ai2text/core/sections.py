@@ -25,16 +25,17 @@ class DemoConfig:
 @dataclass
 class CorpusConfig(DemoConfig):
     "An item of the section `corpora`."
-    source:str = opt("demo", "how it is laid out: demo (speak sentences), json, vivos, common_voice, nemo, csv or folder")
+    source:str = opt("demo", "how it is laid out: demo (speak sentences), folder, csv, json, kaldi, nemo, huggingface or another of the README's list")
     path:str = opt("", "its folder, from here or absolute, lists and recordings all in it; for demo, the one with sentences.vi.txt")
-    transcripts:str = opt("", "the list, from `path` or absolute: of json, the file; of csv, by default metadata.csv; of nemo, a manifest or a folder of them")
+    transcripts:str = opt("", "the list, from `path` or absolute: a file, or the folder of the lists; empty = where the source has them")
+    columns:dict[str,str|int]|list[str] = opt({}, "of a table with names of its own, ours and theirs, as {audio: path, text: sentence, speaker: spk}; without names, all in their order, as [audio, _, text]")
     processes:int = opt(0, "processes; 0 = one for each core", ge=0)
 
     def folder(self,
         root=".", # folder that a relative `path` starts from
-    )->Path|None: # the source's; None if there is no `path`
+    )->Path|None: # the source's; None if there is no `path`, or the Hub has it
         "Where the source lies."
-        return Path(root)/Path(self.path).expanduser() if self.path else None
+        return Path(root)/Path(self.path).expanduser() if self.path and not self.path.startswith("hf://") else None
 
 @dataclass
 class PrepareConfig:

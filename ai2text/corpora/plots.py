@@ -25,7 +25,7 @@ from ..text.tokenizer import Tokenizer
 from ..audio.io import AudioError, Recording, resample
 from .tts import generator
 from .demo import Utterance, heard, sentence, speaker_variant
-from .importers import IMPORT_REASONS, place_of
+from .corpus import IMPORT_REASONS, place_of
 from .checks import REASONS, needed, outputs
 
 # %% ../../nbs/corpora/60_plots.ipynb #976fd824

@@ -29,7 +29,7 @@ COMMANDS = dict(
     compare=("ai2text.evaluation.compare:compare", "put the models of params.yaml side by side, and say which to take"),
     report=("ai2text.pipeline.site:site", "write what was reached and all reports as pages that need nothing but a browser"),
     get=("ai2text.serving.release:get", "fetch a released bundle by its git tag, and check it", "tag"),
-    manifest=("ai2text.corpora.importers:export_manifest", "write a manifest of ours as one that NeMo reads", "manifest", "to"),
+    manifest=("ai2text.corpora.manifests:export_manifest", "write a manifest of ours as one that NeMo reads", "manifest", "to"),
     runs=("ai2text.training.checkpoint:list_runs", "list training runs, or delete old ones"))
 
 # %% ../../nbs/pipeline/30_cli.ipynb #8751b412
