@@ -14,7 +14,7 @@ import numpy as np
 import soundfile as sf
 
 from ..core.batch import SAMPLE_RATE
-from .decoders import AUDIO_SUFFIXES, MOST_CHANNELS, NOTES, AudioError, find_sound, open_decoder
+from .decoders import MOST_CHANNELS, NOTES, AudioError, find_sound, is_cut, open_decoder
 
 # %% ../../nbs/audio/05_io.ipynb #4a4bb601
 _BLOCK = 1 << 18 # samples decoded at a time, of all channels together
@@ -114,7 +114,7 @@ def plain_pcm(
     "The samples of a whole 16-bit mono WAV file; None for anything else, also for one that breaks off."
     if len(data) < 44 or data[:4] != b"RIFF" or data[8:16] != b"WAVEfmt ": return None
     size, kind, channels, rate, _, _, bits = struct.unpack_from("<IHHIIHH", data, 16)
-    if (size, kind, channels, bits) != (16, 1, 1, 16) or _is_cut(int.from_bytes(data[4:8], "little"), len(data) - 8): return None
+    if (size, kind, channels, bits) != (16, 1, 1, 16) or is_cut(int.from_bytes(data[4:8], "little"), len(data) - 8): return None
     at = 36
     while at + 8 <= len(data):
         size = int.from_bytes(data[at+4:at+8], "little")
@@ -216,7 +216,11 @@ def read_audio(
 def read_blocks(
     path,              # a recording in any format
     seconds:float=10., # of a block
+    notes:list=None,   # gets what was mended, once all is read
     **piece,           # `channel`, `offset` and `duration` of `Recording`
 ):                     # an iterator of (T,) float32, mono, 16 kHz
     "The samples of a file, block by block; `AudioError` for one that cannot be read to its end."
-    with Recording(path, **piece) as r: yield from resample_blocks(r.mono(max(1, round(seconds*r.rate))), r.rate, SAMPLE_RATE)
+    with Recording(path, **piece) as r:
+        try: yield from resample_blocks(r.mono(max(1, round(seconds*r.rate))), r.rate, SAMPLE_RATE)
+        finally:
+            if notes is not None: notes += r.notes

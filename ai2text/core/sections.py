@@ -28,6 +28,7 @@ class CorpusConfig(DemoConfig):
     source:str = opt("demo", "how it is laid out: demo (speak sentences), json, vivos, common_voice, nemo, csv or folder")
     path:str = opt("", "its folder, from here or absolute, lists and recordings all in it; for demo, the one with sentences.vi.txt")
     transcripts:str = opt("", "the list, from `path` or absolute: of json, the file; of csv, by default metadata.csv; of nemo, a manifest or a folder of them")
+    channel:str = opt("mix", "of recordings with several: mix (their mean), left, right, or each (a row for each, as of the two sides of a call)", choices=("mix", "left", "right", "each"))
     processes:int = opt(0, "processes; 0 = one for each core", ge=0)
 
     def folder(self,

@@ -8,38 +8,47 @@ __all__ = ['examine', 'make_corpus']
 # %% ../../nbs/corpora/30_corpus.ipynb #76521a0e
 import os, re
 from concurrent.futures import Executor
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from ..core.params import ConfigError
 from ..core.files import atomic_folder, sha256, write_jsonl
 from ..core.parallel import in_parallel
 from ..core.sections import CorpusConfig
-from ..audio.io import AudioError, Recording
-from .importers import as_reject, place_of, sift_entries
+from ..audio.io import AudioError, Recording, piece_of, sides
+from .importers import IMPORT_REASONS, as_reject, place_of, sift_entries
 
 # %% ../../nbs/corpora/30_corpus.ipynb #5fdb43a3
 _LATER = 0.5 # s that a recording may be longer than its list says
 
-def examine(entry:dict, folder:Path)->dict:
-    "What a manifest says about an entry with its `path`, or with a `record` that makes the file in a folder; or a reason against it."
+def examine(entry:dict, folder:Path, channel:str="mix")->dict:
+    "What a manifest says about an entry with its `path` (perhaps `offset`, `duration` and `channel` of a piece), or with a `record` that makes the file in a folder; or a reason against it."
     made = entry["record"](folder) if "record" in entry else {}
     path, listed = str(folder/made["audio_filepath"]) if made else entry["path"], entry.get("seconds")
     try:
-        with Recording(path) as r: rate, channels, frames = r.rate, r.channels, r.frames
-        digest, size = sha256(path), os.path.getsize(path)
-    except (AudioError, OSError) as e: return dict(reason="unreadable audio", detail=getattr(e, "why", str(e)))
-    if not 0 < frames < 1<<62: return dict(reason="unreadable audio", detail="holds no samples" if frames < 1 else "its length is unknown")
+        with Recording(path, **piece_of(entry)) as r: rate, channels, frames = r.rate, r.channels, r.count()
+        digest, size = _sha256(path, os.stat(path).st_mtime_ns), os.path.getsize(path)
+    except AudioError as e: return dict(reason=e.reason if e.reason in IMPORT_REASONS else "unreadable audio", detail=e.why)
+    except OSError as e: return dict(reason="unreadable audio", detail=str(e))
+    if not frames: return dict(reason="unreadable audio", detail="holds no samples")
     if isinstance(listed, (int, float)) and frames/rate - listed > _LATER: return dict(reason="piece of a recording", detail=f"{listed:.1f} s of {frames/rate:.1f} s")
-    return made | dict(duration=frames/rate, sample_rate=rate, channels=channels, sha256=digest, bytes=size)
+    chosen = entry["channel"] if entry.get("channel") is not None else channel if channels > 1 else "mix"
+    return made | dict(duration=frames/rate, sample_rate=rate, channels=channels, chosen=chosen, sha256=digest, bytes=size)
+
+@lru_cache(8)
+def _sha256(path, stamp)->str: return sha256(path) # the pieces of a recording ask for the same
 
 # %% ../../nbs/corpora/30_corpus.ipynb #38455f06
-def _row(name:str, entry:dict, facts:dict, out_dir:Path|None)->dict:
-    "A row of the manifest; the path of a recording is absolute without `out_dir`."
+def _rows(name:str, entry:dict, facts:dict, out_dir:Path|None)->list[dict]:
+    "The rows of an entry in the manifest: one, or one for each channel; the path of a recording is absolute without `out_dir`."
     path = facts.get("audio_filepath") or (os.path.relpath(entry["path"], out_dir) if out_dir else entry["path"])
     row = dict(id=f"{name}-{entry['id']}", audio_filepath=path) | {k: facts[k] for k in ("duration", "sample_rate", "channels")}
     row |= {k: entry[k] for k in ("text_raw", "speaker", "split")} | dict(corpus=name) | {k: facts[k] for k in ("sha256", "bytes")}
-    return row | {k: v for k,v in dict(dialect=entry["dialect"], words=facts.get("words")).items() if v}
+    row |= {k: v for k,v in dict(dialect=entry.get("dialect"), words=facts.get("words")).items() if v}
+    if entry.get("offset") is not None: row["offset"] = entry["offset"]
+    if facts["chosen"] == "mix": return [row]
+    one = row | dict(channels=1)
+    return [one | dict(id=f"{row['id']}-{side}", channel=side) for side in sides(facts["channels"])] if facts["chosen"] == "each" else [one | dict(channel=facts["chosen"])]
 
 # %% ../../nbs/corpora/30_corpus.ipynb #05ddc04d
 def _lost(rows:list[dict], rejects:list[dict])->str:
@@ -63,10 +72,10 @@ def make_corpus(
     with atomic_folder(out_dir) as folder:
         try: entries, rejects = sift_entries(cfg, source)
         except ConfigError as e: raise ConfigError(f"corpora.{name}: {e}") from e
-        looks = in_parallel(partial(examine, folder=folder), entries, cfg.processes, executor, label=f"corpus {name}")
+        looks = in_parallel(partial(examine, folder=folder, channel=cfg.channel), entries, cfg.processes, executor, label=f"corpus {name}")
         for entry,facts in zip(entries, looks):
             if "reason" in facts: rejects.append(as_reject(entry | facts))
-            else: rows.append(_row(name, entry, facts, None if Path(cfg.path).is_absolute() else out_dir))
+            else: rows += _rows(name, entry, facts, None if Path(cfg.path).is_absolute() else out_dir)
         if lost := _lost(rows, rejects): raise ConfigError(f"corpora.{name}: {source or cfg.source}: {lost}")
         write_jsonl(folder/"rejects.jsonl", rejects)
         write_jsonl(folder/"manifest.jsonl", rows)

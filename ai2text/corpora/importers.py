@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core.params import ConfigError
 from ..core.sections import CorpusConfig
 from ..core.files import read_jsonl, write_jsonl
-from ..audio.io import AUDIO_SUFFIXES
+from ..audio.decoders import AUDIO_SUFFIXES
 from .demo import SENTENCES, demo_sentences, plan_demo, record
 
 # %% ../../nbs/corpora/20_importers.ipynb #dab9a9f1
@@ -30,7 +30,7 @@ IMPORT_REASONS = {
     "outside of the folder":   "the name, or a link, leads out of `path`",
     "duplicate audio":         "an earlier entry, of another id, has the same recording",
     "duplicate id":            "an earlier entry has the same id",
-    "unreadable audio":        "libsndfile cannot open it, or it has no samples",
+    "unreadable audio":        "neither libsndfile nor FFmpeg can open it, or it has no samples",
     "piece of a recording":    "offset and duration take a part of it: cut it into a file of its own",
     "repeated sentence":       "the demo's text has the sentence already",
     "unknown characters":      "the demo's voices cannot read them",
