@@ -29,6 +29,7 @@ class CorpusConfig(DemoConfig):
     path:str = opt("", "its folder, from here or absolute, lists and recordings all in it; for demo, the one with sentences.vi.txt")
     transcripts:str = opt("", "the list, from `path` or absolute: a file, or the folder of the lists; empty = where the source has them")
     columns:dict[str,str|int]|list[str] = opt({}, "of a table with names of its own, ours and theirs, as {audio: path, text: sentence, speaker: spk}; without names, all in their order, as [audio, _, text]")
+    channel:str = opt("mix", "of recordings with several: mix (their mean), left, right, or each (a row for each, as of the two sides of a call)", choices=("mix", "left", "right", "each"))
     processes:int = opt(0, "processes; 0 = one for each core", ge=0)
 
     def folder(self,

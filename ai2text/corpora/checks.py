@@ -10,6 +10,7 @@ __all__ = ['SPLITS', 'REASONS', 'signal_to_noise', 'probe', 'check_text', 'decib
 # %% ../../nbs/corpora/40_checks.ipynb #3616b5c9
 import hashlib, os, re, unicodedata
 from collections import Counter, defaultdict
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -34,42 +35,47 @@ def signal_to_noise(powers)->float:
     quiet, loud = ordered[len(powers) // 10], ordered[len(powers) * 95 // 100]
     return float(np.clip(10 * np.log10(max(loud - quiet, _ROUNDING) / max(quiet, _ROUNDING)), -20, 80))
 
-def _measured(recording:Recording)->dict:
-    "Decode a recording: duration (s), peak, clipped (share of samples), finite, snr_db, samples (a hash); reason and detail if it breaks off."
-    rate, channels, hop = recording.rate, recording.channels, max(1, recording.rate // _FRAME_RATE)
+def _measured(recording:Recording, max_seconds:float)->dict:
+    "Decode a recording: duration (s), peak, clipped (share of samples), finite, snr_db, samples (a hash), notes; reason and detail if it breaks off; `longer` alone if it is."
+    rate, channels, hop = recording.rate, recording.channels, recording.hop
     digest, powers, lost = hashlib.blake2b(f"{rate} {channels}".encode(), digest_size=16), [], {}
     low, high, clipped, finite = np.inf, -np.inf, 0, True
     try:
-        for block_TC in recording.blocks(hop * max(1, (1 << 18) // (hop * channels))):
+        for block_TC in recording.blocks():
+            if recording.decoded > max_seconds * rate: return dict(duration=recording.decoded / rate, longer=True)
             bottom, top = float(block_TC.min()), float(block_TC.max())
             finite = finite and bool(np.isfinite(top - bottom))
             if not finite: continue
             low, high, clipped = min(low, bottom), max(high, top), clipped + int((np.abs(block_TC) >= 0.999).sum())
             digest.update((block_TC * 32768).clip(-32768, 32767).astype("<i2"))
-            powers.append((block_TC[:, 0] if channels == 1 else block_TC.mean(1))[:len(block_TC) // hop * hop].reshape(-1, hop).var(1))
+            powers.append(recording.mix(block_TC)[:len(block_TC) // hop * hop].reshape(-1, hop).var(1))
     except AudioError as e:
         if e.reason != "truncated": raise
         lost = dict(reason=e.reason, detail=e.why)
     powers = np.concatenate(powers or [[]])
     return dict(duration=recording.decoded / rate, peak=max(0., high - low) / 2, clipped=clipped / max(1, recording.decoded * channels), finite=finite,
-                snr_db=signal_to_noise(powers) if len(powers) else None, samples=digest.hexdigest()) | lost
+                snr_db=signal_to_noise(powers) if len(powers) else None, samples=digest.hexdigest(), notes=list(recording.notes)) | lost
+
+@lru_cache(8)
+def _sha256(path, stamp)->str: return sha256(path) # the pieces of a recording ask for the same
 
 def probe(
     path:str|Path,     # an audio file in any format
     max_seconds:float, # do not decode what is longer
     size:int=None,     # bytes that it must have
     digest:str=None,   # SHA-256 that it must have
+    **piece,           # `channel`, `offset` and `duration` of `Recording`
 )->dict:               # sample_rate, channels, duration and more that was measured; or reason and detail against it
-    "Measure one recording."
+    "Measure one recording, or a piece of it."
     if not os.path.isfile(path): return dict(reason="audio not found", detail="no such file")
     try:
         if size is not None and (now := os.path.getsize(path)) != size:
             return dict(reason="changed since import", detail=f"{now} bytes, the manifest says {size}; run the corpus stage again")
-        with Recording(path) as r:
+        with Recording(path, **piece) as r:
             facts = dict(sample_rate=r.rate, channels=r.channels, duration=r.seconds)
-            if r.seconds > max_seconds: return facts
-            if digest and sha256(path) != digest: return dict(reason="changed since import", detail="other bytes than the manifest says; run the corpus stage again")
-            return facts | _measured(r)
+            if r.frames is not None and r.seconds > max_seconds: return facts
+            if digest and _sha256(path, os.stat(path).st_mtime_ns) != digest: return dict(reason="changed since import", detail="other bytes than the manifest says; run the corpus stage again")
+            return facts | _measured(r, max_seconds)
     except AudioError as e: return dict(reason=e.reason, detail=e.why)
     except OSError as e: return dict(reason="unreadable audio", detail=str(e))
 
@@ -83,7 +89,7 @@ REASONS = {
     "unknown characters":     "the text has characters without a token",
     "audio not found":        "there is no file of that name",
     "changed since import":   "the file is not the one that the corpus stage saw: run that again",
-    "unreadable audio":       "libsndfile cannot decode it",
+    "unreadable audio":       "neither libsndfile nor FFmpeg can decode it",
     "truncated":              "the file ends, or breaks, before the length that it promises",
     "not finite":             "samples are NaN or infinite",
     "silent":                 "the peak is below `silence_db`",
@@ -118,7 +124,7 @@ def check_audio(row:dict, facts:dict, cfg:PrepareConfig)->tuple|None:
     "Reject a recording that is broken by the facts of its `probe`, or that cannot be what its text says."
     if "reason" in facts: return facts["reason"], facts["detail"]
     seconds = facts["duration"]
-    if seconds > cfg.max_seconds: return "too long", f"{seconds:.1f} s"
+    if seconds > cfg.max_seconds: return "too long", f"{'over ' if 'longer' in facts else ''}{seconds:.1f} s"
     if seconds < cfg.min_seconds: return "too short", f"{seconds:.2f} s"
     if not facts["finite"]: return "not finite", "NaN or infinity"
     if decibels(facts["peak"]) < cfg.silence_db: return "silent", f"peak {decibels(facts['peak']):.0f} dB"

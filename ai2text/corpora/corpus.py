@@ -15,7 +15,8 @@ from ..core.params import ConfigError
 from ..core.files import atomic_folder, sha256, write_jsonl
 from ..core.parallel import in_parallel
 from ..core.sections import CorpusConfig
-from ..audio.io import AUDIO_SUFFIXES, AudioError, Recording
+from ..audio.decoders import AUDIO_SUFFIXES
+from ..audio.io import AudioError, Recording, sides
 from .lists import ENDS, HOMES, SPLIT_NAMES, Files, named, nfc, only_numbers
 from .importers import import_common_voice, import_csv, import_demo, import_fleurs, import_folder, import_fosd, import_json, import_ljspeech, import_speechbrain, import_vits, import_vivos, import_vlsp
 from .manifests import import_kaldi, import_lhotse, import_nemo, import_wenet
@@ -46,7 +47,7 @@ IMPORT_REASONS = {
     "outside of the folder":   "the name, or a link, leads out of `path`",
     "duplicate audio":         "an earlier entry, of another id, has the same recording",
     "duplicate id":            "an earlier entry has the same id",
-    "unreadable audio":        "it cannot be opened, or has no samples",
+    "unreadable audio":        "neither libsndfile nor FFmpeg can open it, or it has no samples",
     "piece of a recording":    "its list says that it is shorter, and not where it starts: give the offset, 0 for the first part",
     "no time":                 "offset, duration, end or channel is no number, or nothing is between start and end",
     "outside of the recording": "the piece starts, or ends, after the recording's end, or there is no such channel",
@@ -158,39 +159,42 @@ def sift_entries(
 _LATER = 0.5 # s that a recording may be longer than its list says, and a piece may end after its end
 
 def _piece(entry:dict, seconds:float, channels:int)->dict:
-    "What a manifest says of an entry in a recording of so many seconds: duration, and offset and channel if it is not the whole of it; or a reason against it."
+    "What a manifest says of an entry in a recording of so many seconds: duration, and offset if it is not the whole of it; or a reason against it."
     channel, listed, offset = entry.get("channel"), entry.get("duration"), entry.get("offset")
     if channel is not None and channel >= channels: return dict(reason="outside of the recording", detail=f"channel {channel} (from 0) of {channels}")
-    side = dict(channel=channel) if channel is not None and channels > 1 else {}
     if offset is None:
         if listed is not None and seconds - listed > _LATER: return dict(reason="piece of a recording", detail=f"{listed:.1f} s of {seconds:.1f} s")
-        return dict(duration=seconds) | side
+        return dict(duration=seconds)
     end = seconds if listed is None else offset + listed
     if offset >= seconds or end > seconds + _LATER: return dict(reason="outside of the recording", detail=f"{offset:.2f} to {end:.2f} s of {seconds:.2f} s")
-    if offset < 0.001 and end > seconds - 0.02: return dict(duration=seconds) | side
-    return dict(duration=round(min(end, seconds) - offset, 6), offset=round(offset, 6)) | side
+    if offset < 0.001 and end > seconds - 0.02: return dict(duration=seconds)
+    return dict(duration=round(min(end, seconds) - offset, 6), offset=round(offset, 6))
 
 def examine(entries:list[dict], folder:Path)->list[dict]:
     "What a manifest says about entries with one `path`, or `stored` in a folder, or with a `record` that makes the file there; or a reason against each."
     made = entries[0]["record"](folder) if "record" in entries[0] else dict(audio_filepath=entries[0]["stored"]) if "stored" in entries[0] else {}
     path = str(folder/made["audio_filepath"]) if made else entries[0]["path"]
     try:
-        with Recording(path) as r: rate, channels, frames = r.rate, r.channels, r.frames
+        with Recording(path) as r: rate, channels, frames = r.rate, r.channels, r.count()
         digest, size = sha256(path), os.path.getsize(path)
-    except FileNotFoundError: return [dict(reason="unreadable audio", detail="no such file")]*len(entries)
-    except (AudioError, OSError) as e: return [dict(reason="unreadable audio", detail=getattr(e, "why", str(e)))]*len(entries)
-    if not 0 < frames < 1<<62: return [dict(reason="unreadable audio", detail="holds no samples" if frames < 1 else "its length is unknown")]*len(entries)
+    except AudioError as e: return [dict(reason="unreadable audio", detail=e.why)]*len(entries)
+    except OSError as e: return [dict(reason="unreadable audio", detail=str(e))]*len(entries)
+    if not frames: return [dict(reason="unreadable audio", detail="holds no samples")]*len(entries)
     facts = made | dict(sample_rate=rate, channels=channels, sha256=digest, bytes=size)
     def scaled(entry): return entry | {k: entry[k]/rate for k in ("offset", "duration") if k in entry} if entry.get("in_samples") and "offset" in entry else entry
     return [facts | _piece(scaled(entry), frames/rate, channels) for entry in entries]
 
 # %% ../../nbs/corpora/30_corpus.ipynb #38455f06
-def _row(name:str, entry:dict, facts:dict, out_dir:Path|None)->dict:
-    "A row of the manifest; the path of a recording is absolute without `out_dir`."
+def _rows(name:str, entry:dict, facts:dict, out_dir:Path|None, channel:str)->list[dict]:
+    "The rows of an entry in the manifest: one, or one for each channel; the path of a recording is absolute without `out_dir`."
     path = facts.get("audio_filepath") or (os.path.relpath(entry["path"], out_dir) if out_dir else entry["path"])
-    row = dict(id=f"{name}-{entry['id']}", audio_filepath=path) | {k: facts[k] for k in ("offset", "duration", "channel", "sample_rate", "channels") if k in facts}
+    row = dict(id=f"{name}-{entry['id']}", audio_filepath=path) | {k: facts[k] for k in ("offset", "duration", "sample_rate", "channels") if k in facts}
     row |= {k: entry[k] for k in ("text_raw", "speaker", "split")} | dict(corpus=name) | {k: facts[k] for k in ("sha256", "bytes")}
-    return row | {k: v for k,v in dict(dialect=entry["dialect"], words=facts.get("words")).items() if v}
+    row |= {k: v for k,v in dict(dialect=entry["dialect"], words=facts.get("words")).items() if v}
+    channel = entry.get("channel", channel)
+    if facts["channels"] == 1 or channel == "mix": return [row]
+    one = row | dict(channels=1)
+    return [one | dict(id=f"{row['id']}-{side}", channel=side) for side in sides(facts["channels"])] if channel == "each" else [one | dict(channel=channel)]
 
 # %% ../../nbs/corpora/30_corpus.ipynb #05ddc04d
 def _lost(rows:list[dict], rejects:list[dict])->str:
@@ -227,7 +231,7 @@ def make_corpus(
         looks = in_parallel(partial(examine, folder=folder), list(groups.values()), cfg.processes, executor, label=f"corpus {name}", weigh=len)
         for entry,facts in ((entry, facts) for group,found in zip(groups.values(), looks) for entry,facts in zip(group, found)):
             if "reason" in facts: rejects.append(as_reject(entry | facts))
-            else: rows.append(_row(name, entry, facts, None if Path(cfg.path).is_absolute() else out_dir))
+            else: rows += _rows(name, entry, facts, None if Path(cfg.path).is_absolute() else out_dir, cfg.channel)
         if lost := _lost(rows, rejects): raise ConfigError(f"corpora.{name}: {source or cfg.path or cfg.source}: {lost}{'' if rows else _sought(cfg) + _hint(cfg, source)}")
         write_jsonl(folder/"rejects.jsonl", rejects)
         write_jsonl(folder/"manifest.jsonl", rows)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core.params import ConfigError
 from ..core.sections import CorpusConfig
-from ..audio.io import AUDIO_SUFFIXES
+from ..audio.decoders import AUDIO_SUFFIXES
 from .demo import SENTENCES, demo_sentences, plan_demo, record
 from .lists import SPLIT_NAMES, Files, fields, find_lists, json_lines, json_records, list_of, nfc, read_lines, read_table, split_of, text_of, told
 

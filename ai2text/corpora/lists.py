@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core.params import ConfigError
 from ..core.sections import CorpusConfig
-from ..audio.io import AUDIO_SUFFIXES
+from ..audio.decoders import AUDIO_SUFFIXES
 
 # %% ../../nbs/corpora/20_lists.ipynb #fc1e9a2c
 def list_of(source:Path, name:str, given:str="")->Path:

@@ -7,7 +7,7 @@ __all__ = ['prepare']
 
 # %% ../../nbs/corpora/50_prepare.ipynb #c8c91a19
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..core.params import ConfigError
 from ..core.files import read_jsonl, sha256, write_json, write_jsonl
 from ..core.parallel import in_parallel
 from ..core.sections import PrepareConfig
+from ..audio.io import piece_of
 from ..text.normalise import NORMALISER_VERSION, normalise, read_abbreviations
 from ..text.tokenizer import train_tokenizer
 from .checks import REASONS, SPLITS, assign_splits, check_audio, check_duplicates, check_ids, check_leak, check_speakers, check_text, check_time, decibels, describe, probe, sift, unknown_table, voice
@@ -54,17 +55,25 @@ def _normalise_all(rows:list[dict], cfg:PrepareConfig, root, executor:Executor|N
     function = partial(normalise, foreign=cfg.foreign, abbreviations=spelled_out)
     for row, text in zip(rows, in_parallel(function, [row["text_raw"] for row in rows], cfg.processes, executor, label="normalise", group=2000)): row["text"] = text
 
-def _probe_one(item): return probe(*item)
+def _probe_one(item): return probe(*item[0], **item[1])
 
 def _probe_all(rows:list[dict], out_dir:Path, cfg:PrepareConfig, executor:Executor|None)->dict:
     "Measure all recordings in parallel: id -> facts; each row gets what was measured of it."
-    items = [(os.path.normpath(os.path.join(out_dir, row["audio_filepath"])), cfg.max_seconds, row.get("bytes"), row.get("sha256")) for row in rows]
+    items = [((os.path.normpath(os.path.join(out_dir, row["audio_filepath"])), cfg.max_seconds, row.get("bytes"), row.get("sha256")), piece_of(row)) for row in rows]
     facts = list(in_parallel(_probe_one, items, cfg.processes, executor, label="probe"))
     for row, found in zip(rows, facts):
         row.pop("duration", None) # what the source says
         if "duration" in found: row.update(duration=round(found["duration"], 6), sample_rate=found["sample_rate"], channels=found["channels"])
         if found.get("finite"): row.update(peak_db=round(decibels(found["peak"]), 1), clipped=round(found["clipped"], 7), snr_db=found["snr_db"] and round(found["snr_db"], 1))
+        if found.get("notes"): row["notes"] = found["notes"]
     return {row["id"]: found for row, found in zip(rows, facts)}
+
+def _noted(facts:dict)->list[dict]:
+    "What was mended in recordings, and in how many; `facts` of each id."
+    found = defaultdict(list)
+    for id, fact in facts.items():
+        for note in fact.get("notes", ()): found[note].append(id)
+    return [dict(note=note, utterances=len(ids), id=ids[0]) for note, ids in sorted(found.items())]
 
 # %% ../../nbs/corpora/50_prepare.ipynb #9178cb41
 def _settle(rows:list[dict], rejects:list[dict], cfg:PrepareConfig, out_dir:Path):
@@ -134,6 +143,6 @@ def prepare(
         normaliser=NORMALISER_VERSION, foreign=cfg.foreign, abbreviations=cfg.abbreviations and sha256(Path(root)/Path(cfg.abbreviations).expanduser()), tokenizer=dict(kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, sha256=tokenizer.fingerprint),
         utterances=total, rejected=len(rejects), rejects={reason: sum(reject["reason"] == reason for reject in rejects) for reason in REASONS},
         unknown_characters=unknown, speakers_in_dev_and_test=len(shared), splits={split: describe(splits[split], tokenizer) for split in SPLITS},
-        corpora=_describe_corpora(folders, rows, rejects))
+        notes=_noted(facts), corpora=_describe_corpora(folders, rows, rejects))
     write_json(out_dir/"stats.json", stats)
     return stats

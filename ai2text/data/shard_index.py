@@ -19,7 +19,8 @@ import numpy as np
 from ..core.files import atomic_write, sha256
 from ..core.params import ConfigError
 from ..core.parallel import in_parallel
-from ..audio.io import AUDIO_SUFFIXES, Recording
+from ..audio.decoders import AUDIO_SUFFIXES
+from ..audio.io import Recording
 
 # %% ../../nbs/data/00_shard_index.ipynb #c1a8ce2a
 class ShardError(ConfigError):
@@ -185,7 +186,7 @@ def _scanned(path):
             block = os.pread(f.fileno(), size, offset)
             try:
                 found = members(block)
-                with Recording(member_audio(found)) as r: rate, seconds = r.rate, r.seconds
+                with Recording(member_audio(found)) as r: rate, seconds = r.rate, r.count()/r.rate
                 about = utterance_text(found)
             except ValueError as e:
                 rejected.append(dict(id=f"{path.stem}/{key}", reason=str(e)))

@@ -11,6 +11,7 @@ import contextlib, fcntl, hashlib, json, marshal, os, re, shutil, socket, tarfil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from tarfile import BLOCKSIZE, RECORDSIZE
@@ -24,7 +25,8 @@ from ..core.files import atomic_write, read_json, sha256
 from ..core.params import make
 from ..core.sections import ShardsConfig
 from ..core.parallel import cluster, in_parallel
-from ..audio.io import AUDIO_SUFFIXES, AudioError, Recording, encode, read_plain, resample
+from ..audio.decoders import AUDIO_SUFFIXES
+from ..audio.io import AudioError, Recording, encode, piece_of, read_plain, resample
 from .shard_index import COLUMNS, INDEX_FORMAT, Index, ShardError, load_index, member_audio, members, numbered, printable, reject_summary, save_index
 from ..text.normalise import NORMALISER_VERSION, normalise
 
@@ -47,10 +49,11 @@ MAX_SECONDS = 300 # of an utterance; bounds the memory that one file can take
 def read_pcm(
     path,            # an audio file
     sample_rate:int, # Hz wanted
+    **piece,         # `channel`, `offset` and `duration` of `Recording`
 ):                   # samples (T,) int16, Hz the file has
-    "A file as 16-bit mono; `AudioError` says why it cannot be, without naming it."
-    if (plain := read_plain(path, 2*sample_rate*MAX_SECONDS)) and plain[1] == sample_rate: return plain
-    with Recording(path, "") as r:
+    "A file, or a piece of one, as 16-bit mono; `AudioError` says why it cannot be, without naming it."
+    if "offset" not in piece and (plain := read_plain(path, 2*sample_rate*MAX_SECONDS)) and plain[1] == sample_rate: return plain
+    with Recording(path, "", **piece) as r:
         parts = []
         for part_T in r.mono():
             parts.append(part_T)
@@ -75,12 +78,12 @@ def tar_end(size:int)->bytes:
     return bytes(2*BLOCKSIZE + -(size + 2*BLOCKSIZE) % RECORDSIZE)
 
 # %% ../../nbs/data/10_shards.ipynb #85bf545e
-_NOT_IN_SHARD = ("audio_filepath", "split", "sha256", "bytes") # they tell where a file came from, not what it is
+_NOT_IN_SHARD = ("audio_filepath", "offset", "channel", "notes", "split", "sha256", "bytes") # they tell where a file came from, not what it is
 _as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 def _utterance_block(row:dict, root, sample_rate:int, codec:str):
     "The tar members of one utterance as bytes, and its seconds; `ValueError` says why there are none."
-    pcm, rate = read_pcm(os.path.join(root, row["audio_filepath"]), sample_rate)
+    pcm, rate = read_pcm(os.path.join(root, row["audio_filepath"]), sample_rate, **piece_of(row))
     seconds, key = len(pcm)/sample_rate, safe_key(row["id"])
     about = {k: v for k,v in row.items() if k not in _NOT_IN_SHARD} | dict(duration=seconds, sample_rate=rate)
     try: text = _as_json(about).encode("utf-8")
@@ -95,7 +98,7 @@ def _utterance_block(row:dict, root, sample_rate:int, codec:str):
 def versions()->dict:
     "The versions that the bytes of a shard depend on, besides its recordings; `code` is this package's."
     code = sha256(json.dumps(identity("data.shards")).encode())[:16]
-    return dict(format=INDEX_FORMAT, libsndfile=sf.__libsndfile_version__, numpy=np.__version__, code=code)
+    return dict(format=INDEX_FORMAT, libsndfile=sf.__libsndfile_version__, av=version("av"), numpy=np.__version__, code=code)
 
 class ShardTask(NamedTuple):
     "All that a process needs to write one shard."
@@ -292,7 +295,7 @@ def _find_audio(folder, id:str)->Path:
 
 # %% ../../nbs/data/10_shards.ipynb #c7612d1e
 def create_shards(
-    audio_dir,               # folder of recordings: ID.wav (or .flac, .mp3, .ogg, .opus)
+    audio_dir,               # folder of recordings: ID.wav (or .flac, .mp3, .m4a, and so on)
     transcript_file,         # JSON map from id to transcript
     output_dir,              # folder of the shards and of index.json
     shard_size:int=1000,     # utterances in a shard, at most
