@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
 import numpy as np
-from .metrics import MIN_SPEAKERS, Score, aligned, bootstrap, score
+from .metrics import MIN_SPEAKERS, Score, aligned, bootstrap, rate_interval, score
 from ..text.tones import strip_diacritics, strip_tones, tone_errors, tone_matrix
 
 # %% ../../nbs/evaluation/30_scorecard.ipynb #4318408a
@@ -38,17 +38,15 @@ def _draw(rows, values_NK, samples, seed):
     return bootstrap(values_NK, speakers if by_speaker else None, samples, seed), "speaker" if by_speaker else "utterance", len(set(speakers)) if by_speaker else len(rows)
 
 def _rate(rows, wrong_N, all_N)->tuple:
-    "A rate and its 95% interval; None, None where there is too little to draw from, or nothing wrong: a draw of no errors has none."
-    rate = float(np.sum(wrong_N)/np.sum(all_N))
+    "A rate and its 95% interval; no interval where there is too little to draw from, or nothing wrong: a draw of no errors has none. No rate where there are no words."
     drawn_SK, _, units = _draw(rows, np.stack([wrong_N, all_N], 1), 1000, 0)
-    drawn_SK = drawn_SK[drawn_SK[:,1] > 0]
-    if units < MIN_SPEAKERS or rate == 0 or not len(drawn_SK): return rate, None, None
-    return rate, *map(float, np.quantile(drawn_SK[:,0]/drawn_SK[:,1], (.025, .975)))
+    rate, *ends = rate_interval(int(np.sum(wrong_N)), int(np.sum(all_N)), drawn_SK)
+    return (rate, None, None) if units < MIN_SPEAKERS or not rate else (rate, *ends)
 
 def groups(
     rows,       # of utterances.jsonl
     key,        # a field's name, or `Bins`
-)->list[dict]:  # group, speakers, utterances, words, wer, wer_low, wer_high; bins in their order, others the worst first
+)->list[dict]:  # group, speakers, utterances, words, wer (None without words), wer_low, wer_high; bins in their order, others the worst first
     "WER of each group of rows, with intervals."
     parts, out = {}, []
     for row in rows: parts.setdefault(key(row) if callable(key) else row[key] or "unknown", []).append(row)
@@ -56,7 +54,7 @@ def groups(
         wer, low, high = _rate(mine, [r["errors"] for r in mine], words := [r["words"] for r in mine])
         out.append(dict(group=group, speakers=len({r["speaker"] for r in mine}), utterances=len(mine), words=sum(words), wer=wer, wer_low=low, wer_high=high))
     order = [*getattr(key, "names", ()), "unknown"]
-    return sorted(out, key=lambda o: order.index(o["group"]) if isinstance(key, Bins) else (-o["wer"], str(o["group"])))
+    return sorted(out, key=lambda o: order.index(o["group"]) if isinstance(key, Bins) else (o["wer"] is None, -(o["wer"] or 0), str(o["group"])))
 
 # %% ../../nbs/evaluation/30_scorecard.ipynb #13019325
 def word_counts(
@@ -98,11 +96,11 @@ def details(
     "Error rates in parts: by kind, by speaker, by group."
     speakers = [r["speaker"] for r in rows]
     def rates(change, end=""): return score([change(r[f"reference{end}"]) for r in rows], [change(r[f"hypothesis{end}"]) for r in rows], speakers if all(speakers) else None, normaliser=None).rates
-    wers = [g["wer"] for g in groups(rows, "speaker")]
+    wers = [g["wer"] for g in groups(rows, "speaker") if g["wer"] is not None] or [None]
     groups_of = dict(by_corpus="corpus", by_dialect="dialect", by_length=LENGTHS, by_snr=SNRS)
     return dict(raw=rates(lambda t: " ".join(t.split()), "_raw"), no_tones=rates(strip_tones), no_diacritics=rates(strip_diacritics),
                 syllables=tone_errors(pair for row in rows for pair in aligned(row)),
-                speakers=dict(count=len(wers), best=wers[-1], median=float(np.median(wers)), worst=wers[0]),
+                speakers=dict(count=len({r["speaker"] for r in rows}), best=wers[-1], median=wers[0] and float(np.median(wers)), worst=wers[0]),
                 **{name: {g["group"]: g["wer"] for g in groups(rows, key)} for name,key in groups_of.items()},
                 by_frequency={g["group"]: g["error_rate"] for g in rare_words(rows, counts)})
 
@@ -158,11 +156,9 @@ def paired_difference(
     pairs = _pairs(rows_a, rows_b)
     values_NK = np.array([(a["errors"] - b["errors"], a["words"]) for a,b in pairs])
     drawn_SK, unit, units = _draw(rows_a, values_NK, samples, seed)
-    drawn_S = drawn_SK[:,0]/drawn_SK[:,1]
-    low, high = np.quantile(drawn_S, (.025, .975))
-    total_K = values_NK.sum(0)
-    return dict(difference=float(total_K[0]/total_K[1]), difference_low=float(low), difference_high=float(high), a_better=float((drawn_S < 0).mean() + (drawn_S == 0).mean()/2),
-                unit=unit, units=units, samples=samples)
+    by, low, high = rate_interval(*values_NK.sum(0).tolist(), drawn_SK)
+    fewer_S = drawn_SK[:,0]
+    return dict(difference=by, difference_low=low, difference_high=high, a_better=float((fewer_S < 0).mean() + (fewer_S == 0).mean()/2), unit=unit, units=units, samples=samples)
 
 def rates_beside(
     found:Score,
