@@ -186,13 +186,14 @@ def utterance_rows(
     keep:tuple=(),        # more fields to copy, as ("dialect",)
     normaliser=normalise, # what both sides go through; None = nothing
 )->list[dict]:            # id, speaker, reference, hypothesis, duration, errors, words, alignment, reference_raw, hypothesis_raw
-    "What was said and what was recognised, an utterance a row, in the order given."
+    "What was said and what was recognised, an utterance a row, in the order given; speakers of different corpora are different people, whatever their names."
     utterances = list(utterances)
+    several = len({u.get("corpus") for u in utterances}) > 1
     lost = [u["id"] for u in utterances if u["id"] not in hypotheses]
     if lost: raise ValueError(f"{len(lost)} of {len(utterances)} utterances have no hypothesis, the first is {lost[0]!r}; transcribe the whole split")
     refs, hyps = _texts([u["text"] for u in utterances], [hypotheses[u["id"]] for u in utterances], normaliser)
     signs = ["".join(SIGNS[c.type]*max(c.ref_end_idx - c.ref_start_idx, c.hyp_end_idx - c.hyp_start_idx) for c in chunks) for chunks in _chunks(refs, hyps)]
-    return [dict(id=u["id"], speaker=u.get("speaker", ""), reference=r, hypothesis=h, duration=u.get("duration"), errors=len(s) - s.count("="), words=len(s) - s.count("I"),
+    return [dict(id=u["id"], speaker=f"{u.get('corpus')} {u['speaker']}" if several and u.get("speaker") else u.get("speaker") or "", reference=r, hypothesis=h, duration=u.get("duration"), errors=len(s) - s.count("="), words=len(s) - s.count("I"),
                  alignment=s, reference_raw=u.get("text_raw") or u["text"], hypothesis_raw=hypotheses[u["id"]], **{k: u.get(k) for k in keep})
             for u,r,h,s in zip(utterances, refs, hyps, signs)]
 

@@ -67,7 +67,5 @@ def score_model(
     "Score a model on a split; speakers of different corpora are different people, whatever their names."
     hypotheses = {}
     for part in ranks.gather({i: h.text for i,h in transcribe_split(model, loader, device, show, beat, **how).items()}): hypotheses |= part
-    if len({row.get("corpus") for row in manifest}) > 1:
-        manifest = [{**row, "speaker": f"{row['corpus']} {row['speaker']}" if row.get("speaker") else ""} for row in manifest]
     rows = utterance_rows(manifest, hypotheses, keep=("corpus", "dialect", "snr_db"))
     return score_rows(rows), rows

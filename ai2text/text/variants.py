@@ -8,7 +8,7 @@ __all__ = ['SLOT', 'Rule', 'Variants', 'read_variants']
 # %% ../../nbs/text/40_variants.ipynb #c5f71660
 import hashlib, json, re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
@@ -66,7 +66,7 @@ class Variants:
         return hashlib.sha256(json.dumps([[r.name, r.form, r.first, r.sets] for r in self.rules], ensure_ascii=False).encode()).hexdigest()
 
     def __iter__(self):
-        for name,rules in groupby(self.rules, lambda r: r.name): yield name, lambda text, rules=tuple(rules): _apply(rules, text)
+        for name,rules in groupby(self.rules, lambda r: r.name): yield name, partial(_apply, tuple(rules))
 
 def _apply(rules, text:str)->str:
     for rule in rules: text = rule(text)
