@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS_OF_FILE', 'TEXTS', 'PATHS', 'MISSING', 'kind_of_file', 'read_sides', 'match', 'FileScores', 'score_files']
 
-# %% ../../nbs/evaluation/80_score_files.ipynb #dc751edf
+# %% ../../nbs/evaluation/80_score_files.ipynb #2747787f
 import io, re
 from dataclasses import asdict, dataclass
 from json import dumps, loads
@@ -18,7 +18,7 @@ from .scorecard import error_kinds, groups
 from ..text.normalise import normalise
 from ..text.variants import read_variants
 
-# %% ../../nbs/evaluation/80_score_files.ipynb #d8fd9474
+# %% ../../nbs/evaluation/80_score_files.ipynb #073198b6
 KINDS_OF_FILE = ("lines", "ids", "manifest")
 TEXTS = dict(reference=("text", "text_raw", "reference"), hypothesis=("pred_text", "hypothesis", "text")) # of a manifest; the first that all its rows have
 PATHS = ("audio_filepath", "file") # what names an utterance that has no id
@@ -43,7 +43,7 @@ def kind_of_file(
     numbered = len(set(ids)) == len(ids) > 1 and (all("\t" in line for line in lines) or all(re.search(r"[\d_]", i) for i in ids))
     return "ids" if numbered else "lines"
 
-# %% ../../nbs/evaluation/80_score_files.ipynb #eb54d806
+# %% ../../nbs/evaluation/80_score_files.ipynb #8ae7d537
 def _manifest(path, lines, side:str)->tuple:
     "The rows of a manifest with `text`, and the field that it was read from."
     rows = []
@@ -103,7 +103,7 @@ def read_sides(
         if twice := next((r["id"] for r in rows if r["id"] in seen or seen.add(r["id"])), None): raise ConfigError(f"{path}: {twice!r} is there twice; give each utterance one line, with an id of its own")
     return kinds[0], *sides
 
-# %% ../../nbs/evaluation/80_score_files.ipynb #d7dbf7cc
+# %% ../../nbs/evaluation/80_score_files.ipynb #9ab8a074
 MISSING = ("refuse", "empty", "skip")
 
 def _named(ids)->str: return ", ".join(map(repr, ids[:5])) + (", ..." if len(ids) > 5 else "")
@@ -124,7 +124,7 @@ def match(
     if missing == "empty": found |= dict.fromkeys(lost, "")
     return [r for r in said if r["id"] in found], found, lost, extra
 
-# %% ../../nbs/evaluation/80_score_files.ipynb #188bde8e
+# %% ../../nbs/evaluation/80_score_files.ipynb #35c8d93c
 @dataclass
 class FileScores:
     "What `ai2text score` found; printed, it is a report."
