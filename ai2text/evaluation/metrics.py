@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import jiwer
 import numpy as np
 
-from ..text.normalise import NORMALISER_VERSION, normalise
+from ..text.normalisers import NORMALISER, for_corpus, normaliser_name
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #a66c6980
 EDIT_KINDS = ("equal", "substitute", "delete", "insert")
@@ -113,7 +113,7 @@ class Score:
     units:int           # how many of them there are
     samples:int         # draws
     seed:int
-    normaliser:str      # version, or "none"
+    normaliser:str      # its name: version and tables, or "none"
     empty:int = 0       # references without a word; what was recognised there is among the insertions
     wer_variants:float|None = None # `wer` where spellings and readings that are both right are equal; None: not asked for
     wer_variants_low:float|None = None
@@ -133,12 +133,11 @@ class Score:
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #2d228b2e
 def _texts(references, hypotheses, normaliser):
-    "Both sides normalised."
+    "Both sides normalised, each as the corpus that it is."
     references, hypotheses = list(references), list(hypotheses)
     if len(references) != len(hypotheses): raise ValueError(f"{len(references)} references but {len(hypotheses)} hypotheses; give one hypothesis for each reference")
     if not references: raise ValueError("no references: there is nothing to score; is the split empty?")
-    clean = normaliser or str.strip
-    return [clean(t) for t in references], [clean(t) for t in hypotheses]
+    return tuple(list(map(for_corpus(normaliser, texts) if normaliser else str.strip, texts)) for texts in (references, hypotheses))
 
 def rate_interval(
     wrong:int,
@@ -157,7 +156,7 @@ def score(
     *,
     samples:int=1000,         # bootstrap draws
     seed:int=0,
-    normaliser=normalise,     # what both sides go through; None = nothing
+    normaliser=NORMALISER,    # what both sides go through; None = nothing
     variants=(),              # what is both right, as of `text.variants.read_variants`; empty = the strict rate alone
 )->Score:
     "WER and CER of a set with a 95% bootstrap interval, by speaker where there are at least `MIN_SPEAKERS`."
@@ -175,7 +174,7 @@ def score(
     rates = [rate_interval(total_K[e], total_K[n], drawn_SK[:,[e,n]]) for e,n in ((0,1), (2,3), (4,1)) if e < len(total_K)]
     hits, subs, dels, ins = words_NK.sum(0).tolist()
     return Score(*rates[0], *rates[1], hits, subs, dels, ins, total_K[1], total_K[3], len(refs), "speaker" if by_speaker else "utterance",
-                 len(names) if by_speaker else len(refs), samples, seed, NORMALISER_VERSION if normaliser else "none", sum(not t for t in refs),
+                 len(names) if by_speaker else len(refs), samples, seed, normaliser_name(normaliser), sum(not t for t in refs),
                  *(rates[2] if variants else (None,)*3), used, variants.fingerprint if variants else "")
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #2fa6b49d
@@ -184,7 +183,7 @@ def utterance_rows(
     hypotheses:dict,      # id -> text
     *,
     keep:tuple=(),        # more fields to copy, as ("dialect",)
-    normaliser=normalise, # what both sides go through; None = nothing
+    normaliser=NORMALISER, # what both sides go through; None = nothing
 )->list[dict]:            # id, speaker, reference, hypothesis, duration, errors, words, alignment, reference_raw, hypothesis_raw
     "What was said and what was recognised, an utterance a row, in the order given; speakers of different corpora are different people, whatever their names."
     utterances = list(utterances)

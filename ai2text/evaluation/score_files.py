@@ -15,7 +15,7 @@ from ..core.params import ConfigError
 from ..core.tables import columns
 from .metrics import Score, aligned, confusions, score_rows, utterance_rows, worst
 from .scorecard import error_kinds, groups
-from ..text.normalise import normalise
+from ..text.normalisers import find_normaliser
 from ..text.variants import read_variants
 
 # %% ../../nbs/evaluation/80_score_files.ipynb #073198b6
@@ -137,14 +137,15 @@ class FileScores:
     letters:list
     missing:list  # ids without a hypothesis
     extra:list    # ids without a reference
+    normaliser_of:str # where the normaliser comes from
 
     def as_dict(self)->dict:
         "For JSON."
-        return dict(kind=self.kind, **asdict(self.score), **self.kinds, by_speaker=self.speakers, worst=self.worst, confusions=self.words, letter_confusions=self.letters, missing=self.missing, extra=self.extra)
+        return dict(kind=self.kind, **asdict(self.score), **self.kinds, by_speaker=self.speakers, worst=self.worst, confusions=self.words, letter_confusions=self.letters, missing=self.missing, extra=self.extra, normaliser_of=self.normaliser_of)
 
     def __str__(self):
         s, tone, percent = self.score, self.kinds["syllables"], lambda v: "-" if v is None else f"{v:.1%}"
-        out = [f"{s.utterances} utterances, {dict(lines='line by line', ids='matched by id', manifest='manifests, matched by id')[self.kind]}; normaliser {s.normaliser}", str(s)]
+        out = [f"{s.utterances} utterances, {dict(lines='line by line', ids='matched by id', manifest='manifests, matched by id')[self.kind]}; normaliser {s.normaliser}{'' if s.normaliser == 'none' else f' ({self.normaliser_of})'}", str(s)]
         if self.missing: out.append(f"{len(self.missing)} without a hypothesis: {_named(self.missing)}")
         if self.extra: out.append(f"{len(self.extra)} without a reference, left out: {_named(self.extra)}")
         out += ["", columns([["words", "right", "wrong", "missing", "too many"], [s.words, s.hits, s.substitutions, s.deletions, s.insertions]])]
@@ -163,7 +164,7 @@ def score_files(
     ref:Path,              # what was said: text line by line, an id and a text in each line, or a manifest (JSON Lines with text)
     hyp:Path,              # what was recognised: the same kind of file (of a manifest pred_text, hypothesis or text)
     kind:str="auto",       # what the files are: lines, ids or manifest; auto: see for yourself
-    normaliser:str="",     # what both sides go through; none: nothing
+    normaliser:str="",     # what both sides go through: a normaliser.json, or a folder that has one (of a model, a bundle); none: nothing; empty = the project's, or the package's
     variants:str="",       # table of what is both right; none: the strict rate alone; empty = that of the package
     missing:str="refuse",  # an id that the hypothesis lacks: refuse, empty (all its words are deletions) or skip
     speakers:Path=None,    # file with an id and its speaker in each line, as Kaldi's utt2spk
@@ -178,9 +179,9 @@ def score_files(
         who = {r["id"]: r["text"] for r in _numbered(speakers, _lines(speakers), "")[0]}
         if unknown := [r["id"] for r in said if not who.get(r["id"])]: raise ConfigError(f"{speakers}: no speaker of {_named(unknown)} ({len(unknown)} such); give an id and its speaker in each line")
         said = [r | dict(speaker=who[r["id"]]) for r in said]
-    clean = None if normaliser == "none" else normalise
+    clean, where = find_normaliser(normaliser)
     rows = utterance_rows(said, found, normaliser=clean)
     known = all(r["speaker"] for r in rows)
     result = FileScores(score_rows(rows, normaliser=clean, variants=() if variants == "none" else read_variants(variants)), found_kind, error_kinds(rows), groups(rows, "speaker") if known else [],
-                        [r for r in worst(rows, worst_count) if r["errors"]], confusions(rows, confusion_count), confusions(rows, confusion_count, letters=True), lost, extra)
+                        [r for r in worst(rows, worst_count) if r["errors"]], confusions(rows, confusion_count), confusions(rows, confusion_count, letters=True), lost, extra, where)
     return dumps(result.as_dict(), ensure_ascii=False, indent=2) if json else str(result)
