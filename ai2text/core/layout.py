@@ -43,7 +43,6 @@ class Layout:
     identities = property(lambda self: self.project/"identity", doc="the code of each stage, which DVC compares")
     corpora   = property(lambda self: self.project/"data/corpus", doc="imported corpora, a folder each")
     prepared  = property(lambda self: self.project/"data/prepared", doc="manifests, rejects and the tokenizer")
-    normaliser = property(lambda self: self.prepared/"normaliser.json", doc="what the texts were read with")
     tokenizer = property(lambda self: self.prepared/"tokenizer", doc="trained on the prepared train split")
     shards    = property(lambda self: self.project/"data/shards", doc="a folder a split")
     index     = property(lambda self: self.project/"data/index", doc="of the shards, a file a split")

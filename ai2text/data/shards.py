@@ -26,6 +26,7 @@ from ..core.sections import ShardsConfig
 from ..core.parallel import cluster, in_parallel
 from ..audio.io import AUDIO_SUFFIXES, AudioError, Recording, encode, read_plain, resample
 from .shard_index import COLUMNS, INDEX_FORMAT, Index, ShardError, load_index, member_audio, members, numbered, printable, reject_summary, save_index
+from ..text.normalise import Normaliser
 from ..text.normalisers import NORMALISER, NORMALISER_FILE, find_normaliser, for_corpus, normaliser_name
 
 # %% ../../nbs/data/10_shards.ipynb #d8683c7c
@@ -221,13 +222,14 @@ def write_shards(
     *,
     audio_root,         # folder that `audio_filepath` is relative to
     rejected:list=(),   # recordings that were left out before: dicts with id and reason
-    normaliser=NORMALISER, # that the texts were read with; the index has its name
+    normaliser=None,    # that the texts were read with, whose name the index has; None = the one in `audio_root`, where prepare leaves it, or the rules alone
     executor=None,      # any `concurrent.futures.Executor`
 )->Index:
     "Write shards and their index; equal rows, recordings and config give equal bytes, after any number of interruptions."
     out_dir, index_path = Path(out_dir), Path(index_path)
     if not rows: raise ShardError(f"no utterances for {out_dir}: an empty split cannot be sharded" + (f" ({reject_summary(list(rejected))})" if rejected else ""))
     rows = _shuffled(rows, config.seed)
+    if normaliser is None: normaliser = Normaliser.load(beside) if (beside := Path(audio_root)/NORMALISER_FILE).is_file() else NORMALISER
     with _locked(out_dir), cluster(config.scheduler) as (workers, threads):
         parallel = partial(in_parallel, processes=threads or config.processes, executor=executor or workers)
         if executor: out_dir, index_path, audio_root = (Path(p).absolute() for p in (out_dir, index_path, audio_root)) # it may have another current folder

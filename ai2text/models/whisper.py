@@ -333,7 +333,7 @@ class Whisper(nn.Module):
         "The model with the weights that training starts from; raises `ConfigError` for a checkpoint that cannot be had or is not one for Vietnamese."
         if params.get("init", "scratch") != "scratch":
             model = released(make(ReleasedConfig, params, "whisper"))
-            model.tokenizer.normaliser = tokenizer.normaliser
+            if tokenizer is not None: model.tokenizer.normaliser = tokenizer.normaliser
             return model
         c = scratch_config(params)
         tokens = WhisperTokens.appended(tokenizer, c.window_seconds if c.timestamps else None)

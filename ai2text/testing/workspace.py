@@ -30,7 +30,6 @@ def tiny_workspace(
     from ai2text.corpora.corpus import make_corpus
     from ai2text.corpora.prepare import prepare
     from ai2text.data.shards import write_shards
-    from ai2text.text.normalise import Normaliser
     root = Path(tempfile.mkdtemp(prefix="ai2text-tiny-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     layout, wanted = Layout(root), _STEPS[:_STEPS.index(upto) + 1]
@@ -38,7 +37,7 @@ def tiny_workspace(
     if "prepare" in wanted: prepare(PrepareConfig(tokenizer="char", processes=1), layout.corpora, layout.prepared)
     if "shards" in wanted:
         for split in SPLITS:
-            write_shards(read_jsonl(layout.manifest(split)), layout.split_shards(split), layout.split_index(split), ShardsConfig(shard_size=16, processes=1), audio_root=layout.prepared, normaliser=Normaliser.load(layout.normaliser))
+            write_shards(read_jsonl(layout.manifest(split)), layout.split_shards(split), layout.split_index(split), ShardsConfig(shard_size=16, processes=1), audio_root=layout.prepared)
     for seed,name in enumerate(models if "init" in wanted else ()): tiny_model(name, layout, upto, steps, seed)
     return root
 

@@ -38,15 +38,15 @@ class Rule:
         "What the form looks like in a text."
         words, behind, seen, sets = [], "", [], {k: "|".join(map(re.escape, v)) for k,v in self.sets}
         for word in self.form.split():
-            if word.startswith("<!"): behind = f"(?! (?:{sets[word[2:-1]]})(?!\S))"
+            if word.startswith("<!"): behind = rf"(?! (?:{sets[word[2:-1]]})(?!\S))"
             else: words.append("".join(re.escape(p) if isinstance(p, str) else f"(?P<{p[1]}>{sets[p[0]]})" for p in _numbered(word, seen)))
-        return re.compile(f"(?<!\S){' '.join(words)}(?!\S){behind}", re.I)
+        return re.compile(rf"(?<!\S){' '.join(words)}(?!\S){behind}", re.I)
 
     @cached_property
     def template(self)->str:
         "The first form, to be filled from a match."
         seen = []
-        return " ".join("".join(p if isinstance(p, str) else f"\g<{p[1]}>" for p in _numbered(word, seen)) for word in self.first.split() if word[:2] != "<!")
+        return " ".join("".join(p if isinstance(p, str) else rf"\g<{p[1]}>" for p in _numbered(word, seen)) for word in self.first.split() if word[:2] != "<!")
 
     def __call__(self, text:str)->str:
         for _ in text.split():
