@@ -10,16 +10,18 @@ import os
 from collections import Counter, defaultdict
 from concurrent.futures import Executor
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
 from ..core.params import ConfigError
-from ..core.files import read_jsonl, sha256, write_json, write_jsonl
+from ..core.files import read_jsonl, write_json, write_jsonl
 from ..core.parallel import in_parallel
 from ..core.sections import PrepareConfig
 from ..audio.io import piece_of
-from ..text.normalise import NORMALISER_VERSION, normalise, read_abbreviations
+from ..text.normalise import Normaliser, make_normaliser
+from ..text.normalisers import NORMALISER_FILE, ReadingCounts, for_corpus, normaliser_name, share_of_capitals
 from ..text.tokenizer import train_tokenizer
 from .checks import REASONS, SPLITS, assign_splits, check_audio, check_duplicates, check_ids, check_leak, check_speakers, check_text, check_time, decibels, describe, probe, sift, unknown_table, voice
 
@@ -49,11 +51,17 @@ def _read_corpus(folder:Path, out_dir:Path)->list[dict]:
     return rows
 
 # %% ../../nbs/corpora/50_prepare.ipynb #3437900e
-def _normalise_all(rows:list[dict], cfg:PrepareConfig, root, executor:Executor|None):
-    "Normalise the transcripts in parallel: each row gets its `text`."
-    spelled_out = read_abbreviations(Path(root)/Path(cfg.abbreviations).expanduser()) if cfg.abbreviations else None
-    function = partial(normalise, foreign=cfg.foreign, abbreviations=spelled_out)
-    for row, text in zip(rows, in_parallel(function, [row["text_raw"] for row in rows], cfg.processes, executor, label="normalise", group=2000)): row["text"] = text
+def _normalise_all(rows:list[dict], normaliser:Normaliser, cfg:PrepareConfig, executor:Executor|None)->dict:
+    "Normalise the transcripts in parallel, a corpus at a time: each row gets its `text`; what stats.json has of the readings."
+    counts, capitals = ReadingCounts(), {}
+    for corpus, mine in groupby(rows, lambda row: row["corpus"]):
+        mine = list(mine)
+        raw = [row["text_raw"] for row in mine]
+        reader, capitals[corpus] = for_corpus(normaliser, raw), round(share_of_capitals(raw)[0], 4)
+        for row, reading in zip(mine, in_parallel(reader.read, raw, cfg.processes, executor, label="normalise", group=2000)):
+            row["text"] = reading.text
+            counts.add(row["id"], row["text_raw"], reading)
+    return dict(capitals=capitals, **counts.rows())
 
 def _probe_one(item): return probe(*item[0], **item[1])
 
@@ -111,18 +119,19 @@ def _describe_corpora(folders:list[Path], rows:list[dict], rejects:list[dict])->
 def prepare(
     cfg:PrepareConfig,
     corpora_dir:str|Path,   # with a folder for each corpus, and manifest.jsonl in it
-    out_dir:str|Path,       # for train.jsonl, dev.jsonl, test.jsonl, rejects.jsonl, stats.json and tokenizer/
+    out_dir:str|Path,       # for train.jsonl, dev.jsonl, test.jsonl, rejects.jsonl, stats.json, normaliser.json and tokenizer/
     names=None,             # the corpora; None: all that are there
     executor:Executor=None, # normalises and probes; processes of our own by default
-    root:str|Path=".",      # where `cfg.abbreviations` starts from
+    root:str|Path=".",      # where `cfg.abbreviations` and `cfg.readings` start from
 )->dict:                    # what stats.json holds
     "From corpora to manifests and a tokenizer; raises `ConfigError` when too much is rejected, or a corpus or a split is empty."
     corpora_dir, out_dir = Path(corpora_dir), Path(out_dir)
-    for name in (*(f"{split}.jsonl" for split in SPLITS), "stats.json"): (out_dir/name).unlink(missing_ok=True)
+    for name in (*(f"{split}.jsonl" for split in SPLITS), "stats.json", NORMALISER_FILE): (out_dir/name).unlink(missing_ok=True)
     folders = _corpus_folders(corpora_dir, names)
     rejects, rows = [], [row for folder in folders for row in _read_corpus(folder, out_dir)]
     total, given = len(rows), {row.get("split", "") for row in rows}
-    _normalise_all(rows, cfg, root, executor)
+    normaliser = make_normaliser(cfg, root)
+    readings = _normalise_all(rows, normaliser, cfg, executor)
     unknown = unknown_table(rows)
     rows = sift(rows, check_ids(), rejects)
     rows = sift(rows, partial(check_text, foreign=cfg.foreign), rejects)
@@ -133,14 +142,15 @@ def prepare(
     rows = sift(rows, check_duplicates(rows, {id: found.get("samples") for id, found in facts.items()}), rejects)
     rows = sift(rows, check_leak(rows), rejects)
     _settle(rows, rejects, cfg, out_dir)
-    tokenizer = train_tokenizer([row["text"] for row in rows if row["split"] == "train"], cfg.tokenizer, cfg.vocab_size)
+    tokenizer = train_tokenizer([row["text"] for row in rows if row["split"] == "train"], cfg.tokenizer, cfg.vocab_size, normaliser)
     rows = sift(rows, check_time(rows, tokenizer), hurried := [])
     if hurried: _settle(rows, rejects := rejects + hurried, cfg, out_dir)
     splits = {split: sorted((row for row in rows if row["split"] == split), key=lambda row: row["id"]) for split in SPLITS}
     tokenizer.save(out_dir/"tokenizer")
+    normaliser.save(out_dir/NORMALISER_FILE)
     for split in SPLITS: write_jsonl(out_dir/f"{split}.jsonl", splits[split])
     stats = dict(
-        normaliser=NORMALISER_VERSION, foreign=cfg.foreign, abbreviations=cfg.abbreviations and sha256(Path(root)/Path(cfg.abbreviations).expanduser()), tokenizer=dict(kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, sha256=tokenizer.fingerprint),
+        normaliser=normaliser_name(normaliser), readings=readings, tokenizer=dict(kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, sha256=tokenizer.fingerprint),
         utterances=total, rejected=len(rejects), rejects={reason: sum(reject["reason"] == reason for reject in rejects) for reason in REASONS},
         unknown_characters=unknown, speakers_in_dev_and_test=len(shared), splits={split: describe(splits[split], tokenizer) for split in SPLITS},
         notes=_noted(facts), corpora=_describe_corpora(folders, rows, rejects))

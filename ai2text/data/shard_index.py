@@ -85,7 +85,7 @@ class Index:
     corpora:list = field(default_factory=lambda: [""]) # names of the corpora that the utterances come from; "" where unknown
     sample_rate:int = 16_000   # Hz; 0 where it varies
     samples_per_shard:int = 0  # utterances aimed at in a shard
-    normaliser:str = ""        # version of the text normaliser; "" where it is not ours
+    normaliser:str = ""        # name of the text normaliser: version and tables; "" where it is not ours
     rejected:list = field(default_factory=list) # a dict for each recording left out: id, reason
 
     def __len__(self): return len(self.key)

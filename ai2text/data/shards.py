@@ -28,7 +28,8 @@ from ..core.parallel import cluster, in_parallel
 from ..audio.decoders import AUDIO_SUFFIXES
 from ..audio.io import AudioError, Recording, encode, piece_of, read_plain, resample
 from .shard_index import COLUMNS, INDEX_FORMAT, Index, ShardError, load_index, member_audio, members, numbered, printable, reject_summary, save_index
-from ..text.normalise import NORMALISER_VERSION, normalise
+from ..text.normalise import Normaliser
+from ..text.normalisers import NORMALISER, NORMALISER_FILE, find_normaliser, for_corpus, normaliser_name
 
 # %% ../../nbs/data/10_shards.ipynb #d8683c7c
 def safe_key(id:str)->str:
@@ -224,12 +225,14 @@ def write_shards(
     *,
     audio_root,         # folder that `audio_filepath` is relative to
     rejected:list=(),   # recordings that were left out before: dicts with id and reason
+    normaliser=None,    # that the texts were read with, whose name the index has; None = the one in `audio_root`, where prepare leaves it, or the rules alone
     executor=None,      # any `concurrent.futures.Executor`
 )->Index:
     "Write shards and their index; equal rows, recordings and config give equal bytes, after any number of interruptions."
     out_dir, index_path = Path(out_dir), Path(index_path)
     if not rows: raise ShardError(f"no utterances for {out_dir}: an empty split cannot be sharded" + (f" ({reject_summary(list(rejected))})" if rejected else ""))
     rows = _shuffled(rows, config.seed)
+    if normaliser is None: normaliser = Normaliser.load(beside) if (beside := Path(audio_root)/NORMALISER_FILE).is_file() else NORMALISER
     with _locked(out_dir), cluster(config.scheduler) as (workers, threads):
         parallel = partial(in_parallel, processes=threads or config.processes, executor=executor or workers)
         if executor: out_dir, index_path, audio_root = (Path(p).absolute() for p in (out_dir, index_path, audio_root)) # it may have another current folder
@@ -245,7 +248,7 @@ def write_shards(
             if len(lost) > config.max_reject_share*total:
                 raise ShardError(f"{len(lost)} of {total} recordings rejected, more than max_reject_share = {config.max_reject_share:g} allows: {reject_summary(lost)}. "
                                  "Mend or remove them, or raise max_reject_share; whole shards are kept")
-        index = _joined(notes, lost, config)
+        index = _joined(notes, lost, config, normaliser_name(normaliser))
         _clear(out_dir, ".*.part", "shard-*.tar", keep={s["file"] for s in index.shards})
         save_index(index, index_path)
         shutil.rmtree(noted)
@@ -259,13 +262,13 @@ def _tasks(rows, out_dir, notes, config, audio_root)->list:
     return [ShardTask(str(out_dir/f"shard-{i:06d}.tar"), str(notes/f"shard-{i:06d}.json"), part, str(audio_root), config.sample_rate, config.codec, versions())
             for i,part in enumerate(rows[at:at + config.shard_size] for at in range(0, len(rows), config.shard_size))]
 
-def _joined(notes, rejected, config)->Index:
+def _joined(notes, rejected, config, normaliser:str)->Index:
     notes = [n for n in notes if n["shard"]["samples"]]
     gather = lambda c: [v for n in notes for v in n["utterances"].get(c, ())]
     corpora, corpus = numbered(gather("corpus"))
     columns = {c: gather(c) for c in COLUMNS} | dict(shard=np.repeat(np.arange(len(notes)), [n["shard"]["samples"] for n in notes]), corpus=corpus)
     return Index([n["shard"] for n in notes], gather("key"), *(np.array(columns[c], dtype=t) for c,t in COLUMNS.items()),
-                 corpora, config.sample_rate, config.shard_size, NORMALISER_VERSION, [dict(r, id=printable(r["id"])) for r in sorted(rejected, key=lambda r: r["id"])])
+                 corpora, config.sample_rate, config.shard_size, normaliser, [dict(r, id=printable(r["id"])) for r in sorted(rejected, key=lambda r: r["id"])])
 
 # %% ../../nbs/data/10_shards.ipynb #e9b51414
 def _read_transcripts(path)->tuple[dict, list]:
@@ -306,16 +309,20 @@ def create_shards(
     processes:int=0,         # that encode; 0: one for each core
     scheduler:str="",        # address of a Dask scheduler whose workers encode; empty: processes of this machine
     max_reject_share:float=0.1, # stop when more than this share is rejected
+    normaliser:str="",       # what the transcripts are read with: a normaliser.json, or a folder that has one; empty: the project's, or the package's
 )->Index:
-    "Shards from a folder and a JSON file; what is left out is in the index with its reason."
+    "Shards from a folder and a JSON file, and the normaliser that read it; what is left out is in the index with its reason."
+    normaliser, where = find_normaliser(normaliser)
+    if normaliser is None: raise ShardError("normaliser none: transcripts must be read to be trained on; name a normaliser.json, or leave it out")
     if not Path(audio_dir).is_dir(): raise ShardError(f"{audio_dir}: no such folder of recordings")
     transcripts, twice = _read_transcripts(transcript_file)
     rows, rejected = [], [dict(id=i, reason="comes twice in the transcripts") for i in twice]
+    read = for_corpus(normaliser, [raw for raw in transcripts.values() if isinstance(raw, str)])
     for id,raw in transcripts.items():
         if id in twice: continue
         try:
             if not isinstance(raw, str): raise ValueError(f"its transcript is a {type(raw).__name__}, not text")
-            text = normalise(raw)
+            text = read(raw)
             if not text: raise ValueError("has an empty transcript")
             path = _find_audio(audio_dir, id)
             same = dict(sha256=sha256(Path(audio_dir)/path)) if scheduler else {} # workers may have another file of this name
@@ -323,7 +330,9 @@ def create_shards(
         except ValueError as e: rejected.append(dict(id=id, reason=str(e)))
     config = make(ShardsConfig, dict(shard_size=shard_size, codec=codec, sample_rate=sample_rate, seed=seed, processes=processes,
                                      scheduler=scheduler, max_reject_share=max_reject_share), "shards")
-    return write_shards(rows, output_dir, Path(output_dir)/"index.json", config, audio_root=audio_dir, rejected=rejected)
+    index = write_shards(rows, output_dir, Path(output_dir)/"index.json", config, audio_root=audio_dir, rejected=rejected, normaliser=normaliser)
+    normaliser.save(Path(output_dir)/NORMALISER_FILE)
+    return index
 
 # %% ../../nbs/data/10_shards.ipynb #38c5478a
 class Problem(NamedTuple):

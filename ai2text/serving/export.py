@@ -25,7 +25,7 @@ from ..core.layout import Layout
 from ..core.code import identity
 from ..core.environment import environment
 from ..core.batch import Batch, SAMPLE_RATE
-from ..text.normalise import NORMALISER_VERSION
+from ..text.normalisers import NORMALISER_FILE, normaliser_name
 from ..audio.fbank import HIGH_HZ, HOP, LEFT_EDGE, LOG_FLOOR, LOW_HZ, N_FFT, N_MELS, PCM_SCALE, PREEMPHASIS, RIGHT_EDGE, WINDOW, mel_filters, num_frames, povey_window
 from ..data.shard_index import load_index
 from ..models.ctc import greedy
@@ -274,7 +274,7 @@ def latency_curve(
         heard = [with_silence(b, chunk) for b in batches]
         for left in left_chunks:
             said = {i: h.text for b in heard for i,h in zip(b.ids, model.transcribe(b, chunk=chunk, left_chunks=left))}
-            score = score_rows(utterance_rows(manifest, said))
+            score = score_rows(utterance_rows(manifest, said, normaliser=model.tokenizer.normaliser), normaliser=model.tokenizer.normaliser)
             rows.append(dict(chunk=chunk, left_chunks=left, past_ms=chunk*left*40, latency_ms=1000*window_samples(chunk, RIGHT_CONTEXT)/SAMPLE_RATE, **score.rates))
     return rows
 
@@ -289,7 +289,7 @@ def settings(
     return dict(
         format=BUNDLE_FORMAT, name=name, family="conformer", language="vi", chunk_size=chunk, num_left_chunks=left_chunks, chunk_seconds=round(chunk*FRAME_SECONDS, 3),
         window_seconds=window_samples(chunk, RIGHT_CONTEXT)/SAMPLE_RATE, frame_seconds=FRAME_SECONDS, sample_rate=SAMPLE_RATE, right_context=RIGHT_CONTEXT, subsampling_factor=SUBSAMPLING,
-        vocab_size=model.tokenizer.vocab_size, tokenizer=model.tokenizer.kind, normaliser=NORMALISER_VERSION,
+        vocab_size=model.tokenizer.vocab_size, tokenizer=model.tokenizer.kind, normaliser=normaliser_name(model.tokenizer.normaliser),
         features=dict(kind="kaldi fbank", bins=N_MELS, frame_ms=25, shift_ms=10, window="povey", preemphasis=PREEMPHASIS, low_hz=LOW_HZ, high_hz=HIGH_HZ, dither=0, snip_edges=False,
                       remove_dc_offset=True, sample_scale=PCM_SCALE, log_floor=round(LOG_FLOOR, 6), inside=["model.offline.onnx"]),
         offline=dict(input="samples in [-1, 1]", min_samples=MIN_SAMPLES), parameters=sum(p.numel() for p in model.parameters()), config=model.config, wer={})
@@ -306,6 +306,7 @@ def export_bundle(
     config = settings(model, chunk, left_chunks, name)
     with atomic_folder(folder) as part:
         with open(part/"tokens.txt", "w", encoding="utf-8", newline="\n") as f: f.writelines(f"{symbol} {i}\n" for i,symbol in enumerate(model.tokenizer.symbols))
+        model.tokenizer.normaliser.save(part/NORMALISER_FILE)
         write_graphs(model, part, chunk, left_chunks)
         if judge: config |= judge(part)
         write_json(part/"config.json", config)
@@ -379,9 +380,10 @@ def export(
 
     def judge(folder:Path)->dict:
         found = compare_graphs(model, folder, batches, stream.chunk, stream.left_chunks)
-        rows = {way: utterance_rows(manifest, {i: h.text for i,h in found.heard[way].items()}) for way in WAYS}
+        rows = {way: utterance_rows(manifest, {i: h.text for i,h in found.heard[way].items()}, normaliser=model.tokenizer.normaliser) for way in WAYS}
         differ = compare_runtime(folder, model.tokenizer.symbols, some, found.heard["stream"], stream.chunk, stream.left_chunks)
-        wer = {way: score_rows(r).rates if way == "full" else rates_beside(score_rows(r), r, rows["full" if way == "stream" else "stream"]) for way,r in rows.items()}
+        scores = {way: score_rows(r, normaliser=model.tokenizer.normaliser) for way,r in rows.items()}
+        wer = {way: s.rates if way == "full" else rates_beside(s, rows[way], rows["full" if way == "stream" else "stream"]) for way,s in scores.items()}
         report = dict(
             model=config.model, chunk_size=stream.chunk, num_left_chunks=stream.left_chunks, utterances=len(ids), wer=wer,
             graphs={file: dict(apart=float(f"{found.apart[g]:.2g}"), texts_differ=len(found.differ(g))) for g,file in dict(onnx="model.onnx", offline="model.offline.onnx").items()},

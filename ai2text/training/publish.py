@@ -16,7 +16,6 @@ from ..core.layout import Layout, find_root
 from ..core.environment import peak_memory
 from ..core.tables import spell_hours
 from ..core.distributed import Ranks
-from ..text.normalise import NORMALISER_VERSION
 from ..text.tokenizer import load_tokenizer
 from ..data.dvc_files import packed
 from ..models.store import build_model
@@ -51,7 +50,7 @@ def publish(
     write_json(results/"ttq.json", took | read_json(folder/"memory.json"))
     metrics = dict(family=family, val_wer=best["val_wer"], val_wer_low=best["val_wer_low"], val_wer_high=best["val_wer_high"], val_cer=best["val_cer"], step=best["step"], steps=result["step"],
                    audio_hours=round(result["audio_hours"], 6), train_loss=best["train_loss"], skipped=result["skipped"], infeasible=int(result["counts"].get("infeasible", 0)),
-                   parameters=sum(p.numel() for p in model.parameters()), normaliser=NORMALISER_VERSION)
+                   parameters=sum(p.numel() for p in model.parameters()), normaliser=log["about"].get("normaliser"))
     write_json(results/"metrics.json", metrics)
     return metrics
 
