@@ -52,6 +52,7 @@ class PrepareConfig:
     dev_share:float = opt(0.05, "share of the utterances for dev, if it must be drawn", gt=0, lt=0.5)
     test_share:float = opt(0.05, "share of the utterances for test, if it must be drawn", gt=0, lt=0.5)
     seed:int = opt(0, "of that draw")
+    shared_texts:bool = opt(False, "may a text be in train and in dev or test? For commands and digits, few texts by many speakers; every score then says so")
     foreign:str = opt("keep", "words in letters that Vietnamese lacks: keep, spell them out, or reject the utterance", choices=("keep", "spell", "reject"))
     abbreviations:str = opt("", "abbreviations and how they are read: two columns; empty = none")
     readings:str = opt("", "readings of your own, which go before all rules: what is written, a tab, its words; empty = none")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'REASONS', 'signal_to_noise', 'probe', 'check_text', 'decibels', 'check_audio', 'sift', 'check_ids',
-           'unknown_table', 'voice', 'assign_splits', 'check_speakers', 'check_leak', 'check_duplicates', 'outputs',
-           'needed', 'check_time', 'describe']
+           'unknown_table', 'voice', 'assign_splits', 'check_speakers', 'check_leak', 'note_seen', 'check_duplicates',
+           'outputs', 'needed', 'check_time', 'describe']
 
 # %% ../../nbs/corpora/40_checks.ipynb #3616b5c9
 import hashlib, os, re, unicodedata
@@ -173,30 +173,45 @@ def _draw_speakers(sizes:dict, wanted:float, seed:int)->set:
         if total + sizes[speaker] <= wanted: drawn, total = drawn | {speaker}, total + sizes[speaker]
     return drawn or set(sorted(order, key=sizes.get)[:1] if len(order) > 1 else [])
 
+def _draw_utterances(rows:list[dict], wanted:float, cfg:PrepareConfig, split:str)->list[str]:
+    "Give some rows the split, texts as a whole unless they may be shared; the split, if there were enough to draw from."
+    key = lambda row: row["id"] if cfg.shared_texts else row.get("text", row["id"])
+    drawn = _draw_speakers(Counter(map(key, rows)), wanted, cfg.seed)
+    for row in rows:
+        if key(row) in drawn: row["split"] = split
+    return [split] if drawn else []
+
 def assign_splits(
     rows:list[dict], # each gets its `split`
     cfg:PrepareConfig,
     given=(),        # splits of the source: one whose utterances were all rejected is not drawn from the others
-):
+)->list[str]:        # the splits that were drawn by utterance, for want of a second speaker
     "Give each row the split of its source, or one drawn by speaker."
     for row in rows:
         if cfg.splits == "speaker": row["split"] = ""
         if row.setdefault("split", "") not in ("", *SPLITS): raise ConfigError(f"{row['id']}: split {row['split']!r} is none of {', '.join(SPLITS)}; name one or leave it empty")
     given = {row["split"] for row in rows} | (set(given) if cfg.splits == "source" else set())
-    home = {voice(row): row["split"] for row in rows if row["split"] in ("dev", "test")}
+    home, alone = {voice(row): row["split"] for row in rows if row["split"] in ("dev", "test")}, []
     for split, share in (("test", cfg.test_share), ("dev", cfg.dev_share)):
         if split in given: continue
         sizes = Counter(voice(row) for row in rows if voice(row) not in home)
+        if len(sizes) == 1:
+            alone += _draw_utterances([row for row in rows if voice(row) in sizes and row["split"] not in ("dev", "test")], share * len(rows), cfg, split)
+            continue
         home |= dict.fromkeys(_draw_speakers(sizes, share * len(rows), cfg.seed), split)
         for row in rows:
             if row["split"] != "dev" and row["split"] != "test" and home.get(voice(row)) == split: row["split"] = split
     for row in rows: row["split"] = row["split"] or home.get(voice(row), "train")
+    return alone
 
 # %% ../../nbs/corpora/40_checks.ipynb #90f43786
-def check_speakers(rows:list[dict])->list[str]:
-    "Raise if a speaker of train is in dev or test too; the speakers that a source's own dev and test share, which they may."
+def check_speakers(
+    rows:list[dict],
+    alone=(), # splits that were drawn by utterance
+)->list[str]: # the speakers that a source's own dev and test share, which they may
+    "Raise if a speaker of train is in dev or test too."
     train, dev, test = ({voice(row) for row in rows if row["split"] == split and row.get("speaker")} for split in SPLITS)
-    if both := sorted(train & (dev | test)):
+    if both := sorted(train & set().union(*(heard for split,heard in (("dev", dev), ("test", test)) if split not in alone))):
         raise ConfigError(f"{len(both)} speakers of train are in dev or test too, as {both[0]!r}; set prepare.splits to speaker, or correct the corpus")
     return sorted(dev & test)
 
@@ -207,6 +222,17 @@ def check_leak(rows:list[dict]):
         for split in {"train": ("test", "dev"), "dev": ("test",), "test": ()}[row["split"]]:
             if row["text"] in texts[split]: return "text in two splits", f"also in {split}"
     return check
+
+def note_seen(rows:list[dict])->dict:
+    "Give each row of dev and test `seen`: what of it, text or speaker, train has too; of each split, the share of its utterances by what was seen."
+    train = [row for row in rows if row["split"] == "train"]
+    known, found = dict(text={row["text"] for row in train}, speaker={voice(row) for row in train if row.get("speaker")}), {}
+    for split in ("dev", "test"):
+        mine = [row for row in rows if row["split"] == split]
+        for row in mine:
+            if seen := [what for what,value in (("text", row["text"]), ("speaker", voice(row))) if value in known[what]]: row["seen"] = seen
+        found[split] = {what: round(sum(what in row.get("seen", ()) for row in mine) / len(mine), 4) for what in known if any(what in row.get("seen", ()) for row in mine)}
+    return found
 
 # %% ../../nbs/corpora/40_checks.ipynb #e023799e
 def check_duplicates(rows:list[dict], samples:dict):

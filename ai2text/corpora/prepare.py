@@ -18,12 +18,13 @@ import numpy as np
 from ..core.params import ConfigError
 from ..core.files import read_jsonl, write_json, write_jsonl
 from ..core.parallel import in_parallel
+from ..core.tables import caveats
 from ..core.sections import PrepareConfig
 from ..audio.io import piece_of
 from ..text.normalise import Normaliser, make_normaliser
 from ..text.normalisers import NORMALISER_FILE, ReadingCounts, for_corpus, normaliser_name, share_of_capitals
 from ..text.tokenizer import train_tokenizer
-from .checks import REASONS, SPLITS, assign_splits, check_audio, check_duplicates, check_ids, check_leak, check_speakers, check_text, check_time, decibels, describe, probe, sift, unknown_table, voice
+from .checks import REASONS, SPLITS, assign_splits, check_audio, check_duplicates, check_ids, check_leak, check_speakers, check_text, check_time, decibels, describe, note_seen, probe, sift, unknown_table, voice
 
 # %% ../../nbs/corpora/50_prepare.ipynb #6d152869
 def _corpus_folders(corpora_dir:Path, names)->list[Path]:
@@ -91,12 +92,12 @@ def _settle(rows:list[dict], rejects:list[dict], cfg:PrepareConfig, out_dir:Path
     list_of = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "none"
     if len(rejects) > cfg.max_reject_share * total:
         raise ConfigError(f"{len(rejects)} of {total} utterances rejected ({list_of}): more than max_reject_share {cfg.max_reject_share}; "
-                          f"read {out_dir/'rejects.jsonl'}, mend the corpus or raise the limit")
+                          f"read {out_dir/'rejects.jsonl'}, mend the corpus or raise the limit" + ("; few texts by many speakers, as commands and digits: set prepare.shared_texts to true" if 2*reasons["text in two splits"] > len(rejects) else ""))
     for split in SPLITS:
         if not any(row["split"] == split for row in rows):
             lost = sum(reject["split"] == split for reject in rejects)
             raise ConfigError(f"split {split} is empty: {lost} of its utterances were rejected, and {len({voice(row) for row in rows})} speakers are left in all; "
-                              f"give the corpus a {split} split or more speakers (rejected: {list_of})")
+                              f"give the corpus a {split} split or more speakers (rejected: {list_of})" + ("; few texts by many speakers, as commands and digits: set prepare.shared_texts to true" if reasons["text in two splits"] else ""))
     if gone := sorted({reject["corpus"] for reject in rejects} - {row["corpus"] for row in rows}):
         raise ConfigError(f"corpus {gone[0]}: all of its {sum(reject['corpus'] == gone[0] for reject in rejects)} utterances were rejected; "
                           f"read {out_dir/'rejects.jsonl'}, mend the corpus or take it out of params.yaml (rejected: {list_of})")
@@ -137,14 +138,15 @@ def prepare(
     rows = sift(rows, partial(check_text, foreign=cfg.foreign), rejects)
     facts = _probe_all(rows, out_dir, cfg, executor)
     rows = sift(rows, lambda row: check_audio(row, facts[row["id"]], cfg), rejects)
-    assign_splits(rows, cfg, given)
-    shared = check_speakers(rows)
+    alone = assign_splits(rows, cfg, given)
+    shared = check_speakers(rows, alone)
     rows = sift(rows, check_duplicates(rows, {id: found.get("samples") for id, found in facts.items()}), rejects)
-    rows = sift(rows, check_leak(rows), rejects)
+    if not cfg.shared_texts: rows = sift(rows, check_leak(rows), rejects)
     _settle(rows, rejects, cfg, out_dir)
     tokenizer = train_tokenizer([row["text"] for row in rows if row["split"] == "train"], cfg.tokenizer, cfg.vocab_size, normaliser)
     rows = sift(rows, check_time(rows, tokenizer), hurried := [])
     if hurried: _settle(rows, rejects := rejects + hurried, cfg, out_dir)
+    seen = note_seen(rows)
     splits = {split: sorted((row for row in rows if row["split"] == split), key=lambda row: row["id"]) for split in SPLITS}
     tokenizer.save(out_dir/"tokenizer")
     normaliser.save(out_dir/NORMALISER_FILE)
@@ -152,7 +154,7 @@ def prepare(
     stats = dict(
         normaliser=normaliser_name(normaliser), readings=readings, tokenizer=dict(kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, sha256=tokenizer.fingerprint),
         utterances=total, rejected=len(rejects), rejects={reason: sum(reject["reason"] == reason for reject in rejects) for reason in REASONS},
-        unknown_characters=unknown, speakers_in_dev_and_test=len(shared), splits={split: describe(splits[split], tokenizer) for split in SPLITS},
+        unknown_characters=unknown, speakers_in_dev_and_test=len(shared), drawn_by_utterance=alone, seen=seen, caveats=[line for split in seen for line in caveats(split, seen[split])], splits={split: describe(splits[split], tokenizer) for split in SPLITS},
         notes=_noted(facts), corpora=_describe_corpora(folders, rows, rejects))
     write_json(out_dir/"stats.json", stats)
     return stats

@@ -79,7 +79,7 @@ def tar_end(size:int)->bytes:
     return bytes(2*BLOCKSIZE + -(size + 2*BLOCKSIZE) % RECORDSIZE)
 
 # %% ../../nbs/data/10_shards.ipynb #85bf545e
-_NOT_IN_SHARD = ("audio_filepath", "offset", "channel", "notes", "split", "sha256", "bytes") # they tell where a file came from, not what it is
+_NOT_IN_SHARD = ("audio_filepath", "offset", "channel", "notes", "split", "seen", "sha256", "bytes") # they tell where a file came from, not what it is
 _as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 def _utterance_block(row:dict, root, sample_rate:int, codec:str):
@@ -249,6 +249,7 @@ def write_shards(
                 raise ShardError(f"{len(lost)} of {total} recordings rejected, more than max_reject_share = {config.max_reject_share:g} allows: {reject_summary(lost)}. "
                                  "Mend or remove them, or raise max_reject_share; whole shards are kept")
         index = _joined(notes, lost, config, normaliser_name(normaliser))
+        index.seen = {what: round(n/len(rows), 4) for what,n in sorted(Counter(what for row in rows for what in row.get("seen", ())).items())}
         _clear(out_dir, ".*.part", "shard-*.tar", keep={s["file"] for s in index.shards})
         save_index(index, index_path)
         shutil.rmtree(noted)
