@@ -70,7 +70,7 @@ def evaluate(
         begin = time.perf_counter()
         score, rows = score_model(model, loader, manifest, device, "test", **scored)
         seconds, audio = time.perf_counter() - begin, sum(r["duration"] for r in manifest)
-    quality = dict(split="test", **dataclasses.asdict(score), evaluation_set=loader.fingerprint[:16], **details(rows, word_counts(layout.manifest("train"))))
+    quality = dict(split="test", **dataclasses.asdict(score), evaluation_set=loader.fingerprint[:16], seen=loader.index.seen, **details(rows, word_counts(layout.manifest("train"))))
     for chunk in (stream.chunk, 2*stream.chunk) if streams else ():
         quality[f"chunk_{chunk}"] = rates_beside(*score_model(model, loader, manifest, device, f"test, chunks of {chunk}", chunk=chunk, left_chunks=stream.left_chunks, **scored), rows)
     write_jsonl(results/"utterances.jsonl", rows)

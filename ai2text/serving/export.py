@@ -24,6 +24,7 @@ from ..core.files import atomic_folder, read_json, read_jsonl, sha256, write_jso
 from ..core.layout import Layout
 from ..core.code import identity
 from ..core.environment import environment
+from ..core.tables import caveats
 from ..core.batch import Batch, SAMPLE_RATE
 from ..text.normalisers import NORMALISER_FILE, normaliser_name
 from ..audio.fbank import HIGH_HZ, HOP, LEFT_EDGE, LOG_FLOOR, LOW_HZ, N_FFT, N_MELS, PCM_SCALE, PREEMPHASIS, RIGHT_EDGE, WINDOW, mel_filters, num_frames, povey_window
@@ -395,7 +396,7 @@ def export(
         if why := verdict(report, config): raise ExportError(f"export.model: {config.model}: no bundle is written. " + ". ".join(f"({i}) {w}" for i,w in enumerate(why, 1)))
         heard = sum(r["duration"] for r in manifest)/60
         return dict(wer=wer, speech=dict(corpora=corpora, synthetic=[c for c in corpora if c in synthetic], utterances=len(ids), minutes=round(heard, 2),
-                                         training_corpora=train.corpora, training_hours=round(train.seconds/3600, 2)),
+                                         training_corpora=train.corpora, training_hours=round(train.seconds/3600, 2), caveats=caveats("test", loader.index.seen)),
                     revisions=dict(weights=sha256(published/"model.safetensors"), train=sha256(layout.split_index("train")), test=sha256(layout.split_index("test")),
                                    tokenizer=read_json(published/"tokenizer/tokenizer.json")["sha256"], code=sha256(json.dumps(identity("serving.export")).encode()), commit=environment()["revision"]))
     export_bundle(model, layout.bundle, stream.chunk, stream.left_chunks, config.model, judge)
