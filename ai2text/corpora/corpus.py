@@ -127,6 +127,7 @@ def _check_source(cfg:CorpusConfig):
     if cfg.source == "json" and not cfg.transcripts: raise ConfigError("transcripts is empty; name the JSON file")
     if cfg.transcripts and cfg.source not in _TRANSCRIPTS: raise ConfigError(f"transcripts is for {', '.join(_TRANSCRIPTS)}; source {cfg.source} knows where they are")
     if cfg.columns and cfg.source not in _COLUMNS: raise ConfigError(f"columns is for {', '.join(_COLUMNS)}; source {cfg.source} has none")
+    if isinstance(cfg.columns, list) and cfg.source in ("json", "nemo", "wenet", "huggingface"): raise ConfigError(f"columns: source {cfg.source} has names; write ours and theirs, as {{text: sentence, speaker: spk}}")
     named(cfg.columns)
 
 def as_reject(entry:dict)->dict:

@@ -77,7 +77,7 @@ def _batches(name:str, source):
     "The schema, and batches of rows, of a parquet or arrow file."
     pa = _arrow()
     if str(name).endswith(".parquet"):
-        file = pa.parquet.ParquetFile(source, pre_buffer=False)
+        file = pa.parquet.ParquetFile(source, buffer_size=1 << 22) # a part of a group of rows at a time
         return file.schema_arrow, lambda columns: file.iter_batches(_ROWS, columns=columns)
     reader = pa.ipc.open_stream(source)
     return reader.schema, lambda columns: (part.select(columns) for batch in reader for start in range(0, batch.num_rows, _ROWS) for part in [batch.slice(start, _ROWS)])
@@ -105,7 +105,6 @@ def _sound(sound:dict, id:str, url:str)->dict:
 def import_huggingface(cfg:CorpusConfig, source:Path|None):
     "a folder of parquet files, or one that `save_to_disk` of Hugging Face's datasets wrote, or hf://datasets/ORG/NAME@REVISION/FOLDER, or a text file with that line"
     url = cfg.path if source is None else source.read_text("utf-8").strip() if source.is_file() and source.suffix != ".parquet" else ""
-    if isinstance(cfg.columns, list): raise ConfigError("columns: a dataset has names; write ours and theirs, as {text: sentence, speaker: spk}")
     if url: files = _hub_files(url)
     elif source.is_file(): files = [(source.name, lambda: source)]
     else: files = [(name, lambda path=path: _arrow().memory_map(str(path))) for name,path in _saved_files(source)] or [

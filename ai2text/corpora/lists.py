@@ -54,13 +54,13 @@ def _exact(name:str)->str: return name if name.lower() in SPLIT_NAMES else "" # 
 def find_lists(
     cfg:CorpusConfig, # `transcripts` is one list, or the folder that has them
     source:Path,      # of the corpus
-    *patterns:str,    # of names; without one, the folders directly below are searched
+    *patterns:str,    # of names; without one, the folders below it are searched, two deep
 )->list:              # path of each, and dict(split, homes): where its recordings may be
     "The lists of a corpus, those of test first; `ConfigError` if there are none."
     at = list_of(source, ".", cfg.transcripts)
     def below(folder): return {path for pattern in patterns for path in at.glob(folder + pattern) if path.is_file()}
-    paths = (below("") or below("*/")) if at.is_dir() else {at}
-    if not paths: raise ConfigError(f"{at}: holds no {', '.join(patterns)}, nor does a folder in it; path must name the folder that does, or transcripts the file")
+    paths = (below("") or below("*/") or below("*/*/")) if at.is_dir() else {at}
+    if not paths: raise ConfigError(f"{at}: holds no {', '.join(patterns)}, nor do folders in it; path must name the folder that does, or transcripts the file")
     found = []
     for path in paths:
         if not cfg.transcripts: list_of(source, path.relative_to(source))
@@ -83,14 +83,14 @@ FIELDS = dict(
     text     = ("normalized_text", "normalised_text", "normalized_transcription", "text", "transcript", "raw_transcription", "transcription", "sentence", "txt", "wrd", "words"),
     speaker  = ("speaker", "speaker_id", "client_id", "spk_id", "spk"),
     split    = ("split",), dialect = ("dialect", "accent", "accents"),
-    offset   = ("offset",), duration = ("duration",), end = ("end",), channel = ("channel",)) # s, s, s, from 0
+    offset = (), duration = (), end = (), channel = ()) # of a piece of a recording (s, s, s, from 0), where a format or `columns` says so: elsewhere such names mean all sorts of things
 
 def named(columns)->dict:
     "Our names -> theirs, in the order in which they are looked for, by the parameter `columns`; `ConfigError` for a name that is none of ours."
     names = columns if isinstance(columns, list) else list(columns)
-    known = {theirs for some in FIELDS.values() for theirs in some} if isinstance(columns, list) else FIELDS
+    known = {*FIELDS, *(theirs for some in FIELDS.values() for theirs in some)} if isinstance(columns, list) else FIELDS
     if unknown := [name for name in names if name not in known and name not in ("", "_")]: raise ConfigError(f"columns: {unknown[0]!r} is no name of ours; ours are {', '.join(FIELDS)}")
-    return FIELDS if isinstance(columns, list) else FIELDS | {ours: (str(theirs).lower(),) for ours,theirs in columns.items()}
+    return FIELDS | {ours: (ours,) for ours in columns if FIELDS.get(ours) == ()} if isinstance(columns, list) else FIELDS | {ours: (str(theirs).lower(),) for ours,theirs in columns.items()}
 
 def fields(cells:dict, columns=())->dict:
     "What a record of a table or of JSON says, under our names; the name of the recording is the id's if there is no other."
@@ -144,7 +144,7 @@ def _header(path:Path, first:tuple, cells:list[str], following:list, columns, la
     if len(cells) in layout: return layout[len(cells)], True
     said = "; ".join(f"{n} columns are {'|'.join(some)}" for n,some in layout.items())
     raise ConfigError(f"{where}: which column is the {' and which the '.join(lost)}? It has: {', '.join(c[:40] for c in cells)}. {said and f'Without names, {said}. '}"
-                      f"Write into params.yaml, for this corpus: `source: csv` and `columns: {_mapping(names, following)}`; or, if this line is no header, all columns in their order, as `columns: [audio, speaker, text]`")
+                      f"Write into params.yaml, for this corpus: `source: csv` and `columns: {_mapping(names, following)}`; or, if this line is no header, all columns in their order, as `columns: [audio, speaker, text]`, or a source that has none: ljspeech, vits, fosd, fleurs")
 
 def read_table(
     path:Path,      # of a table

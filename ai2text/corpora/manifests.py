@@ -25,11 +25,13 @@ def tar_files(path:Path):
     except (tarfile.TarError, EOFError, OSError) as e: raise ConfigError(f"{path}: no whole tar file ({e}); fetch it again") from e
 
 # %% ../../nbs/corpora/24_manifests.ipynb #7dfac09c
+_PIECE = dict(offset="offset", duration="duration", channel="channel") # NeMo's names
+
 def import_nemo(cfg:CorpusConfig, source:Path):
     "the folder of the recordings, or of the tar files, that NeMo's manifests name; `transcripts` is where the manifests are, if not there"
     for path,about in find_lists(cfg, source, "*.json", "*.jsonl"):
         rows = json_lines(path)
-        entries = [told(where | fields(row, cfg.columns), about) for where,row in rows]
+        entries = [told(where | fields(row, _PIECE | dict(cfg.columns or {})), about) for where,row in rows]
         if any("shard_id" in row for _,row in rows): yield from _tarred(entries, [str(row.get("shard_id", "")) for _,row in rows], [path.parent, source])
         else:
             for entry in entries:
@@ -135,7 +137,7 @@ def import_wenet(cfg:CorpusConfig, source:Path):
     for path,about in find_lists(cfg, source, "data.list"):
         lines = read_lines(path)
         if all(line.lstrip().startswith("{") for _,line in lines):
-            for where,row in json_lines(path): yield told(where | fields(row, cfg.columns or (dict(offset="start") if "start" in row else {})), about)
+            for where,row in json_lines(path): yield told(where | fields(row, dict(offset="start", end="end") | dict(cfg.columns or {})), about)
             continue
         files = Files(source)
         for where,line in lines:
