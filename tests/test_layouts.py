@@ -59,8 +59,8 @@ def save(folder:Path, utts, name="{split}/{speaker}/{id}.wav"):
 
 def save_long(folder:Path, utts, name="{split}/{speaker}.wav"):
     "A recording for each speaker; where an utterance is in it (s) is noted."
-    for _, mine in itertools.groupby(utts, lambda u: u["speaker"]):
-        mine, parts = list(mine), []
+    for mine in [[u for u in utts if u["speaker"] == speaker] for speaker in SPEAKERS.values()]:
+        parts = []
         for u in mine:
             parts.append(np.zeros(GAP, np.int16))
             start = sum(map(len, parts))

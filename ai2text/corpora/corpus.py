@@ -73,6 +73,7 @@ def _number(value)->float|None:
 def _set_times(entry:dict)->tuple|None:
     "Turn `offset`, `duration`, `end` and `channel` into numbers; reason and detail if they are none."
     said = {key: entry.pop(key, None) for key in ("offset", "duration", "end", "channel")}
+    if said["channel"] in ("left", "right"): said["channel"] = int(said["channel"] == "right")
     try:
         offset, duration, end, channel = map(_number, said.values())
         if end is not None: offset, duration = offset or 0., end - (offset or 0)
@@ -212,7 +213,12 @@ def _hint(cfg:CorpusConfig, source:Path|None)->str:
     found = looks_like(source) if source else ""
     return f"; this folder looks like source: {found}" if found and found != cfg.source else ""
 
-def _sought(cfg:CorpusConfig)->str: return f"; source {cfg.source} looks for {IMPORTERS[cfg.source].__doc__}"
+def _sought(cfg:CorpusConfig, rejects:list[dict])->str:
+    "What to change if nothing was found, or all of it elsewhere."
+    away = [r["audio_filepath"] for r in rejects if r["reason"] == "outside of the folder" and os.path.isabs(r.get("audio_filepath", ""))]
+    if 2*len(away) > len(rejects) and cfg.source in _TRANSCRIPTS:
+        return f"; its recordings lie elsewhere: set path to their folder, as {os.path.dirname(os.path.commonprefix(away))}, and transcripts to {cfg.transcripts or cfg.path}, absolute"
+    return f"; source {cfg.source} looks for {IMPORTERS[cfg.source].__doc__}"
 
 def make_corpus(
     cfg:CorpusConfig,
@@ -233,7 +239,7 @@ def make_corpus(
         for entry,facts in ((entry, facts) for group,found in zip(groups.values(), looks) for entry,facts in zip(group, found)):
             if "reason" in facts: rejects.append(as_reject(entry | facts))
             else: rows += _rows(name, entry, facts, None if Path(cfg.path).is_absolute() else out_dir, cfg.channel)
-        if lost := _lost(rows, rejects): raise ConfigError(f"corpora.{name}: {source or cfg.path or cfg.source}: {lost}{'' if rows else _sought(cfg) + _hint(cfg, source)}")
+        if lost := _lost(rows, rejects): raise ConfigError(f"corpora.{name}: {source or cfg.path or cfg.source}: {lost}{'' if rows else _sought(cfg, rejects) + _hint(cfg, source)}")
         write_jsonl(folder/"rejects.jsonl", rejects)
         write_jsonl(folder/"manifest.jsonl", rows)
     return len(rows), len(rejects)

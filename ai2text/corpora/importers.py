@@ -173,15 +173,17 @@ def import_folder(cfg:CorpusConfig, source:Path):
         speaker = parts[-1] if parts[bool(split):] else ""
         names = [os.path.join(*within, name) for name in sorted(names) if not name.startswith(".")]
         audio = [name for name in names if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES]
+        there = {*map(nfc, names)}
         for name in audio:
-            for said in _beside(files, name, str(dict(cfg.columns or {}).get("text", ""))): yield dict(file=name, audio=name, speaker=speaker, split=split) | said
+            for said in _beside(files, name, there, str(dict(cfg.columns or {}).get("text", ""))): yield dict(file=name, audio=name, speaker=speaker, split=split) | said
         heard = {nfc(os.path.splitext(name)[0]) for name in audio}
         yield from (dict(file=name, reason="audio not found", detail="a text alone") for name in names if name.endswith(_BESIDE) and nfc(os.path.splitext(name)[0].removesuffix(".vi")) not in heard)
 
-def _beside(files:Files, name:str, tier:str="")->list[dict]:
+def _beside(files:Files, name:str, there:set, tier:str="")->list[dict]:
     "What is said in a recording, as entries: one in all, or one for each piece."
     stem = os.path.splitext(name)[0]
-    path = next((found for end in _BESIDE for language in ("", ".vi") if (found := files.find(f"{stem}{language}{end}")[0])), None)
+    beside = next((f"{stem}{language}{end}" for end in _BESIDE for language in ("", ".vi") if nfc(f"{stem}{language}{end}") in there), None)
+    path = beside and files.find(beside)[0]
     if not path: return [dict(text_raw=None)]
     try: data, text = Path(path).read_bytes()[:2], text_of(path)
     except OSError: return [dict(text_raw=None)]
