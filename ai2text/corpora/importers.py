@@ -79,11 +79,11 @@ def import_vits(cfg:CorpusConfig, source:Path):
 
 def import_fosd(cfg:CorpusConfig, source:Path):
     "the folder of FPT's Open Speech Dataset, with transcriptAll.txt of lines file|text|times, and mp3/"
-    yield from _tables(cfg, source, "transcriptAll.txt", layout={3: ("audio", "text", "_")})
+    yield from _tables(cfg, source, "transcriptAll.txt", layout={3: ("audio", "text", "#")})
 
 def import_fleurs(cfg:CorpusConfig, source:Path):
     "a language's folder of FLEURS, as vi_vn, with train.tsv, dev.tsv, test.tsv, and audio/train/ or train/ beside them"
-    theirs = "_", "audio", "raw_transcription", "_", "_", "_", "_" # sentence, file, as written, without punctuation, letters, samples, gender
+    theirs = "#", "audio", "raw_transcription", "_", "_", "#", "_" # sentence, file, as written, without punctuation, letters, samples, gender
     for entry in _tables(cfg, source, "train.tsv", "dev.tsv", "test.tsv", layout={7: theirs}):
         yield entry | dict(homes=(f"audio/{entry['split']}", entry["split"], "audio", ""))
 
