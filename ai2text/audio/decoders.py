@@ -246,7 +246,7 @@ def missing_bytes(
 # %% ../../nbs/audio/00_decoders.ipynb #8503d730
 class _Part(io.RawIOBase):
     "A part of a file as a file, perhaps with other numbers in its header."
-    def __init__(self, data, start:int=0, end:int=None, places:dict={}): self.data, self.start, self.end, self.places, self.pos = data, start, len(data) if end is None else end, places, 0
+    def __init__(self, data, start:int=0, end:int=None, places:dict=None): self.data, self.start, self.end, self.places, self.pos = data, start, len(data) if end is None else end, places or {}, 0
     def readable(self): return True
     def seekable(self): return True
     def tell(self): return self.pos

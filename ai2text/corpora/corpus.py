@@ -33,7 +33,7 @@ def examine(entry:dict, folder:Path, channel:str="mix")->dict:
     if not frames: return dict(reason="unreadable audio", detail="holds no samples")
     if isinstance(listed, (int, float)) and frames/rate - listed > _LATER: return dict(reason="piece of a recording", detail=f"{listed:.1f} s of {frames/rate:.1f} s")
     chosen = entry["channel"] if entry.get("channel") is not None else channel if channels > 1 else "mix"
-    return made | dict(duration=frames/rate, sample_rate=rate, channels=channels, chosen=chosen, sha256=digest, bytes=size)
+    return made | dict(duration=frames/rate, sample_rate=rate, channels=channels, **dict(channel=chosen) if chosen != "mix" else {}, sha256=digest, bytes=size)
 
 @lru_cache(8)
 def _sha256(path, stamp)->str: return sha256(path) # the pieces of a recording ask for the same
@@ -46,9 +46,9 @@ def _rows(name:str, entry:dict, facts:dict, out_dir:Path|None)->list[dict]:
     row |= {k: entry[k] for k in ("text_raw", "speaker", "split")} | dict(corpus=name) | {k: facts[k] for k in ("sha256", "bytes")}
     row |= {k: v for k,v in dict(dialect=entry.get("dialect"), words=facts.get("words")).items() if v}
     if entry.get("offset") is not None: row["offset"] = entry["offset"]
-    if facts["chosen"] == "mix": return [row]
+    if (channel := facts.get("channel", "mix")) == "mix": return [row]
     one = row | dict(channels=1)
-    return [one | dict(id=f"{row['id']}-{side}", channel=side) for side in sides(facts["channels"])] if facts["chosen"] == "each" else [one | dict(channel=facts["chosen"])]
+    return [one | dict(id=f"{row['id']}-{side}", channel=side) for side in sides(facts["channels"])] if channel == "each" else [one | dict(channel=channel)]
 
 # %% ../../nbs/corpora/30_corpus.ipynb #05ddc04d
 def _lost(rows:list[dict], rejects:list[dict])->str:
