@@ -95,8 +95,8 @@ class Chunk(NamedTuple):
 
     def goes_on(self, data)->bool:
         "Is there more sound behind its end?"
-        rest = data[(end := self.at + self.size):end + 4096]
-        if len(rest) < 9 or rest[:3] in (b"TAG", b"ID3") or not any(rest): return False
+        rest = data[(end := self.at + self.size):end + 64]
+        if len(rest) < 9 or rest[:3] in (b"TAG", b"ID3") or not any(data[at:at + (1 << 16)].strip(b"\0") for at in range(end, len(data), 1 << 16)): return False
         order, width = self.field[2], self.field[1]
         for at in (0, 1): # some writers leave out the byte after an odd chunk
             name, size = rest[at:at+4], int.from_bytes(rest[at+4:at+4+width], order)
@@ -335,6 +335,7 @@ class _Ffmpeg:
             if not self.box.streams.audio: raise AudioError("", "has no sound track")
             self.track, tracks = self.box.streams.audio[0], len(self.box.streams.audio)
             if tracks > 1: self.notes.append(NOTES["tracks"])
+            if self.track.codec_context is None: raise AudioError("", "not readable as audio (its codec is not known)")
             if (codec := self.track.codec_context).name in ("wmav1", "wmav2"): # FFmpeg leaves out a frame too many
                 codec.flags2 |= _av().codec.context.Flags2.skip_manual
                 skip = 512 if codec.sample_rate <= 16_000 else 1024 if codec.sample_rate <= (22_050 if codec.name == "wmav2" else 32_000) else 2048
@@ -481,6 +482,10 @@ _MPEG_TAGS = (0x50, 0x55)
 _RAW = (".raw", ".pcm", ".sln", ".ulaw", ".alaw", ".s16")
 _FFMPEG = ("mov", "matroska", "asf", "amr", "aac", "avi", "wv")
 
+class _Memory(io.BytesIO):
+    "Bytes as a file that bears what libsndfile asks for by a broken header."
+    def seek(self, to, whence=0): return super().seek(max(0, to) if whence == 0 else to, whence)
+
 class _Source:
     "The bytes of a file, and the file once more for each decoder."
     def __init__(self, source):
@@ -499,13 +504,13 @@ class _Source:
 
     def sndfile(self):
         "For libsndfile: a descriptor, which is the fastest, or a file in memory."
-        if self.fd is None: return io.BytesIO(self.data)
+        if self.fd is None: return _Memory(self.data)
         os.lseek(self.fd, 0, os.SEEK_SET)
         return os.dup(self.fd)
 
     def file(self):
         "For FFmpeg."
-        if self.fd is None: return io.BytesIO(self.data)
+        if self.fd is None: return _Memory(self.data)
         os.lseek(self.fd, 0, os.SEEK_SET)
         return os.fdopen(os.dup(self.fd), "rb", 0)
 

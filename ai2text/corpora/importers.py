@@ -129,7 +129,7 @@ class Files:
             if inside and not os.path.isfile(path := self.as_on_disk(path)): continue
             if inside and os.path.realpath(path).startswith(os.path.join(self.real, "")): return path, None
             reason = "outside of the folder"
-        return None, reason
+        return self.find(name.replace("\\", "/"), homes, ends) if "\\" in name else (None, reason) # a list from Windows
 
     def as_on_disk(self, path:str)->str:
         "The path as the disk spells it."
