@@ -95,8 +95,8 @@ class Chunk(NamedTuple):
 
     def goes_on(self, data)->bool:
         "Is there more sound behind its end?"
-        rest = data[(end := self.at + self.size):end + 4096]
-        if len(rest) < 9 or rest[:3] in (b"TAG", b"ID3") or not any(rest): return False
+        rest = data[(end := self.at + self.size):end + 64]
+        if len(rest) < 9 or rest[:3] in (b"TAG", b"ID3") or not any(data[at:at + (1 << 16)].strip(b"\0") for at in range(end, len(data), 1 << 16)): return False
         order, width = self.field[2], self.field[1]
         for at in (0, 1): # some writers leave out the byte after an odd chunk
             name, size = rest[at:at+4], int.from_bytes(rest[at+4:at+4+width], order)
@@ -243,6 +243,24 @@ def missing_bytes(
         at += size
     return ""
 
+# %% ../../nbs/audio/00_decoders.ipynb #8503d730
+class _Part(io.RawIOBase):
+    "A part of a file as a file, perhaps with other numbers in its header."
+    def __init__(self, data, start:int=0, end:int=None, places:dict=None): self.data, self.start, self.end, self.places, self.pos = data, start, len(data) if end is None else end, places or {}, 0
+    def readable(self): return True
+    def seekable(self): return True
+    def tell(self): return self.pos
+    def seek(self, to, whence=0): self.pos = max(0, to + (0, self.pos, self.end - self.start)[whence]); return self.pos
+    def readinto(self, buffer):
+        at = min(self.start + self.pos, self.end)
+        block = self.data[at:min(at + len(buffer), self.end)]
+        buffer[:len(block)] = block
+        for place,value in self.places.items():
+            for i,byte in enumerate(value, place - self.pos):
+                if 0 <= i < len(block): buffer[i:i+1] = bytes([byte])
+        self.pos += len(block)
+        return len(block)
+
 # %% ../../nbs/audio/00_decoders.ipynb #175a98a7
 def _complaint(error)->str: return str(getattr(error, "error_string", None) or getattr(error, "strerror", None) or error).strip().rstrip(".")
 
@@ -260,6 +278,7 @@ class _Sndfile:
         notes=(),
     ):
         self.file, self.at, self.lost, self.notes = sf.SoundFile(file), 0, lost, list(notes)
+        self.file.seekable = lambda: False # soundfile would seek after each read, which takes time, and in MP3 misses the place
         self.rate, self.channels, self.skip = self.file.samplerate, self.file.channels, skip
         self.frames = frames if frames is not None else self.file.frames - skip if self.file.frames < 1 << 62 else None
         self.about = (self.frames or 0)/self.rate
@@ -275,8 +294,11 @@ class _Sndfile:
 
     def seek(self, frame:int):
         "Go on with that sample."
-        self.at = frame
-        self.file.seek(frame + self.skip)
+        if self.file.subtype == "VORBIS": # where libsndfile misses the place near the end
+            while self.at < frame and len(self.read(min(1 << 16, frame - self.at))): pass
+        else:
+            self.file.seek(frame + self.skip)
+            self.at = frame
 
     def missing(self)->str:
         "What was decoded falls short of the header."
@@ -313,6 +335,7 @@ class _Ffmpeg:
             if not self.box.streams.audio: raise AudioError("", "has no sound track")
             self.track, tracks = self.box.streams.audio[0], len(self.box.streams.audio)
             if tracks > 1: self.notes.append(NOTES["tracks"])
+            if self.track.codec_context is None: raise AudioError("", "not readable as audio (its codec is not known)")
             if (codec := self.track.codec_context).name in ("wmav1", "wmav2"): # FFmpeg leaves out a frame too many
                 codec.flags2 |= _av().codec.context.Flags2.skip_manual
                 skip = 512 if codec.sample_rate <= 16_000 else 1024 if codec.sample_rate <= (22_050 if codec.name == "wmav2" else 32_000) else 2048
@@ -324,6 +347,7 @@ class _Ffmpeg:
         self.channels, about = first_TC.shape[1], self.track.duration and float(self.track.duration*self.track.time_base)
         self.about = about or (self.box.duration or 0)/1e6 # s by the header
         self.skip = len(first_TC) if self.track.codec_context.name == "aac" and self.packets == 1 else skip # the first frame of AAC is none yet; where a file says so, FFmpeg has left it out
+        self.lead = len(first_TC) - self.skip # of a first frame that is shorter than the others
         self.stop = round(about*self.rate) - self.skip if about and format == "mov" else frames # it knows what the encoder added
         self.coming, self.have = self._sound(itertools.chain([first], coming), 0, self.skip), 0
 
@@ -381,6 +405,8 @@ class _Ffmpeg:
             first = next(frames, None)
             if first is None or first[0] - self.start - self.skip > frame: raise AudioError("", f"has no sound at {frame/self.rate:.2f} s", "truncated")
             self.held, self.have, self.at = [], 0, first[0] - self.start - self.skip
+            whole = round((self.at - self.lead)/len(first[1]))*len(first[1]) + self.lead # Matroska rounds times to 1 ms
+            if abs(whole - self.at) <= 0.002*self.rate: self.at = whole
             self.coming = self._sound(itertools.chain([first], frames), self.at, 0)
         while self.at < frame and len(self.read(min(1 << 16, frame - self.at))): pass
 
@@ -392,6 +418,28 @@ class _Ffmpeg:
         return f"{got:.2f} of {wanted:.2f} s" if got < wanted - (_PADDING if self.stop else 5*_PADDING) else ""
 
     def close(self): self.box.close(); self.raw.close()
+
+class _Mp3:
+    "MP3 by whatever decodes it. Places are found by counting frames: libsndfile and FFmpeg guess where they are."
+    _AHEAD = 12 # frames that are decoded before a place, for what a frame borrows of its predecessors
+    def __init__(self, decoder, data, part:Mpeg): self.decoder, self.data, self.part, self.base = decoder, data, part, 0
+    def __getattr__(self, name): return getattr(self.decoder, name) # rate, channels, frames, about, notes, read, missing
+
+    def seek(self, frame:int):
+        "Go on with that sample."
+        first = (frame + self.part.skip)//self.part.spf - self._AHEAD
+        if first > 10*self._AHEAD and not self.lost:
+            get, at = _mpeg_sizes().get, self.part.start
+            while first > 0 and at < self.part.end: at, first = at + (size := get(self.data[at:at+3]) or 1), first - (size > 1) # a header of an encoder counts
+            number = (frame + self.part.skip)//self.part.spf - self._AHEAD - (self.part.claims > 0)
+            decoder = _Ffmpeg(_Part(self.data, at, self.part.end), "mp3", notes=self.notes)
+            drop = frame + self.part.skip - number*self.part.spf - decoder.start
+            if drop < 0: raise AudioError("", f"cannot be read from {frame/self.rate:.2f} s", "truncated")
+            decoder.stop = drop + self.frames - frame
+            decoder.frames, frame = self.frames, drop
+            self.decoder.close()
+            self.decoder = decoder
+        while frame > 0 and len(block := self.decoder.read(min(1 << 16, frame))): frame -= len(block)
 
 class _Joined:
     "Recordings that stand in one file, one after another."
@@ -434,21 +482,9 @@ _MPEG_TAGS = (0x50, 0x55)
 _RAW = (".raw", ".pcm", ".sln", ".ulaw", ".alaw", ".s16")
 _FFMPEG = ("mov", "matroska", "asf", "amr", "aac", "avi", "wv")
 
-class _Patched(io.RawIOBase):
-    "A file with another number in its header."
-    def __init__(self, data, places:dict): self.data, self.places, self.pos = data, places, 0
-    def readable(self): return True
-    def seekable(self): return True
-    def tell(self): return self.pos
-    def seek(self, to, whence=0): self.pos = max(0, to + (0, self.pos, len(self.data))[whence]); return self.pos
-    def readinto(self, buffer):
-        block = bytearray(self.data[self.pos:self.pos + len(buffer)])
-        for at,value in self.places.items():
-            for i,byte in enumerate(value, at - self.pos):
-                if 0 <= i < len(block): block[i] = byte
-        buffer[:len(block)] = block
-        self.pos += len(block)
-        return len(block)
+class _Memory(io.BytesIO):
+    "Bytes as a file that bears what libsndfile asks for by a broken header."
+    def seek(self, to, whence=0): return super().seek(max(0, to) if whence == 0 else to, whence)
 
 class _Source:
     "The bytes of a file, and the file once more for each decoder."
@@ -468,13 +504,13 @@ class _Source:
 
     def sndfile(self):
         "For libsndfile: a descriptor, which is the fastest, or a file in memory."
-        if self.fd is None: return io.BytesIO(self.data)
+        if self.fd is None: return _Memory(self.data)
         os.lseek(self.fd, 0, os.SEEK_SET)
         return os.dup(self.fd)
 
     def file(self):
         "For FFmpeg."
-        if self.fd is None: return io.BytesIO(self.data)
+        if self.fd is None: return _Memory(self.data)
         os.lseek(self.fd, 0, os.SEEK_SET)
         return os.fdopen(os.dup(self.fd), "rb", 0)
 
@@ -507,6 +543,7 @@ def _either(source, format:str, file=None, **known):
         if format:
             try: return _Ffmpeg(source.file() if file is None else file(), format, **known)
             except AudioError: pass
+        if known.get("lost"): raise AudioError("", f"breaks off {known['lost']}", "truncated") from e
         raise AudioError("", f"not readable as audio ({_complaint(e)})") from e
 
 # %% ../../nbs/audio/00_decoders.ipynb #be690999
@@ -523,7 +560,7 @@ def _open_chunked(source, format:str, sound:Chunk):
         at, width, order = sound.field
         places[at] = min(sound.there, (1 << 8*width) - 1).to_bytes(width, order)
         if riff or data[:4] == b"FORM": places[4] = min(len(data) - 8, 0xffffffff).to_bytes(4, order)
-    file = (lambda: _Patched(data, places)) if places else None
+    file = (lambda: _Part(data, places=places)) if places else None
     tag = int.from_bytes(sound.format[:2], "little") if riff else 1
     if tag == 0xfffe: tag = int.from_bytes(sound.format[24:26], "little")
     if tag in _MPEG_TAGS: return _open_mpeg(source, sound.at, sound.at + (sound.there if notes else min(sound.size, sound.there)), lost, notes)
@@ -537,15 +574,15 @@ def _open_mpeg(source, at:int, end:int, lost="", notes=()):
     if not parts: return _either(source, "mp3", lost=lost, notes=notes)
     whole = at == 0 and len(parts) == 1
     def one(part, notes):
-        file = source.sndfile if whole else lambda: io.BytesIO(data[part.start:part.end])
+        file = source.sndfile if whole else lambda: _Part(data, part.start, part.end)
         cut = lost or (f"with {part.frames} of {part.claims} frames" if part.claims > part.frames + 1 else "")
         skip = 0 if part.told else part.skip
         try: found = _Sndfile(file(), None if cut else part.samples, skip, cut, notes)
         except sf.LibsndfileError: found = None
-        if found and (cut or found.file.frames - skip >= part.samples): return found
+        if found and (cut or found.file.frames - skip >= part.samples): return _Mp3(found, data, part)
         if found: found.close()
         if part.claims: notes = [*notes, NOTES["count"]]
-        return _Ffmpeg(source.file() if whole else io.BytesIO(data[part.start:part.end]), "mp3", None if cut else part.samples, skip, cut, notes)
+        return _Mp3(_Ffmpeg(source.file() if whole else _Part(data, part.start, part.end), "mp3", None if cut else part.samples, skip, cut, notes), data, part)
     if len(parts) == 1: return one(parts[0], [*notes, *told])
     return _Joined([one(part, []) for part in parts], [*notes, *told])
 
@@ -558,7 +595,7 @@ def _open_ogg(source):
         if part.streams == 1 and part.first.startswith((b"OpusHead", b"\1vorbis", b"\x7fFLAC")): return _either(source, "ogg", file, lost=lost, notes=notes)
         return _Ffmpeg(file() if file else source.file(), "ogg", lost=lost, notes=notes)
     if len(parts) < 2: return one(parts[0], None, lost) if parts else _either(source, "ogg", lost=lost)
-    slice = lambda part: lambda: io.BytesIO(data[part.start:part.end])
+    slice = lambda part: lambda: _Part(data, part.start, part.end)
     return _Joined([one(part, slice(part), lost if part is parts[-1] else "") for part in parts])
 
 def _open_flac(source):
@@ -569,7 +606,7 @@ def _open_flac(source):
         while at > 0: starts.append(at); at = data.find(head, at + 1)
     if len(starts) == 1: return _either(source, "flac")
     starts.sort()
-    return _Joined([_Sndfile(io.BytesIO(data[a:b])) for a,b in zip(starts, [*starts[1:], len(data)])])
+    return _Joined([_Sndfile(_Part(data, a, b)) for a,b in zip(starts, [*starts[1:], len(data)])])
 
 def _open_ffmpeg(source, format:str):
     "What libsndfile does not know."

@@ -181,7 +181,7 @@ def examine(entries:list[dict], folder:Path)->list[dict]:
     try:
         with Recording(path) as r: rate, channels, frames = r.rate, r.channels, r.count()
         digest, size = sha256(path), os.path.getsize(path)
-    except AudioError as e: return [dict(reason="unreadable audio", detail=e.why)]*len(entries)
+    except AudioError as e: return [dict(reason=e.reason if e.reason in IMPORT_REASONS else "unreadable audio", detail=e.why)]*len(entries)
     except OSError as e: return [dict(reason="unreadable audio", detail=str(e))]*len(entries)
     if not frames: return [dict(reason="unreadable audio", detail="holds no samples")]*len(entries)
     facts = made | dict(sample_rate=rate, channels=channels, sha256=digest, bytes=size)

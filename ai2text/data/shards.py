@@ -53,7 +53,7 @@ def read_pcm(
     **piece,         # `channel`, `offset` and `duration` of `Recording`
 ):                   # samples (T,) int16, Hz the file has
     "A file, or a piece of one, as 16-bit mono; `AudioError` says why it cannot be, without naming it."
-    if "offset" not in piece and (plain := read_plain(path, 2*sample_rate*MAX_SECONDS)) and plain[1] == sample_rate: return plain
+    if piece.get("channel", "mix") == "mix" and piece.get("offset") is None and (plain := read_plain(path, 2*sample_rate*MAX_SECONDS)) and plain[1] == sample_rate: return plain
     with Recording(path, "", **piece) as r:
         parts = []
         for part_T in r.mono():
