@@ -16,7 +16,8 @@ from fastcore.basics import patch
 
 from ..core.params import ConfigError
 from ..core.files import atomic_write, read_json, write_json
-from .normalise import ALPHABET, NORMALISER_VERSION, unknown_characters
+from .normalise import NORMALISER_VERSION, unknown_characters
+from .syllables import ALPHABET
 
 # %% ../../nbs/text/20_tokenizer.ipynb #0b71774a
 BLANK, WORD_START = "<blk>", "▁"
