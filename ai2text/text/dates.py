@@ -9,11 +9,11 @@ __all__ = ['ALONE', 'CODE_END', 'RESULTS', 'SCORES', 'COUNTED', 'RATIOS', 'DAY',
            'short_year', 'school_class', 'day_and_month', 'announced_day', 'range_of_days', 'quarter', 'month_year',
            'april', 'open_years', 'time', 'verse', 'southern_hour', 'time_of_day', 'minutes_seconds']
 
-# %% ../../nbs/text/02_dates.ipynb #03f4850f
+# %% ../../nbs/text/02_dates.ipynb #e1468979
 import re
-from .numbers import any_of, apply_rules, around, before, behind, between_names, cardinal, digits, either, rule, unsure
+from .numbers import PLAIN_NUMBER, any_of, apply_rules, around, before, behind, between_names, cardinal, either, read_number, rule, unsure
 
-# %% ../../nbs/text/02_dates.ipynb #c7970a3e
+# %% ../../nbs/text/02_dates.ipynb #7c9d923c
 ALONE, CODE_END = r"(?<![\w])(?<!\d[.,/:-])", r"(?![\w]|[.,/:-]\d|\s?[%‰°])"
 RESULTS = "tỷ_số tỉ_số chung_cuộc kết_quả vượt_lên dẫn dẫn_trước bị_dẫn thắng thua hòa hoà"
 SCORES = RESULTS + " thất_bại đánh_bại hạ gỡ gỡ_hòa gỡ_hoà đè_bẹp vùi_dập cầm_hòa cầm_hoà cầm_chân quật_ngã hạ_gục ngược_dòng thắng_lợi chiến_thắng trận_thắng trận_thua trận_hòa trận_hoà hiệp set ván luân_lưu penalty"
@@ -29,19 +29,19 @@ def score(m):
     if ":" in m[0] or m["a"][0] == "0" != m["a"] or behind(m, COUNTED): return None
     if behind(m, "chung_cuộc sau_hiệp nghiêng_về sau_90_phút ngay_trong_hiệp sau_hai_hiệp"): return words
     if between_names(m) and not before(m, "từ khoảng ngày tháng lớp thứ chương điều khoản trang năm tầng số"):
-        return unsure(words, f"{cardinal(int(m['a']))} đến {cardinal(int(m['b']))}")
+        return unsure(words, f"{cardinal(int(m['a']))} đến {cardinal(int(m['b']))}") if int(m["a"]) < int(m["b"]) else words
 
 @rule(fr"{ALONE}\d(?:[-–]\d){{2,4}}{CODE_END}", needs="-–")
 def formation(m):
     "4-4-2"
     return None if before(m, "thứ") else " ".join(cardinal(int(n)) for n in re.findall(r"\d", m[0]))
 
-@rule(fr"{ALONE}\d{{1,9}}(?:\s?:\s?\d{{1,9}})+(?![\w]|[.,:]\d)", needs=":")
+@rule(fr"{ALONE}{PLAIN_NUMBER}(?:\s?:\s?{PLAIN_NUMBER})+(?![\w]|[.,:]\d)", needs=":")
 def ratio(m):
     "tỷ lệ 1:10"
-    return " trên ".join(cardinal(int(n)) for n in re.findall(r"\d+", m[0])) if before(m, RATIOS) else None
+    return " trên ".join(map(read_number, re.split(r"\s?:\s?", m[0]))) if before(m, RATIOS) else None
 
-# %% ../../nbs/text/02_dates.ipynb #0bd88ad6
+# %% ../../nbs/text/02_dates.ipynb #63ae344e
 DAY, MONTH, YEAR = r"(?:0?[1-9]|[12]\d|3[01])", r"(?:0?[1-9]|1[0-2])", r"[12]\d{3}"
 DAYS = """ngày sáng trưa chiều tối đêm khuya hôm hôm_nay hôm_qua hôm_trước sáng_nay chiều_nay tối_nay trưa_nay đêm_nay đêm_qua tối_qua chiều_qua sáng_qua ngày_mai sáng_mai lễ dịp dịp_lễ nghỉ_lễ kỳ_nghỉ kì_nghỉ nghỉ mùng mồng rằm tết giỗ_tổ quốc_khánh
     quốc_tế_lao_động quốc_tế_thiếu_nhi quốc_tế_phụ_nữ phụ_nữ_việt_nam nhà_giáo_việt_nam phụ_nữ thiếu_nhi thương_binh_liệt_sĩ chủ_nhật thứ_hai thứ_ba thứ_tư thứ_năm thứ_sáu thứ_bảy thứ_2 thứ_3 thứ_4 thứ_5 thứ_6 thứ_7 giao_thừa noel valentine
@@ -85,7 +85,7 @@ def short_year(m):
     "2/9/45; not a house"
     return None if before(m, STREETS, gap=1) or behind(m, "đường phố") else date(m[1], m[2], m[3])
 
-# %% ../../nbs/text/02_dates.ipynb #f79450f3
+# %% ../../nbs/text/02_dates.ipynb #89859853
 JOINT = r"(?:\s*(?:[-–,&]|đến|tới|và|hoặc|hay)\s*(?:ngày\s+)?)"
 
 def _dates(text:str)->str:
@@ -129,7 +129,7 @@ def range_of_days(m):
     if m[3] == "." and not before(m, DAYS): return None
     return f"{cardinal(int(m[1]))} đến {date(m[2], m[4])}"
 
-# %% ../../nbs/text/02_dates.ipynb #3300ec22
+# %% ../../nbs/text/02_dates.ipynb #0c96d1cf
 QUARTER = {"I": 1, "II": 2, "III": 3, "IV": 4}
 Q = r"(?:[1-4]|I{1,3}|IV)"
 
@@ -164,7 +164,7 @@ def open_years(m):
     "1990s, 2015-nay"
     return cardinal(int(m[1])) + (" đến nay" if m[0][-1] == "y" else "")
 
-# %% ../../nbs/text/02_dates.ipynb #5ea4c14a
+# %% ../../nbs/text/02_dates.ipynb #8b30583b
 HOUR, MINUTE = r"(?:[01]?\d|2[0-4])", r"[0-5]\d"
 TIME = fr"{HOUR}(?::{MINUTE}(?::{MINUTE})?|\s?[hHg]\s?{MINUTE}(?:\s?(?:phút|ph|p|m|['′]))?|\s?[hH])(?!\w)"
 WHEN = "lúc hồi từ đến tới trước sau khoảng vào mở_cửa"

@@ -8,13 +8,13 @@ __all__ = ['MONEY', 'PREFIXES', 'UNITS', 'LONG_UNIT', 'UNIT', 'SIGN', 'LARGE', '
            'fraction', 'between', 'sign_first', 'range_of_numbers', 'mathematics', 'unit_within', 'per', 'quantity',
            'per_unit', 'per_number', 'unit_alone']
 
-# %% ../../nbs/text/04_quantities.ipynb #4fa7a6c0
+# %% ../../nbs/text/04_quantities.ipynb #74bd9518
 import re
 from ai2text.text.numbers import (DIGITS, NUMBER, PLAIN_NUMBER, THOUSANDS, any_of, apply_rules, around, before, behind, cardinal, either, read_number, rule, unsure,
     value_of)
 from .dates import COUNTED, STREETS
 
-# %% ../../nbs/text/04_quantities.ipynb #591273a8
+# %% ../../nbs/text/04_quantities.ipynb #f75f80ea
 MONEY = {sign: name for name, signs in {"đồng": "đ đồng ₫ vnd vnđ", "đô la": "$", "đô la mỹ": "usd us$", "ơ rô": "€ eur", "bảng anh": "£ gbp", "yên": "¥ jpy", "nhân dân tệ": "cny rmb ndt", "uôn": "₩ krw", "bạt": "฿ thb",
     "đô la singapore": "sgd s$", "đô la úc": "aud a$", "đô la canada": "cad", "đô la hồng kông": "hkd", "đô la đài loan": "twd", "đô la new zealand": "nzd", "rúp": "rub ₽", "ru pi": "inr ₹", "ringgit": "myr", "rupiah": "idr",
     "phơ răng thụy sĩ": "chf", "kíp": "lak", "riên": "khr"}.items() for sign in signs.split()} | {"đô la": "đô la"}
@@ -24,7 +24,7 @@ UNITS = {prefix + sign: f"{PREFIXES[prefix]} {name}" for sign, name, prefixes in
     ("Ω", "ôm", "k")) for prefix in prefixes}
 UNITS |= {sign: name for name, signs in {"mét": "m", "gam": "g gr gram", "lít": "l L", "héc": "Hz", "oát": "W", "vôn": "V", "giờ": "h", "phút": "p ph ' ′", "giây": "s ″", "nghìn": "k K", "triệu": "tr", "héc ta": "ha", "xê xê": "cc", "ca lo": "cal", "mon": "mol",
     "mi li lít": "mL", "đề xi lít": "dL", "đề xi ben": "dB", "mi li mét thủy ngân": "mmHg", "độ c": "°C ºC oC °c ºc", "độ f": "°F ºF", "độ": "° º", "phần trăm": "%", "phần nghìn": "‰", "mã lực": "hp", "in": "inch ″", "ôm": "Ω",
-    "phần triệu": "ppm", "đơn vị quốc tế": "IU", "đề xi mét": "dm", "ki lô oát giờ": "KWh"}.items() for sign in signs.split()}
+    "phần triệu": "ppm", "sao": "★ ⭐", "đơn vị quốc tế": "IU", "đề xi mét": "dm", "ki lô oát giờ": "KWh"}.items() for sign in signs.split()}
 for length in ("km", "hm", "m", "dm", "cm", "mm"):
     for sign in "2²": UNITS[length + sign] = f"{UNITS[length]} vuông"
     for sign in "3³": UNITS[length + sign] = f"{UNITS[length]} khối"
@@ -47,20 +47,20 @@ def amount(number:str, sign:str)->str:
     if sign not in UNITS and re.fullmatch(r"[1-9]\d{0,2},\d{3}", number): number = number.replace(",", ".")
     return read_number(number, quantity=True)
 
-# %% ../../nbs/text/04_quantities.ipynb #ece99696
-MATHEMATICS = {"+": "cộng", "=": "bằng", "x": "nhân", "*": "nhân", "×": "nhân", "÷": "chia", "±": "cộng trừ", "^": "mũ", "≠": "khác"}
+# %% ../../nbs/text/04_quantities.ipynb #fbb4f56a
+MATHEMATICS = {"+": "cộng", "=": "bằng", "x": "nhân", "*": "nhân", "×": "nhân", "÷": "chia", "±": "cộng trừ", "^": "mũ", "-": "âm", "−": "âm", "≠": "khác"}
 COMPARED = {">": either("lớn hơn", "trên", "hơn"), "<": either("nhỏ hơn", "dưới"), "≥": either("lớn hơn hoặc bằng", "từ"), "≤": either("nhỏ hơn hoặc bằng", "không quá"), "~": "khoảng", "≈": "khoảng", "#": "số"}
 
 @rule(r"(?<![^\s(\[])(?<!\d\s)[-−–](?=\d)", needs="-−–")
 def minus(m):
     "-5, –5°C"
-    return None if re.search(r"(?:\d\S{0,4}|[A-Z]{2,})\s$", m.string[max(0, m.start() - 8):m.start()]) else "âm"
+    return None if re.search(rf"(?:\d\S{{0,4}}|[A-Z]{{2,}}|{'|'.join(DIGITS)}|mươi|trăm|nghìn|triệu|tỷ)\s$", m.string[max(0, m.start() - 8):m.start()]) else "âm"
 
 @rule(r"(?:[<>]\s?=|[<>≥≤~≈#])\s?(?=[-−]?\d)", needs="<>≥≤~≈#")
 def compared(m):
     ">80%, ≥12, ~100"
     if m[0][0] == ">" and re.search(r"<[^<>]*$", m.string[:m.start()]): return None # the end of a tag of markup
-    if m[0].strip()[0] in "~≈" and before(m, "khoảng chừng tầm cỡ gần"): return ""
+    if before(m, "khoảng chừng tầm cỡ gần" if m[0][0] in "~≈" else "dưới trên hơn lớn_hơn nhỏ_hơn ít_hơn từ tối_thiểu tối_đa"): return ""
     if m[0].strip()[0] in "~≈" and re.search(r"\d\S{0,3}\s?$", m.string[:m.start()]): return None
     return COMPARED[{"<=": "≤", ">=": "≥"}.get(re.sub(r"\s", "", m[0]), m[0].strip())]
 
@@ -69,7 +69,7 @@ def taken_away(m):
     "5 - 3 = 2, 10 : 2 = 5"
     return "chia" if ":" in m[0] else "trừ"
 
-# %% ../../nbs/text/04_quantities.ipynb #38b686eb
+# %% ../../nbs/text/04_quantities.ipynb #919e6be4
 MARKS = "điểm đạt chấm ielts toefl toeic điểm_số thang_điểm đánh_giá xếp_hạng"
 
 @rule(rf"(?<![\w.,-])(?<!\d/)\d{{1,5}}[A-Z]?(?:/\d{{1,5}}[A-Z]?)+(?!\w|[.,/]\d)", needs="/")
@@ -89,7 +89,7 @@ def fraction(m):
     if below > 4 and above > 1 and below < 1000 and (before(m, MARKS) or behind(m, COUNTED)): return either(over, part)
     return part if below <= 10 or re.fullmatch("10+", m[2]) or above == 1 else over
 
-# %% ../../nbs/text/04_quantities.ipynb #cdd2cb90
+# %% ../../nbs/text/04_quantities.ipynb #f14280be
 def between(a:str, b:str)->str:
     "What is said for the dash between two numbers."
     return " đến " if value_of(a) < value_of(b) or (len(a) == 4 and len(b) == 2) else " "
@@ -107,23 +107,23 @@ def range_of_numbers(m):
     unit = f" {name_of(m['unit'])}" if m["unit"] else ""
     return f"{read_number(m['a'], quantity=bool(unit))}{unit}{between(m['a'], m['b'])}{m['b']}"
 
-@rule(r"\s?[+=×÷±≠](?=\s?\d)|(?<=\d)\s?[+=](?!\w)|(?<=\d)\s?[x*](?=\s?\d)|(?<=\w)\s?\^\s?(?=\w)", needs="+=x*×÷±≠^")
+@rule(r"\s?[+=×÷±≠](?=\s?\d)|(?<=\d)\s?[+=](?!\w)|(?<=\d)\s?[x*](?=\s?\d)|(?<=\w)\s[x*×]\s(?=\d)|(?<=\w)\s?\^\s?[-−]?(?=\w)", needs="+=x*×÷±≠^")
 def mathematics(m):
     "2 + 3 = 5, 3x4, 2^10"
-    return MATHEMATICS[m[0].strip()]
+    return " ".join(MATHEMATICS[sign] for sign in m[0] if sign.strip())
 
 @rule(r"(?<![\w.,])(\d{1,9})\s?(m|kg|tr|l|tỷ|tỉ|triệu|lít|mét|cân|°)(?!(?<=m)[23](?!\d))(\d{1,3})(?!\w|[.,]\d)")
 def unit_within(m):
     "1m75, 2tr5, 37°5"
     return f"{cardinal(int(m[1]))} {UNITS.get(m[2], m[2])} {cardinal(int(m[3]))}"
 
-# %% ../../nbs/text/04_quantities.ipynb #26734d03
+# %% ../../nbs/text/04_quantities.ipynb #de1c2157
 PER = """năm tháng tuần ngày ngày_đêm đêm giờ tiếng phút giây quý buổi lần người cái chiếc con suất vé khách hộ gia_đình lớp ca trận bữa vụ chuyến lượt sào công mẫu thùng bao tấn tạ yến lượng chỉ cây phòng căn phần tô bát đĩa ly cốc chai lon hộp gói
     bộ đôi cặp cuốn quyển tờ bài học_sinh sinh_viên học_kỳ kỳ tiết hồ_sơ tài_khoản giao_dịch cuộc tin tin_nhắn lít ký cân mét ounce cổ_phiếu đơn xe tầng ngôi_nhà nhà đầu_người em bé cháu mùa trứng quả set combo sản_phẩm đơn_vị"""
 SHORT_PER = {"cp": "cổ phiếu", "ng": "người", "hs": "học sinh", "sv": "sinh viên", "th": "tháng"}
 PER_WORDS = rf"(?:{any_of(PER)}|{any_of('cp ng hs sv th')})"
 PRODUCTS = "iphone ipad galaxy samsung xiaomi redmi oppo vivo nokia vàng mạng sóng công_nghệ 4g lte" # a letter behind their number is a name
-_COUNTED_BEFORE = re.compile(rf"(?:\d|%|(?<!\w)(?:mấy|vài|mươi|mười|trăm|nghìn|ngàn|triệu|tỷ|tỉ|đồng|{'|'.join(DIGITS)}))[^\s/]*(?:\s+[^\s.;!?]+){{0,3}}$")
+_COUNTED_BEFORE = re.compile(rf"(?:\d|%|(?<!\w)(?:mấy|vài|mươi|mười|trăm|nghìn|ngàn|triệu|tỷ|tỉ|đồng|{'|'.join(DIGITS)}))[^\s/]*(?:\s+[^\s.;!?]+){{0,6}}$")
 
 def per(what:str)->str:
     "A rate's unit or word behind its slash."
@@ -146,14 +146,14 @@ def quantity(m):
 def per_unit(m):
     "người/km2, lần/ngày, behind a word that is counted"
     long_unit = len(m["what"]) > 1 and (m["what"] in UNITS or m["what"].lower() in _ANY_CASE) and m["what"][0].islower() and not re.fullmatch(PER_WORDS, m["what"])
-    if not long_unit and not _COUNTED_BEFORE.search(m.string[max(0, m.start() - 40):m.start()]): return None
+    if not long_unit and not _COUNTED_BEFORE.search(m.string[max(0, m.start() - 60):m.start()]): return None
     if not long_unit and not re.fullmatch(PER_WORDS, m["what"]) and m["what"] not in UNITS and m["what"].lower() not in SHORT_PER: return unsure(f"trên {m['what']}", m["what"])
     return per(m["what"])
 
 @rule(r"(?<=[^\W\d_])\s?/\s?(?=\d)", needs="/")
 def per_number(m):
     "8 lít/100km, 1 viên/8 giờ"
-    return "trên" if _COUNTED_BEFORE.search(m.string[max(0, m.start() - 40):m.start()]) else None
+    return "trên" if _COUNTED_BEFORE.search(m.string[max(0, m.start() - 60):m.start()]) else None
 
 @rule(r"(?<!\w)(?:(?:k|h|d|c|m)?m[23²³]|USD|VN[DĐ]|EUR|GBP|SGD|AUD|JPY|CNY|KRW|THB|HKD)(?!\w)")
 def unit_alone(m):
