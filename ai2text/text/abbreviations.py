@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CAPITALS', 'PERSONS', 'DOCUMENT', 'lower_capitals', 'share_of_capitals', 'Context', 'Entry', 'Abbreviations']
 
-# %% ../../nbs/text/08_abbreviations.ipynb #bf5a82b1
+# %% ../../nbs/text/08_abbreviations.ipynb #290e1ccf
 import re
 from functools import cached_property
 
 from .numbers import Trail, cardinal, digits, either, unsure
 from .syllables import ALPHABET, compose_marks, is_syllable, place_tone
 
-# %% ../../nbs/text/08_abbreviations.ipynb #e4bfc2aa
+# %% ../../nbs/text/08_abbreviations.ipynb #5f538658
 CAPITALS = ALPHABET.upper()
 _WORD = re.compile(rf"(?<![\w])[{CAPITALS}]+(?!\w)")
 _RUN = re.compile(rf"(?<![\w])[{CAPITALS}]+(?:[\s,;:\"“”()!?–-]+[{CAPITALS}]+)+(?!\w)")
@@ -46,7 +46,7 @@ def share_of_capitals(
     words = [word for text in texts for word in re.findall(r"[^\W\d_]{2,}", text)]
     return sum(map(str.isupper, words)) / max(1, len(words))
 
-# %% ../../nbs/text/08_abbreviations.ipynb #8943f26b
+# %% ../../nbs/text/08_abbreviations.ipynb #dcfddffd
 _PARTS = {"9": r"[\d.,]*\d", "..": r"(?:\S+\s+){0,4}?\S+", "Aa": rf"[{CAPITALS}]\w*", "aa": rf"[{ALPHABET}]\w*", "Xx": rf"(?P<foreign>[{CAPITALS}][{ALPHABET}]+)"}
 PERSONS = re.compile(rf"(?:(?<!\w)(?i:ông|bà|anh|chị|em|cô|chú|bác|cháu|bé|bạn|nạn nhân|bị cáo|tên|họ)\s+(?:[{CAPITALS}]\w*\s+)*|[{CAPITALS}][{ALPHABET}]+\s+)$")
 
@@ -60,7 +60,7 @@ class Context:
         written:str, # with `_` for the abbreviation
     ):
         left, _, right = written.partition("_")
-        self.left, self.right = re.compile(f"(?<!\\w){_side(left)}$" if left.strip("-/ ") else f"{_side(left)}$"), re.compile(r"\.?" * right.startswith(" ") + _side(right) + ("" if right[-1:] in ("9", "-", "/") else r"(?!\w)"))
+        self.left, self.right = re.compile(f"(?<!\\w){_side(left)}$" if left[:1].isalnum() else f"{_side(left)}$"), re.compile(r"\.?" * right.startswith(" ") + _side(right) + ("" if right[-1:] in ("9", "-", "/") else r"(?!\w)"))
 
     def holds(self,
         text:str, start:int, end:int, # the abbreviation is text[start:end]
@@ -78,6 +78,7 @@ class Entry:
         self.default = next((words for words, contexts in lines if not contexts), None)
         self.lines = [(words, [Context(c) for c in contexts.split("|")]) for words, contexts in lines if contexts]
         self.all_words = tuple(dict.fromkeys(words for words, _ in lines))
+        self.unsure = len([words for words in self.all_words if " " in words]) > 1 # one that is read by its letters somewhere is no second reading
 
     def choose(self,
         text:str, start:int, end:int, # the abbreviation is text[start:end]
@@ -87,14 +88,15 @@ class Entry:
         for words, contexts in self.lines:
             if any(context.holds(text, start, end) for context in contexts): return words
         if bound or self.default is None: return None
-        return unsure(self.default, *self.all_words) if self.lines else self.default
+        return unsure(self.default, *self.all_words) if self.unsure else self.default
 
-# %% ../../nbs/text/08_abbreviations.ipynb #f2ca91d9
-DOCUMENT = re.compile(rf"(?P<kind>(?i:thông tư|nghị định|quyết định|nghị quyết|chỉ thị|luật|công văn|kế hoạch|báo cáo|thông báo|hướng dẫn)\s+(?i:số\s*:?\s*)?)?(?<![\w/])(?P<n>\d{{1,5}})(?P<letter>[a-z]?)(?:/(?P<year>[12]\d{{3}}))?/(?P<code>[{CAPITALS}]{{2,}}\w*\d*(?:[-–][{CAPITALS}][\w&]*)*)(?![\w/])")
+# %% ../../nbs/text/08_abbreviations.ipynb #fc0f5fbb
+DOCUMENT = re.compile(rf"(?P<kind>(?i:thông tư|nghị định|quyết định|nghị quyết|chỉ thị|luật|công văn|kế hoạch|báo cáo|thông báo|hướng dẫn)\s+(?i:số\s*:?\s*)?)?(?<![\w/])(?P<n>\d{{1,5}})(?P<letter>[a-z]?)(?:/(?P<year>[12]\d{{3}}))?(?P<sign>[/-])(?P<code>[{CAPITALS}]{{2,}}\w*\d*(?:[-–/][{CAPITALS}][\w&]*)*)(?![\w/])")
 
 def _read_document(m, table)->str:
     "A document's number in words."
-    parts = re.split("[-–]", m["code"])
+    parts = re.split("[-–/]", m["code"])
+    if m["sign"] == "-" and ("/" not in m["code"] or not m["kind"]): return m[0][len(m["kind"] or ""):]
     names = []
     for i, part in enumerate(parts):
         letters, number = re.fullmatch(r"(\D+)(\d*)", part).groups() if re.fullmatch(r"\D+\d*", part) else (part, "")
@@ -107,7 +109,7 @@ def _read_document(m, table)->str:
     if len(names) > 1 and said.startswith(names[0]): return either(f"{number}{f' năm {year}' if year else ''} của {' '.join(names[1:])}", over, literal)
     return either(over, literal)
 
-# %% ../../nbs/text/08_abbreviations.ipynb #39a569a5
+# %% ../../nbs/text/08_abbreviations.ipynb #e9b44438
 def _normalise_word(word:str)->str: return place_tone(compose_marks(word))
 
 class Abbreviations(dict):

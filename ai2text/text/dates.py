@@ -7,13 +7,14 @@ __all__ = ['ALONE', 'CODE_END', 'RESULTS', 'SCORES', 'COUNTED', 'RATIOS', 'DAY',
            'PARTS', 'QUANTITIES', 'STREETS', 'DOCUMENTS', 'JOINT', 'QUARTER', 'Q', 'HOUR', 'MINUTE', 'TIME', 'WHEN',
            'PART_OF_DAY', 'BOOKS', 'score', 'formation', 'ratio', 'month', 'date', 'day_month_year', 'year_month_day',
            'short_year', 'school_class', 'day_and_month', 'announced_day', 'range_of_days', 'quarter', 'month_year',
-           'april', 'open_years', 'time', 'verse', 'southern_hour', 'time_of_day', 'minutes_seconds']
+           'april', 'months_of_year', 'open_years', 'time', 'verse', 'southern_hour', 'time_of_day', 'seconds_within',
+           'minutes_seconds']
 
-# %% ../../nbs/text/02_dates.ipynb #e1468979
+# %% ../../nbs/text/02_dates.ipynb #f533afaf
 import re
 from .numbers import PLAIN_NUMBER, any_of, apply_rules, around, before, behind, between_names, cardinal, either, read_number, rule, unsure
 
-# %% ../../nbs/text/02_dates.ipynb #7c9d923c
+# %% ../../nbs/text/02_dates.ipynb #a5ad65d7
 ALONE, CODE_END = r"(?<![\w])(?<!\d[.,/:-])", r"(?![\w]|[.,/:-]\d|\s?[%‰°])"
 RESULTS = "tỷ_số tỉ_số chung_cuộc kết_quả vượt_lên dẫn dẫn_trước bị_dẫn thắng thua hòa hoà"
 SCORES = RESULTS + " thất_bại đánh_bại hạ gỡ gỡ_hòa gỡ_hoà đè_bẹp vùi_dập cầm_hòa cầm_hoà cầm_chân quật_ngã hạ_gục ngược_dòng thắng_lợi chiến_thắng trận_thắng trận_thua trận_hòa trận_hoà hiệp set ván luân_lưu penalty"
@@ -41,7 +42,7 @@ def ratio(m):
     "tỷ lệ 1:10"
     return " trên ".join(map(read_number, re.split(r"\s?:\s?", m[0]))) if before(m, RATIOS) else None
 
-# %% ../../nbs/text/02_dates.ipynb #63ae344e
+# %% ../../nbs/text/02_dates.ipynb #35d7293a
 DAY, MONTH, YEAR = r"(?:0?[1-9]|[12]\d|3[01])", r"(?:0?[1-9]|1[0-2])", r"[12]\d{3}"
 DAYS = """ngày sáng trưa chiều tối đêm khuya hôm hôm_nay hôm_qua hôm_trước sáng_nay chiều_nay tối_nay trưa_nay đêm_nay đêm_qua tối_qua chiều_qua sáng_qua ngày_mai sáng_mai lễ dịp dịp_lễ nghỉ_lễ kỳ_nghỉ kì_nghỉ nghỉ mùng mồng rằm tết giỗ_tổ quốc_khánh
     quốc_tế_lao_động quốc_tế_thiếu_nhi quốc_tế_phụ_nữ phụ_nữ_việt_nam nhà_giáo_việt_nam phụ_nữ thiếu_nhi thương_binh_liệt_sĩ chủ_nhật thứ_hai thứ_ba thứ_tư thứ_năm thứ_sáu thứ_bảy thứ_2 thứ_3 thứ_4 thứ_5 thứ_6 thứ_7 giao_thừa noel valentine
@@ -85,7 +86,7 @@ def short_year(m):
     "2/9/45; not a house"
     return None if before(m, STREETS, gap=1) or behind(m, "đường phố") else date(m[1], m[2], m[3])
 
-# %% ../../nbs/text/02_dates.ipynb #89859853
+# %% ../../nbs/text/02_dates.ipynb #247c5d19
 JOINT = r"(?:\s*(?:[-–,&]|đến|tới|và|hoặc|hay)\s*(?:ngày\s+)?)"
 
 def _dates(text:str)->str:
@@ -107,7 +108,7 @@ def day_and_month(m):
     pairs = [(int(a), int(b)) for a, b in re.findall(r"(\d+)/(\d+)", m[0])]
     (a, b), alone = pairs[0], len(pairs) == 1
     words, house = _dates(m[0]), " trên ".join(map(cardinal, pairs[0]))
-    if m[0] == "24/7" or before(m, DOCUMENTS): return None
+    if m[0] == "24/7" or before(m, DOCUMENTS + " vòng âm"): return None
     if before(m, DAYS): return words
     if alone and (before(m, STREETS) or (behind(m, "đường phố quốc_lộ") and b > 1)): return either(house, house.replace("trên", "xuyệt"), words)
     if alone and (behind(m, COUNTED) or a < b and behind(m, PARTS) or before(m, "điểm đạt chấm trình_độ văn_hóa")): return None
@@ -121,7 +122,7 @@ def announced_day(m):
     "ngày 12-3, chiều 24.3, lễ 30-4, 1-5"
     if before(m, DAYS) and not before(m, "đường phố cầu nghỉ tết sinh" if m["sign"] == "-" and not before(m, "đường_30-4") else "đường phố cầu tết"): return _dates(m[0])
     days = [int(re.match(r"\d+", a)[0]) for a in re.findall(r"\d+[.-]\d+", m[0])]
-    if m["sign"] == "-" and max(days) > 12 and not before(m, SCORES, gap=6) and not before(m, "từ khoảng"): return unsure(_dates(m[0]), m[0].replace("-", " "))
+    if (m["sign"] == "-" or len(days) > 1 and " - " in m[0]) and max(days) > 12 and not before(m, SCORES, gap=6) and not before(m, "từ khoảng"): return unsure(_dates(m[0]), m[0].replace("-", " "))
 
 @rule(fr"{ALONE}({DAY})\s?[-–]\s?({DAY})([/.])({MONTH}){CODE_END}", needs="/.")
 def range_of_days(m):
@@ -129,7 +130,7 @@ def range_of_days(m):
     if m[3] == "." and not before(m, DAYS): return None
     return f"{cardinal(int(m[1]))} đến {date(m[2], m[4])}"
 
-# %% ../../nbs/text/02_dates.ipynb #0c96d1cf
+# %% ../../nbs/text/02_dates.ipynb #7b1997d5
 QUARTER = {"I": 1, "II": 2, "III": 3, "IV": 4}
 Q = r"(?:[1-4]|I{1,3}|IV)"
 
@@ -159,12 +160,17 @@ def april(m):
     "tháng 4, tháng 4-6"
     return f"{m[1]} tư đến" if m[2] else f"{m[1]} tư"
 
+@rule(fr"{ALONE}(\d{{1,2}})T/?({YEAR})(?!\w)", needs="T")
+def months_of_year(m):
+    "6T/2023"
+    return f"{cardinal(int(m[1]))} tháng năm {cardinal(int(m[2]))}"
+
 @rule(fr"{ALONE}({YEAR})(?:s(?!\w)|\s?[-–]\s?nay(?!\w))")
 def open_years(m):
     "1990s, 2015-nay"
     return cardinal(int(m[1])) + (" đến nay" if m[0][-1] == "y" else "")
 
-# %% ../../nbs/text/02_dates.ipynb #8b30583b
+# %% ../../nbs/text/02_dates.ipynb #6d33160d
 HOUR, MINUTE = r"(?:[01]?\d|2[0-4])", r"[0-5]\d"
 TIME = fr"{HOUR}(?::{MINUTE}(?::{MINUTE})?|\s?[hHg]\s?{MINUTE}(?:\s?(?:phút|ph|p|m|['′]))?|\s?[hH])(?!\w)"
 WHEN = "lúc hồi từ đến tới trước sau khoảng vào mở_cửa"
@@ -195,6 +201,11 @@ def time_of_day(m):
     "8h30, 8:30, 6:05:09, 8-10h, 7:00-9:30"
     times = ([cardinal(int(m["from"]))] if m["from"] else []) + [time(*re.findall(r"\d+", o)) for o in (m["a"], m["b"]) if o]
     return " đến ".join(times)
+
+@rule(r"(?<![\w.,])(\d{1,3})(?:''|″)(\d{1,3})(?!\w)", needs="'″")
+def seconds_within(m):
+    "10''85"
+    return f"{cardinal(int(m[1]))} giây {cardinal(int(m[2]))}"
 
 @rule(r"(?<![\w.,])(\d{1,3})['′](\d{1,2})(?:''|\"|″|′′|’’)?(?!\w)", needs="'′")
 def minutes_seconds(m):

@@ -7,12 +7,12 @@ __all__ = ['VERSIONS', 'ROMAN', 'PLACES', 'TITLES', 'KINGS', 'ONES', 'DYNASTIC',
            'named_version', 'point_zero', 'ordinal', 'weekdays', 'after_thu', 'roman', 'heading', 'king',
            'place_in_order', 'behind_a_name', 'dotted_code', 'behind_letters', 'plain', 'power', 'read_numbers']
 
-# %% ../../nbs/text/05_numerals.ipynb #7bb44591
+# %% ../../nbs/text/05_numerals.ipynb #6d267634
 import re, unicodedata
 from .numbers import NUMBER, THOUSANDS, Trail, any_of, apply_rules, around, before, behind, cardinal, digits, read_number, rule, unsure
 from . import dates, quantities # their rules go before these  # noqa: F401
 
-# %% ../../nbs/text/05_numerals.ipynb #bc95bd30
+# %% ../../nbs/text/05_numerals.ipynb #6f0caae7
 VERSIONS = any_of("phiên_bản version ver bản công_nghiệp thời_đại web android ios windows python mục hình bảng điều khoản chương_trình bluetooth usb chatgpt gpt khoản_mục tiểu_mục")
 
 def dotted(text:str)->str:
@@ -34,7 +34,7 @@ def point_zero(m):
     "v1.2, 4.0"
     return dotted(m[1] or m[2])
 
-# %% ../../nbs/text/05_numerals.ipynb #92acbb3e
+# %% ../../nbs/text/05_numerals.ipynb #7c4a928d
 def ordinal(n:int)->str:
     "What follows `thứ`."
     return {1: "nhất", 4: "tư"}.get(n) or cardinal(n)
@@ -53,11 +53,11 @@ def after_thu(m):
     joint = " đến " if len(numbers) == 2 and numbers[0] < numbers[1] else " "
     return m["word"] + joint.join(map(ordinal, numbers))
 
-# %% ../../nbs/text/05_numerals.ipynb #89b74036
+# %% ../../nbs/text/05_numerals.ipynb #fa11cacd
 ROMAN = r"(?:(?=[IVXLC]{2}|[IVX](?!\w))(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})(?!\w))"
 PLACES = any_of("""thế_kỷ thế_kỉ thiên_niên_kỷ thiên_niên_kỉ đại_hội hội_nghị khóa khoá kỳ kì kỳ_họp chương phần tập quyển cuốn hồi quý điều mục bài đợt vòng cấp loại hạng nhóm bậc
     thứ lần chiến thế_chiến thế_giới đảng trung_ương giai_đoạn vùng quân_khu tuyến bảng phụ_lục lớp trường_cấp
-    khu_vực học_kỳ học_kì đô_thị_loại độ type tổ ca chặng mục pha thể chiến_khu liên_khu khu vành_đai tầng sư_đoàn quân_đoàn thời_kỳ thế_hệ đời""")
+    khu_vực học_kỳ học_kì đô_thị_loại độ type tổ ca chặng mục pha thể chiến_khu liên_khu khu báo_động vành_đai tầng sư_đoàn quân_đoàn thời_kỳ thế_hệ đời""")
 TITLES = any_of("vua hoàng_đế nữ_hoàng nữ_vương quốc_vương giáo_hoàng sa_hoàng hoàng_hậu thái_tử đức_vua")
 KINGS = """Louis Lu-i Charles Henry Henri Elizabeth Napoléon Napoleon Nikolai Nicholas Pyotr Peter Rama George William Wilhelm Philip Philippe Felipe James Edward Richard Friedrich Frederick Otto
     Leopold Gustav Ramses Alexander Aleksandr Ivan Franz Ferdinand Isabella Mary Pie Piô Phaolô Paul Benedict Victoria Darius Cyrus""".split()
@@ -96,7 +96,7 @@ def behind_a_name(m):
     "SEA Games XXXI"
     return m["word"] + cardinal(roman(m["n"])) if m["word"].strip().istitle() else None
 
-# %% ../../nbs/text/05_numerals.ipynb #45396b61
+# %% ../../nbs/text/05_numerals.ipynb #c2699f77
 @rule(r"(?<=[A-Z]{2})(?:\.\d{1,2})+(?![\w]|[.,]\d)|(?<=[^\W\d_])\d+(?:\.\d+)+(?![.,]?\d)", needs=".")
 def dotted_code(m):
     "XBB.1.5, PM2.5, iOS17.4"
@@ -121,7 +121,7 @@ def power(m):
     if m[0] in "²³": return "bình phương" if m[0] == "²" else "lập phương"
     return f"mũ {cardinal(int(unicodedata.normalize('NFKC', m[0])))}"
 
-# %% ../../nbs/text/05_numerals.ipynb #96ec6eb0
+# %% ../../nbs/text/05_numerals.ipynb #b5f8b407
 HINT = re.compile(r"[\d²³⁰¹⁴-⁹IVXLUEGAJCKTHS](?:(?<![IVXLUEGAJCKTHS])|(?![^\W\d_A-Z]))|[mM][²³]")
 FOREIGN_DIGIT = re.compile(r"[^\W0-9_](?<=\d)")
 

@@ -6,15 +6,15 @@
 __all__ = ['MONEY', 'PREFIXES', 'UNITS', 'LONG_UNIT', 'UNIT', 'SIGN', 'LARGE', 'SHORT', 'MATHEMATICS', 'COMPARED', 'MARKS', 'PER',
            'SHORT_PER', 'PER_WORDS', 'PRODUCTS', 'name_of', 'amount', 'minus', 'compared', 'taken_away', 'house',
            'fraction', 'between', 'sign_first', 'range_of_numbers', 'mathematics', 'unit_within', 'per', 'quantity',
-           'per_unit', 'per_number', 'unit_alone']
+           'per_unit', 'per_number', 'milestone', 'unit_alone']
 
-# %% ../../nbs/text/04_quantities.ipynb #74bd9518
+# %% ../../nbs/text/04_quantities.ipynb #90efd7cf
 import re
-from ai2text.text.numbers import (DIGITS, NUMBER, PLAIN_NUMBER, THOUSANDS, any_of, apply_rules, around, before, behind, cardinal, either, read_number, rule, unsure,
+from ai2text.text.numbers import (DIGITS, NUMBER, PLAIN_NUMBER, THOUSANDS, any_of, apply_rules, around, before, behind, cardinal, either, read_number, rule,
     value_of)
 from .dates import COUNTED, STREETS
 
-# %% ../../nbs/text/04_quantities.ipynb #f75f80ea
+# %% ../../nbs/text/04_quantities.ipynb #0fbb3cf4
 MONEY = {sign: name for name, signs in {"đồng": "đ đồng ₫ vnd vnđ", "đô la": "$", "đô la mỹ": "usd us$", "ơ rô": "€ eur", "bảng anh": "£ gbp", "yên": "¥ jpy", "nhân dân tệ": "cny rmb ndt", "uôn": "₩ krw", "bạt": "฿ thb",
     "đô la singapore": "sgd s$", "đô la úc": "aud a$", "đô la canada": "cad", "đô la hồng kông": "hkd", "đô la đài loan": "twd", "đô la new zealand": "nzd", "rúp": "rub ₽", "ru pi": "inr ₹", "ringgit": "myr", "rupiah": "idr",
     "phơ răng thụy sĩ": "chf", "kíp": "lak", "riên": "khr"}.items() for sign in signs.split()} | {"đô la": "đô la"}
@@ -47,7 +47,7 @@ def amount(number:str, sign:str)->str:
     if sign not in UNITS and re.fullmatch(r"[1-9]\d{0,2},\d{3}", number): number = number.replace(",", ".")
     return read_number(number, quantity=True)
 
-# %% ../../nbs/text/04_quantities.ipynb #fbb4f56a
+# %% ../../nbs/text/04_quantities.ipynb #54612034
 MATHEMATICS = {"+": "cộng", "=": "bằng", "x": "nhân", "*": "nhân", "×": "nhân", "÷": "chia", "±": "cộng trừ", "^": "mũ", "-": "âm", "−": "âm", "≠": "khác"}
 COMPARED = {">": either("lớn hơn", "trên", "hơn"), "<": either("nhỏ hơn", "dưới"), "≥": either("lớn hơn hoặc bằng", "từ"), "≤": either("nhỏ hơn hoặc bằng", "không quá"), "~": "khoảng", "≈": "khoảng", "#": "số"}
 
@@ -69,7 +69,7 @@ def taken_away(m):
     "5 - 3 = 2, 10 : 2 = 5"
     return "chia" if ":" in m[0] else "trừ"
 
-# %% ../../nbs/text/04_quantities.ipynb #919e6be4
+# %% ../../nbs/text/04_quantities.ipynb #fdaae656
 MARKS = "điểm đạt chấm ielts toefl toeic điểm_số thang_điểm đánh_giá xếp_hạng"
 
 @rule(rf"(?<![\w.,-])(?<!\d/)\d{{1,5}}[A-Z]?(?:/\d{{1,5}}[A-Z]?)+(?!\w|[.,/]\d)", needs="/")
@@ -89,7 +89,7 @@ def fraction(m):
     if below > 4 and above > 1 and below < 1000 and (before(m, MARKS) or behind(m, COUNTED)): return either(over, part)
     return part if below <= 10 or re.fullmatch("10+", m[2]) or above == 1 else over
 
-# %% ../../nbs/text/04_quantities.ipynb #f14280be
+# %% ../../nbs/text/04_quantities.ipynb #f8275aef
 def between(a:str, b:str)->str:
     "What is said for the dash between two numbers."
     return " đến " if value_of(a) < value_of(b) or (len(a) == 4 and len(b) == 2) else " "
@@ -117,7 +117,7 @@ def unit_within(m):
     "1m75, 2tr5, 37°5"
     return f"{cardinal(int(m[1]))} {UNITS.get(m[2], m[2])} {cardinal(int(m[3]))}"
 
-# %% ../../nbs/text/04_quantities.ipynb #de1c2157
+# %% ../../nbs/text/04_quantities.ipynb #26795ebf
 PER = """năm tháng tuần ngày ngày_đêm đêm giờ tiếng phút giây quý buổi lần người cái chiếc con suất vé khách hộ gia_đình lớp ca trận bữa vụ chuyến lượt sào công mẫu thùng bao tấn tạ yến lượng chỉ cây phòng căn phần tô bát đĩa ly cốc chai lon hộp gói
     bộ đôi cặp cuốn quyển tờ bài học_sinh sinh_viên học_kỳ kỳ tiết hồ_sơ tài_khoản giao_dịch cuộc tin tin_nhắn lít ký cân mét ounce cổ_phiếu đơn xe tầng ngôi_nhà nhà đầu_người em bé cháu mùa trứng quả set combo sản_phẩm đơn_vị"""
 SHORT_PER = {"cp": "cổ phiếu", "ng": "người", "hs": "học sinh", "sv": "sinh viên", "th": "tháng"}
@@ -147,13 +147,17 @@ def per_unit(m):
     "người/km2, lần/ngày, behind a word that is counted"
     long_unit = len(m["what"]) > 1 and (m["what"] in UNITS or m["what"].lower() in _ANY_CASE) and m["what"][0].islower() and not re.fullmatch(PER_WORDS, m["what"])
     if not long_unit and not _COUNTED_BEFORE.search(m.string[max(0, m.start() - 60):m.start()]): return None
-    if not long_unit and not re.fullmatch(PER_WORDS, m["what"]) and m["what"] not in UNITS and m["what"].lower() not in SHORT_PER: return unsure(f"trên {m['what']}", m["what"])
     return per(m["what"])
 
 @rule(r"(?<=[^\W\d_])\s?/\s?(?=\d)", needs="/")
 def per_number(m):
     "8 lít/100km, 1 viên/8 giờ"
     return "trên" if _COUNTED_BEFORE.search(m.string[max(0, m.start() - 60):m.start()]) else None
+
+@rule(r"(?<!\w)[Kk][Mm]\.?\s?(?=\d)")
+def milestone(m):
+    "km 12, Km1954"
+    return "ki lô mét "
 
 @rule(r"(?<!\w)(?:(?:k|h|d|c|m)?m[23²³]|USD|VN[DĐ]|EUR|GBP|SGD|AUD|JPY|CNY|KRW|THB|HKD)(?!\w)")
 def unit_alone(m):
