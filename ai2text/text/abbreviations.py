@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CAPITALS', 'PERSONS', 'DOCUMENT', 'lower_capitals', 'share_of_capitals', 'Context', 'Entry', 'Abbreviations']
 
-# %% ../../nbs/text/08_abbreviations.ipynb #290e1ccf
+# %% ../../nbs/text/08_abbreviations.ipynb #dce0786f
 import re
 from functools import cached_property
 
-from .numbers import Trail, cardinal, digits, either, unsure
+from .numbers import Trail, cardinal, either, unsure
 from .syllables import ALPHABET, compose_marks, is_syllable, place_tone
 
-# %% ../../nbs/text/08_abbreviations.ipynb #5f538658
+# %% ../../nbs/text/08_abbreviations.ipynb #3e778721
 CAPITALS = ALPHABET.upper()
 _WORD = re.compile(rf"(?<![\w])[{CAPITALS}]+(?!\w)")
 _RUN = re.compile(rf"(?<![\w])[{CAPITALS}]+(?:[\s,;:\"“”()!?–-]+[{CAPITALS}]+)+(?!\w)")
@@ -46,7 +46,7 @@ def share_of_capitals(
     words = [word for text in texts for word in re.findall(r"[^\W\d_]{2,}", text)]
     return sum(map(str.isupper, words)) / max(1, len(words))
 
-# %% ../../nbs/text/08_abbreviations.ipynb #dcfddffd
+# %% ../../nbs/text/08_abbreviations.ipynb #0eef9531
 _PARTS = {"9": r"[\d.,]*\d", "..": r"(?:\S+\s+){0,4}?\S+", "Aa": rf"[{CAPITALS}]\w*", "aa": rf"[{ALPHABET}]\w*", "Xx": rf"(?P<foreign>[{CAPITALS}][{ALPHABET}]+)"}
 PERSONS = re.compile(rf"(?:(?<!\w)(?i:ông|bà|anh|chị|em|cô|chú|bác|cháu|bé|bạn|nạn nhân|bị cáo|tên|họ)\s+(?:[{CAPITALS}]\w*\s+)*|[{CAPITALS}][{ALPHABET}]+\s+)$")
 
@@ -90,7 +90,7 @@ class Entry:
         if bound or self.default is None: return None
         return unsure(self.default, *self.all_words) if self.unsure else self.default
 
-# %% ../../nbs/text/08_abbreviations.ipynb #fc0f5fbb
+# %% ../../nbs/text/08_abbreviations.ipynb #3cd78e0a
 DOCUMENT = re.compile(rf"(?P<kind>(?i:thông tư|nghị định|quyết định|nghị quyết|chỉ thị|luật|công văn|kế hoạch|báo cáo|thông báo|hướng dẫn)\s+(?i:số\s*:?\s*)?)?(?<![\w/])(?P<n>\d{{1,5}})(?P<letter>[a-z]?)(?:/(?P<year>[12]\d{{3}}))?(?P<sign>[/-])(?P<code>[{CAPITALS}]{{2,}}\w*\d*(?:[-–/][{CAPITALS}][\w&]*)*)(?![\w/])")
 
 def _read_document(m, table)->str:
@@ -109,7 +109,7 @@ def _read_document(m, table)->str:
     if len(names) > 1 and said.startswith(names[0]): return either(f"{number}{f' năm {year}' if year else ''} của {' '.join(names[1:])}", over, literal)
     return either(over, literal)
 
-# %% ../../nbs/text/08_abbreviations.ipynb #e9b44438
+# %% ../../nbs/text/08_abbreviations.ipynb #001b360d
 def _normalise_word(word:str)->str: return place_tone(compose_marks(word))
 
 class Abbreviations(dict):

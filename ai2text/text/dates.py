@@ -7,14 +7,14 @@ __all__ = ['ALONE', 'CODE_END', 'RESULTS', 'SCORES', 'COUNTED', 'RATIOS', 'DAY',
            'PARTS', 'QUANTITIES', 'STREETS', 'DOCUMENTS', 'JOINT', 'QUARTER', 'Q', 'HOUR', 'MINUTE', 'TIME', 'WHEN',
            'PART_OF_DAY', 'BOOKS', 'score', 'formation', 'ratio', 'month', 'date', 'day_month_year', 'year_month_day',
            'short_year', 'school_class', 'day_and_month', 'announced_day', 'range_of_days', 'quarter', 'month_year',
-           'april', 'months_of_year', 'open_years', 'time', 'verse', 'southern_hour', 'time_of_day', 'seconds_within',
-           'minutes_seconds']
+           'month_then_year', 'april', 'months_of_year', 'open_years', 'time', 'verse', 'southern_hour', 'time_of_day',
+           'seconds_within', 'minutes_seconds']
 
-# %% ../../nbs/text/02_dates.ipynb #f533afaf
+# %% ../../nbs/text/02_dates.ipynb #dfdb1d75
 import re
-from .numbers import PLAIN_NUMBER, any_of, apply_rules, around, before, behind, between_names, cardinal, either, read_number, rule, unsure
+from .numbers import PLAIN_NUMBER, apply_rules, around, before, behind, between_names, cardinal, either, read_number, rule, unsure
 
-# %% ../../nbs/text/02_dates.ipynb #a5ad65d7
+# %% ../../nbs/text/02_dates.ipynb #daa05aca
 ALONE, CODE_END = r"(?<![\w])(?<!\d[.,/:-])", r"(?![\w]|[.,/:-]\d|\s?[%‰°])"
 RESULTS = "tỷ_số tỉ_số chung_cuộc kết_quả vượt_lên dẫn dẫn_trước bị_dẫn thắng thua hòa hoà"
 SCORES = RESULTS + " thất_bại đánh_bại hạ gỡ gỡ_hòa gỡ_hoà đè_bẹp vùi_dập cầm_hòa cầm_hoà cầm_chân quật_ngã hạ_gục ngược_dòng thắng_lợi chiến_thắng trận_thắng trận_thua trận_hòa trận_hoà hiệp set ván luân_lưu penalty"
@@ -42,7 +42,7 @@ def ratio(m):
     "tỷ lệ 1:10"
     return " trên ".join(map(read_number, re.split(r"\s?:\s?", m[0]))) if before(m, RATIOS) else None
 
-# %% ../../nbs/text/02_dates.ipynb #35d7293a
+# %% ../../nbs/text/02_dates.ipynb #bf3c43dc
 DAY, MONTH, YEAR = r"(?:0?[1-9]|[12]\d|3[01])", r"(?:0?[1-9]|1[0-2])", r"[12]\d{3}"
 DAYS = """ngày sáng trưa chiều tối đêm khuya hôm hôm_nay hôm_qua hôm_trước sáng_nay chiều_nay tối_nay trưa_nay đêm_nay đêm_qua tối_qua chiều_qua sáng_qua ngày_mai sáng_mai lễ dịp dịp_lễ nghỉ_lễ kỳ_nghỉ kì_nghỉ nghỉ mùng mồng rằm tết giỗ_tổ quốc_khánh
     quốc_tế_lao_động quốc_tế_thiếu_nhi quốc_tế_phụ_nữ phụ_nữ_việt_nam nhà_giáo_việt_nam phụ_nữ thiếu_nhi thương_binh_liệt_sĩ chủ_nhật thứ_hai thứ_ba thứ_tư thứ_năm thứ_sáu thứ_bảy thứ_2 thứ_3 thứ_4 thứ_5 thứ_6 thứ_7 giao_thừa noel valentine
@@ -86,7 +86,7 @@ def short_year(m):
     "2/9/45; not a house"
     return None if before(m, STREETS, gap=1) or behind(m, "đường phố") else date(m[1], m[2], m[3])
 
-# %% ../../nbs/text/02_dates.ipynb #247c5d19
+# %% ../../nbs/text/02_dates.ipynb #ef773a3d
 JOINT = r"(?:\s*(?:[-–,&]|đến|tới|và|hoặc|hay)\s*(?:ngày\s+)?)"
 
 def _dates(text:str)->str:
@@ -95,7 +95,7 @@ def _dates(text:str)->str:
 
 def _fraction(a:int, b:int)->str: return f"{cardinal(a)} phần {'tư' if b == 4 else cardinal(b)}"
 
-@rule(fr"(?<!\w)((?i:lớp|khối)\s+)(\d{{1,2}})([/-])(\d{{1,2}})(?![\w]|[.,/:-]\d)", needs="/-")
+@rule(r"(?<!\w)((?i:lớp|khối)\s+)(\d{1,2})([/-])(\d{1,2})(?![\w]|[.,/:-]\d)", needs="/-")
 def school_class(m):
     "lớp 10/3, lớp 6-9"
     a, b = cardinal(int(m[2])), cardinal(int(m[4]))
@@ -108,7 +108,7 @@ def day_and_month(m):
     pairs = [(int(a), int(b)) for a, b in re.findall(r"(\d+)/(\d+)", m[0])]
     (a, b), alone = pairs[0], len(pairs) == 1
     words, house = _dates(m[0]), " trên ".join(map(cardinal, pairs[0]))
-    if m[0] == "24/7" or before(m, DOCUMENTS + " vòng âm"): return None
+    if m[0] == "24/7" or before(m, DOCUMENTS + " vòng âm") or re.search(r"(?<![\w.,/])\d{1,3} $", m.string[:m.start()]): return None
     if before(m, DAYS): return words
     if alone and (before(m, STREETS) or (behind(m, "đường phố quốc_lộ") and b > 1)): return either(house, house.replace("trên", "xuyệt"), words)
     if alone and (behind(m, COUNTED) or a < b and behind(m, PARTS) or before(m, "điểm đạt chấm trình_độ văn_hóa")): return None
@@ -130,7 +130,7 @@ def range_of_days(m):
     if m[3] == "." and not before(m, DAYS): return None
     return f"{cardinal(int(m[1]))} đến {date(m[2], m[4])}"
 
-# %% ../../nbs/text/02_dates.ipynb #7b1997d5
+# %% ../../nbs/text/02_dates.ipynb #4656f5da
 QUARTER = {"I": 1, "II": 2, "III": 3, "IV": 4}
 Q = r"(?:[1-4]|I{1,3}|IV)"
 
@@ -155,6 +155,11 @@ def month_year(m):
     words += f"{month(m['month'])} năm {cardinal(int(m['year']))}"
     return f"{words} đến {month(m['month2'])} năm {cardinal(int(m['year2']))}" if m["month2"] else words
 
+@rule(fr"(?<!\w)(?i:tháng)\s+({MONTH})\s+((?:19|20)\d\d)(?!\w|[.,/:-]\d)")
+def month_then_year(m):
+    "tháng 12 2023"
+    return f"{month(m[1])} năm {cardinal(int(m[2]))}"
+
 @rule(fr"(?<!\w)((?i:tháng))\s+0?4(?:\s?([-–])\s?(?=\d\d?(?!\d))|{CODE_END})", needs="4")
 def april(m):
     "tháng 4, tháng 4-6"
@@ -170,7 +175,7 @@ def open_years(m):
     "1990s, 2015-nay"
     return cardinal(int(m[1])) + (" đến nay" if m[0][-1] == "y" else "")
 
-# %% ../../nbs/text/02_dates.ipynb #6d33160d
+# %% ../../nbs/text/02_dates.ipynb #8f997eed
 HOUR, MINUTE = r"(?:[01]?\d|2[0-4])", r"[0-5]\d"
 TIME = fr"{HOUR}(?::{MINUTE}(?::{MINUTE})?|\s?[hHg]\s?{MINUTE}(?:\s?(?:phút|ph|p|m|['′]))?|\s?[hH])(?!\w)"
 WHEN = "lúc hồi từ đến tới trước sau khoảng vào mở_cửa"
@@ -181,8 +186,8 @@ BOOKS = """gioan giăng luca lu-ca mátthêu mát-thêu ma-thi-ơ mác máccô m
 def time(hours:str, minutes:str="", seconds:str="")->str:
     "Hours, minutes and seconds; a full hour needs no minutes."
     words = f"{cardinal(int(hours))} giờ"
-    if minutes and (int(minutes) or seconds): words += f" {cardinal(int(minutes))} phút"
-    return words + (f" {cardinal(int(seconds))} giây" if seconds else "")
+    if minutes and (int(minutes) or seconds and int(seconds)): words += f" {cardinal(int(minutes))} phút"
+    return words + (f" {cardinal(int(seconds))} giây" if seconds and int(seconds) else "")
 
 @rule(r"(?<!\w)(\d{1,3}):(\d{1,3})(?:\s?[-–]\s?(\d{1,3}))?(?!\w|[.,:]\d)", needs=":")
 def verse(m):
@@ -207,7 +212,7 @@ def seconds_within(m):
     "10''85"
     return f"{cardinal(int(m[1]))} giây {cardinal(int(m[2]))}"
 
-@rule(r"(?<![\w.,])(\d{1,3})['′](\d{1,2})(?:''|\"|″|′′|’’)?(?!\w)", needs="'′")
+@rule(r"(?<![\w.,])(\d{1,3})(?:['′]|(?:p|ph)(?=\d+s))(\d{1,2})(?:''|\"|″|′′|’’|s)?(?!\w)", needs="'′p")
 def minutes_seconds(m):
-    "1'30''"
+    "1'30'', 3p20s"
     return f"{cardinal(int(m[1]))} phút {cardinal(int(m[2]))}" + (" giây" if not m[0][-1].isdigit() else "")

@@ -169,7 +169,59 @@ MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
     ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
     ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
 
-# %% ../../nbs/text/00_numbers.ipynb #54a43f10
+# %% ../../nbs/text/00_numbers.ipynb #28a58005
+_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
+MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
+    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
+    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
+    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
+    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
+    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
+    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
+    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
+    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
+    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
+
+# %% ../../nbs/text/00_numbers.ipynb #92d2d2a7
+_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
+MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
+    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
+    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
+    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
+    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
+    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
+    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
+    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
+    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
+    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
+
+# %% ../../nbs/text/00_numbers.ipynb #b0051869
+_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
+MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
+    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
+    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
+    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
+    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
+    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
+    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
+    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
+    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
+    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
+
+# %% ../../nbs/text/00_numbers.ipynb #70140ad9
+_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
+MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
+    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
+    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
+    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
+    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
+    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
+    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
+    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
+    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
+    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
+
+# %% ../../nbs/text/00_numbers.ipynb #0294c331
 class Options(str):
     "Words, with others that may be right."
     others, unsure = (), False
@@ -214,7 +266,7 @@ class Trail:
         for n in self.manners: words = MANNERS[n][0].sub(MANNERS[n][1], words)
         return words
 
-# %% ../../nbs/text/00_numbers.ipynb #58227819
+# %% ../../nbs/text/00_numbers.ipynb #8cf4453e
 RULES = []
 OPENING, CLOSING = "([{\"“‘«/", "/.,;:!?)]}\"”’»…" # next to words without a space
 
@@ -252,7 +304,7 @@ def any_of(words:str)->str:
     "A group for any of the words, a longer one first, whatever its case; `_` stands for a space."
     return f"(?i:{'|'.join(re.escape(o).replace('_', ' ') for o in sorted(words.split(), key=len, reverse=True))})"
 
-# %% ../../nbs/text/00_numbers.ipynb #88921397
+# %% ../../nbs/text/00_numbers.ipynb #435b0a93
 @lru_cache(maxsize=None)
 def _cues_before(words:str, gap:int): return re.compile(rf"(?<!\w){any_of(words)}(?!\w)(?:[\s,(“\"]+[^\s.;!?()]+){{0,{gap}}}[\s,:(“\"'-]*$")
 
@@ -275,7 +327,7 @@ def between_names(match)->bool:
     following = NAME.match(match.string, match.end())
     return bool(last and following and last[1][0].isupper() and following[1][0].isupper())
 
-# %% ../../nbs/text/00_numbers.ipynb #706f6436
+# %% ../../nbs/text/00_numbers.ipynb #7b5d6581
 CALLS = """gọi gọi_số gọi_cho gọi_ngay bấm quay alo tổng_đài hotline cảnh_sát cứu_hỏa cứu_hoả cấp_cứu cứu_thương liên_hệ đường_dây_nóng nhắn_tin số_khẩn_cấp cskh"""
 CALLED = CALLS + """ điện_thoại số_điện_thoại đt đtdđ sđt fax zalo di_động gửi gửi_đến đầu_số"""
 IDS = """mã_số mã_số_thuế mst mã_bưu_chính mã_vùng mã_otp otp mã_xác_nhận mã_pin mã_đơn mã_đơn_hàng mã_vận_đơn mã_giao_dịch mã_sinh_viên mssv mã_hồ_sơ mã_lớp mã_đề mật_khẩu số_tài_khoản tài_khoản stk tk số_thẻ
@@ -318,7 +370,7 @@ def identity(m):
     "mã số 001234, STK 1903 4567 8901"
     return f"{m['name'].rstrip('-')}{' ' * m['name'][-1].isalpha()}{digits(m['n'])}"
 
-# %% ../../nbs/text/00_numbers.ipynb #ef813bb9
+# %% ../../nbs/text/00_numbers.ipynb #2e89b43a
 @rule(r"(?<![\w.,])(\d{2})(\s?-?\s?)([A-ZĐ]{1,2}\d?|[A-ZĐ]\d)([\s.-]{1,3})(\d{3}\.?\d{2}|\d{4})(?!\w|[.,/-]?\d)", needs="0123456789")
 def plate(m):
     "29A-123.45, 51F-1234"

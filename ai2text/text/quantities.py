@@ -8,13 +8,13 @@ __all__ = ['MONEY', 'PREFIXES', 'UNITS', 'LONG_UNIT', 'UNIT', 'SIGN', 'LARGE', '
            'fraction', 'between', 'sign_first', 'range_of_numbers', 'mathematics', 'unit_within', 'per', 'quantity',
            'per_unit', 'per_number', 'milestone', 'unit_alone']
 
-# %% ../../nbs/text/04_quantities.ipynb #90efd7cf
+# %% ../../nbs/text/04_quantities.ipynb #d5f634e1
 import re
-from ai2text.text.numbers import (DIGITS, NUMBER, PLAIN_NUMBER, THOUSANDS, any_of, apply_rules, around, before, behind, cardinal, either, read_number, rule,
+from ai2text.text.numbers import (DIGITS, NUMBER, PLAIN_NUMBER, any_of, apply_rules, around, before, behind, cardinal, either, read_number, rule,
     value_of)
 from .dates import COUNTED, STREETS
 
-# %% ../../nbs/text/04_quantities.ipynb #0fbb3cf4
+# %% ../../nbs/text/04_quantities.ipynb #a1efad35
 MONEY = {sign: name for name, signs in {"đồng": "đ đồng ₫ vnd vnđ", "đô la": "$", "đô la mỹ": "usd us$", "ơ rô": "€ eur", "bảng anh": "£ gbp", "yên": "¥ jpy", "nhân dân tệ": "cny rmb ndt", "uôn": "₩ krw", "bạt": "฿ thb",
     "đô la singapore": "sgd s$", "đô la úc": "aud a$", "đô la canada": "cad", "đô la hồng kông": "hkd", "đô la đài loan": "twd", "đô la new zealand": "nzd", "rúp": "rub ₽", "ru pi": "inr ₹", "ringgit": "myr", "rupiah": "idr",
     "phơ răng thụy sĩ": "chf", "kíp": "lak", "riên": "khr"}.items() for sign in signs.split()} | {"đô la": "đô la"}
@@ -22,7 +22,7 @@ PREFIXES = {"k": "ki lô", "h": "héc tô", "d": "đề xi", "c": "xen ti", "m":
 UNITS = {prefix + sign: f"{PREFIXES[prefix]} {name}" for sign, name, prefixes in (("m", "mét", "khdcmµμn"), ("g", "gam", "kmµμ"), ("l", "lít", "mcd"), ("Hz", "héc", "kMG"), ("W", "oát", "kMG"), ("B", "bai", "kMGT"), ("V", "vôn", "km"),
     ("Wh", "oát giờ", "kM"), ("A", "am pe", "m"), ("Ah", "am pe giờ", "m"), ("cal", "ca lo", "k"), ("Pa", "pát can", "khM"), ("J", "giun", "k"), ("s", "giây", "m"), ("b", "bít", "M"), ("bps", "bít trên giây", "kMG"), ("mol", "mon", "m"),
     ("Ω", "ôm", "k")) for prefix in prefixes}
-UNITS |= {sign: name for name, signs in {"mét": "m", "gam": "g gr gram", "lít": "l L", "héc": "Hz", "oát": "W", "vôn": "V", "giờ": "h", "phút": "p ph ' ′", "giây": "s ″", "nghìn": "k K", "triệu": "tr", "héc ta": "ha", "xê xê": "cc", "ca lo": "cal", "mon": "mol",
+UNITS |= {sign: name for name, signs in {"mét": "m", "gam": "g gr gram", "lít": "l L", "héc": "Hz", "oát": "W", "vôn": "V", "giờ": "h", "phút": "p ph ' ′ min", "giây": "s ″", "nghìn": "k K", "triệu": "tr", "héc ta": "ha", "xê xê": "cc", "ca lo": "cal", "mon": "mol",
     "mi li lít": "mL", "đề xi lít": "dL", "đề xi ben": "dB", "mi li mét thủy ngân": "mmHg", "độ c": "°C ºC oC °c ºc", "độ f": "°F ºF", "độ": "° º", "phần trăm": "%", "phần nghìn": "‰", "mã lực": "hp", "in": "inch ″", "ôm": "Ω",
     "phần triệu": "ppm", "sao": "★ ⭐", "đơn vị quốc tế": "IU", "đề xi mét": "dm", "ki lô oát giờ": "KWh"}.items() for sign in signs.split()}
 for length in ("km", "hm", "m", "dm", "cm", "mm"):
@@ -47,7 +47,7 @@ def amount(number:str, sign:str)->str:
     if sign not in UNITS and re.fullmatch(r"[1-9]\d{0,2},\d{3}", number): number = number.replace(",", ".")
     return read_number(number, quantity=True)
 
-# %% ../../nbs/text/04_quantities.ipynb #54612034
+# %% ../../nbs/text/04_quantities.ipynb #40fae6ce
 MATHEMATICS = {"+": "cộng", "=": "bằng", "x": "nhân", "*": "nhân", "×": "nhân", "÷": "chia", "±": "cộng trừ", "^": "mũ", "-": "âm", "−": "âm", "≠": "khác"}
 COMPARED = {">": either("lớn hơn", "trên", "hơn"), "<": either("nhỏ hơn", "dưới"), "≥": either("lớn hơn hoặc bằng", "từ"), "≤": either("nhỏ hơn hoặc bằng", "không quá"), "~": "khoảng", "≈": "khoảng", "#": "số"}
 
@@ -69,27 +69,31 @@ def taken_away(m):
     "5 - 3 = 2, 10 : 2 = 5"
     return "chia" if ":" in m[0] else "trừ"
 
-# %% ../../nbs/text/04_quantities.ipynb #fdaae656
+# %% ../../nbs/text/04_quantities.ipynb #a1d4f987
 MARKS = "điểm đạt chấm ielts toefl toeic điểm_số thang_điểm đánh_giá xếp_hạng"
 
-@rule(rf"(?<![\w.,-])(?<!\d/)\d{{1,5}}[A-Z]?(?:/\d{{1,5}}[A-Z]?)+(?!\w|[.,/]\d)", needs="/")
+@rule(r"(?<![\w.,-])(?<!\d/)\d{1,5}[A-Z]?(?:/\d{1,5}[A-Z]?)+(?!\w|[.,/]\d)", needs="/")
 def house(m):
     "số 12/3, hẻm 123/45/6"
     if m[0].count("/") < 2 and not before(m, STREETS) or m[0] in ("24/7", "24/24"): return None
     words = [read_number(n) if n.isdigit() else f"{read_number(n[:-1])} {n[-1]}" for n in m[0].split("/")]
     return either(" trên ".join(words), " xuyệt ".join(words))
 
-@rule(rf"(?<!\w)(?<!\d[.,/])({PLAIN_NUMBER})/({PLAIN_NUMBER})(?:\s?({SIGN})(?!\w)|(?!\w|[.,/]\d))", needs="/")
+@rule(rf"(?<!\w)(?<!\d[.,/])(?:(?P<whole>[1-9]\d{{0,2}}) )?({PLAIN_NUMBER})/({PLAIN_NUMBER})(?:\s?({SIGN})(?!\w)|(?!\w|[.,/]\d))", needs="/")
 def fraction(m):
-    "1/2, 2/3 dân số, 120/80 mmHg, 8,75/10"
-    above, below, unit = value_of(m[1]), value_of(m[2]), f" {name_of(m[3])}" if m[3] else ""
-    over = f"{read_number(m[1])} trên {read_number(m[2])}{unit}"
-    if not (m[1].isdigit() and below == int(below)) or above >= below: return over
-    part = f"{read_number(m[1])} phần {'tư' if below == 4 else read_number(m[2])}{unit}"
+    "1/2, 2/3 dân số, 120/80 mmHg, 8,75/10, 5 1/2"
+    top, under = m[2], m[3]
+    above, below, unit = value_of(top), value_of(under), f" {name_of(m[4])}" if m[4] else ""
+    over = f"{read_number(top)} trên {read_number(under)}{unit}"
+    if m["whole"]:
+        if above < below <= 10: return f"{read_number(m['whole'])} và {read_number(top)} phần {'tư' if below == 4 else read_number(under)}{unit}"
+        over = f"{read_number(m['whole'])} {over}"
+    if not (top.isdigit() and below == int(below)) or above >= below or m["whole"]: return over
+    part = f"{read_number(top)} phần {'tư' if below == 4 else read_number(under)}{unit}"
     if below > 4 and above > 1 and below < 1000 and (before(m, MARKS) or behind(m, COUNTED)): return either(over, part)
-    return part if below <= 10 or re.fullmatch("10+", m[2]) or above == 1 else over
+    return part if below <= 10 or re.fullmatch("10+", under) or above == 1 else over
 
-# %% ../../nbs/text/04_quantities.ipynb #f8275aef
+# %% ../../nbs/text/04_quantities.ipynb #cdc4d123
 def between(a:str, b:str)->str:
     "What is said for the dash between two numbers."
     return " đến " if value_of(a) < value_of(b) or (len(a) == 4 and len(b) == 2) else " "
@@ -112,12 +116,15 @@ def mathematics(m):
     "2 + 3 = 5, 3x4, 2^10"
     return " ".join(MATHEMATICS[sign] for sign in m[0] if sign.strip())
 
-@rule(r"(?<![\w.,])(\d{1,9})\s?(m|kg|tr|l|tỷ|tỉ|triệu|lít|mét|cân|°)(?!(?<=m)[23](?!\d))(\d{1,3})(?!\w|[.,]\d)")
+@rule(r"(?<![\w.,])(\d{1,9})\s?(m|kg|tr|l|tỷ|tỉ|triệu|lít|mét|cân|°)(?!(?<=m)[23](?!\d))(\d{1,3})(?!\w|[.,]\d)(?:\s?((?i:đồng|đ|vnđ|vnd)(?!\w)))?")
 def unit_within(m):
-    "1m75, 2tr5, 37°5"
-    return f"{cardinal(int(m[1]))} {UNITS.get(m[2], m[2])} {cardinal(int(m[3]))}"
+    "1m75, 2tr5, 1tr5 VND, 37°5"
+    words = f"{cardinal(int(m[1]))} {UNITS.get(m[2], m[2])} "
+    if m[2] != "tr": return words + cardinal(int(m[3])) + (" đồng" if m[4] else "")
+    full = f"{words}{cardinal(int(m[3]) * 10 ** (3 - len(m[3])))} nghìn"
+    return f"{full} đồng" if m[4] else either(words + cardinal(int(m[3])), full)
 
-# %% ../../nbs/text/04_quantities.ipynb #26795ebf
+# %% ../../nbs/text/04_quantities.ipynb #ec492015
 PER = """năm tháng tuần ngày ngày_đêm đêm giờ tiếng phút giây quý buổi lần người cái chiếc con suất vé khách hộ gia_đình lớp ca trận bữa vụ chuyến lượt sào công mẫu thùng bao tấn tạ yến lượng chỉ cây phòng căn phần tô bát đĩa ly cốc chai lon hộp gói
     bộ đôi cặp cuốn quyển tờ bài học_sinh sinh_viên học_kỳ kỳ tiết hồ_sơ tài_khoản giao_dịch cuộc tin tin_nhắn lít ký cân mét ounce cổ_phiếu đơn xe tầng ngôi_nhà nhà đầu_người em bé cháu mùa trứng quả set combo sản_phẩm đơn_vị"""
 SHORT_PER = {"cp": "cổ phiếu", "ng": "người", "hs": "học sinh", "sv": "sinh viên", "th": "tháng"}

@@ -7,12 +7,12 @@ __all__ = ['D_BARS', 'READ', 'QUOTES', 'FILLERS', 'NUMBER_SIGNS', 'BRACKETS', 'C
            'EMOTICON', 'MARKUP', 'is_invisible', 'is_symbol', 'symbols', 'CharacterMap', 'write_out', 'read_web',
            'split_tags', 'drop_signs']
 
-# %% ../../nbs/text/06_signs.ipynb #26d8ce1b
+# %% ../../nbs/text/06_signs.ipynb #935dbb93
 import re, unicodedata
 
 from .numbers import any_of, cardinal, digits
 
-# %% ../../nbs/text/06_signs.ipynb #b096f0b2
+# %% ../../nbs/text/06_signs.ipynb #fbed2089
 D_BARS = "ÐðĐɖƉ"          # eth and African d: they look like Đ and đ
 READ = {"%": "phần trăm", "‰": "phần nghìn", "½": "một phần hai", "¼": "một phần tư", "¾": "ba phần tư", "⅓": "một phần ba", "⅔": "hai phần ba", "&": "và", "@": "a còng", "+": "cộng", "=": "bằng", "×": "nhân", "÷": "chia", "±": "cộng trừ",
     "°": "độ", "$": "đô la", "€": "ơ rô", "£": "bảng", "¥": "yên", "₫": "đồng", "№": "số", "√": "căn", "∞": "vô cùng", "≥": "lớn hơn hoặc bằng", "≤": "nhỏ hơn hoặc bằng", "≈": "khoảng", "α": "an pha", "β": "bê ta", "γ": "gam ma", "π": "pi", "µ": "mi crô", "Ω": "ôm", "ω": "ô mê ga"}
@@ -54,7 +54,7 @@ class CharacterMap(dict):
 
 CHARACTER_MAP = CharacterMap()
 
-# %% ../../nbs/text/06_signs.ipynb #c95bbcc7
+# %% ../../nbs/text/06_signs.ipynb #57fd4b9b
 COMPATIBLE = re.compile("[ªº\u2080-\u2089\u2100-\u2115\u2117-\u211f\u2123-\u214f\u2160-\u217f\u2460-\u24ff\u3300-\u33ff\ufb00-\ufb06\uff01-\uff5e]")
 
 def write_out(
@@ -63,7 +63,7 @@ def write_out(
     "The text with compatibility characters in plain ones; `º` is a degree behind a digit."
     return COMPATIBLE.sub(lambda m: "°" if m[0] == "º" else f" {unicodedata.normalize('NFKC', m[0])} " if "\u2460" <= m[0] < "\u2500" else unicodedata.normalize("NFKC", m[0]), text)
 
-# %% ../../nbs/text/06_signs.ipynb #2c4a6ca2
+# %% ../../nbs/text/06_signs.ipynb #8f0699d2
 _ENDS = "com net org vn edu gov info io tv app shop asia biz xyz site online"
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
 WEB = re.compile(rf"""(?<![\w@.])(?:(?P<scheme>https?://)|(?P<user>[A-Za-z0-9][\w.+-]*)@|(?=www\.))(?P<host>{_LABEL}(?:\.{_LABEL})+|localhost)(?P<path>[/?#][^\s<>"”)\],;]*)?
@@ -85,7 +85,7 @@ def read_web(
         return f" {user}{_spelled(host, _SIGNS)} {_spelled(path, {**_SIGNS, '-': '', '?': ''})} "
     return WEB.sub(words, text) if "." in text else text
 
-# %% ../../nbs/text/06_signs.ipynb #ff254e11
+# %% ../../nbs/text/06_signs.ipynb #4a313e83
 TAGS = """noise noises noisy background_noise laugh laughs laughing laughter breath breathing breathe inhale exhale cough coughing sneeze sigh cry crying sob music song singing applause clap clapping silence sil sp spn nsn unk unknown oov eps
     inaudible unintelligible unclear crosstalk overlap hesitation filler um uh pause click lipsmack lip_smack noise_background speech_noise spk int sta fil beep ring phone_ringing static garbage foreign blank_audio
     cười cười_lớn cười_to cười_nhẹ cười_rộ tiếng_cười vỗ_tay tiếng_vỗ_tay ho tiếng_ho hắt_hơi thở_dài tiếng_thở thở khóc tiếng_khóc nhạc âm_nhạc tiếng_nhạc nhạc_nền nhạc_dạo ồn tiếng_ồn tạp_âm nhiễu im_lặng khoảng_lặng ngập_ngừng
