@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'REASONS', 'signal_to_noise', 'probe', 'check_text', 'decib
            'needed', 'check_time', 'describe']
 
 # %% ../../nbs/corpora/40_checks.ipynb #3616b5c9
-import hashlib, os, re, unicodedata
+import hashlib, os, unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 
