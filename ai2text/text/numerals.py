@@ -108,7 +108,7 @@ def small_numeral(m):
 # %% ../../nbs/text/05_numerals.ipynb #9f41656f
 @rule(r"(?<=[A-Z]{2})(?:\.\d{1,2})+(?![\w]|[.,]\d)|(?<=[^\W\d_])\d+(?:\.\d+)+(?![.,]?\d)", needs=".")
 def dotted_code(m):
-    "XBB.1.5, PM2.5, iOS17.4"
+    "JN.1, PM2.5, iOS18.1"
     return ("chấm " if m[0][0] == "." else "") + dotted(m[0].strip("."))
 
 @rule(r"[-–\d]\d*")

@@ -58,7 +58,7 @@ def minus(m):
 
 @rule(r"(?:[<>]\s?=|[<>≥≤~≈#])\s?(?=[-−]?\d)", needs="<>≥≤~≈#")
 def compared(m):
-    ">80%, ≥12, ~100"
+    ">60%, ≥16, ~50"
     if m[0][0] == ">" and re.search(r"<[^<>]*$", m.string[:m.start()]): return None # the end of a tag of markup
     if before(m, "khoảng chừng tầm cỡ gần" if m[0][0] in "~≈" else "dưới trên hơn lớn_hơn nhỏ_hơn ít_hơn từ tối_thiểu tối_đa"): return ""
     if m[0].strip()[0] in "~≈" and re.search(r"\d\S{0,3}\s?$", m.string[:m.start()]): return None
@@ -113,7 +113,7 @@ def range_of_numbers(m):
 
 @rule(r"\s?[+=×÷±≠](?=\s?\d)|(?<=\d)\s?[+=](?!\w)|(?<=\d)\s?[x*](?=\s?\d)|(?<=\w)\s[x*×]\s(?=\d)|(?<=\w)\s?\^\s?[-−]?(?=\w)", needs="+=x*×÷±≠^")
 def mathematics(m):
-    "2 + 3 = 5, 3x4, 2^10"
+    "2 + 3 = 5, 3x4, 10^6"
     return " ".join(MATHEMATICS[sign] for sign in m[0] if sign.strip())
 
 @rule(r"(?<![\w.,])(\d{1,9})\s?(m|kg|tr|l|tỷ|tỉ|triệu|lít|mét|cân|°)(?!(?<=m)[23](?!\d))(\d{1,3})(?!\w|[.,]\d)(?:\s?((?i:đồng|đ|vnđ|vnd)(?!\w)))?")
@@ -149,7 +149,7 @@ def quantity(m):
     words = f"{amount(m['n'], unit)}{' ' + m['large'].strip() if m['large'] else ''} {name_of(unit)}"
     return around(words + " ", per(m["per"])) if m["per"] else words
 
-@rule(fr"(?<=[^\W\d_])\s?/\s?(?P<what>{PER_WORDS}|[^\W\d_]+[23²³]?)(?!\w)", needs="/")
+@rule(fr"(?<=[^\W_])\s?/\s?(?P<what>{PER_WORDS}|[^\W\d_]+[23²³]?)(?!\w)", needs="/")
 def per_unit(m):
     "người/km2, lần/ngày, behind a word that is counted"
     long_unit = len(m["what"]) > 1 and (m["what"] in UNITS or m["what"].lower() in _ANY_CASE) and m["what"][0].islower() and not re.fullmatch(PER_WORDS, m["what"])
@@ -159,6 +159,7 @@ def per_unit(m):
 @rule(r"(?<=[^\W\d_])\s?/\s?(?=\d)", needs="/")
 def per_number(m):
     "8 lít/100km, 1 viên/8 giờ"
+    if re.search(r"\d[A-Z]$", m.string[:m.start()]): return "" # 3G/4G
     return "trên" if _COUNTED_BEFORE.search(m.string[max(0, m.start() - 60):m.start()]) else None
 
 @rule(r"(?<!\w)[Kk][Mm]\.?\s?(?=\d)")
