@@ -88,7 +88,7 @@ def without_variants(
             if left > errors_N[n]: continue
             (said, heard), spared = pair, int(errors_N[n]) - left
             if spared: used[name], errors_N[n] = used.get(name, 0) + spared, left
-    return errors_N, used
+    return errors_N, dict(sorted(used.items(), key=lambda x: (-x[1], x[0])))
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #150c62c6
 SCORE_RATES = ("wer", "wer_low", "wer_high", "cer") # what tables show of a score
