@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HOMES', 'SPLIT_NAMES', 'FIELDS', 'ENDS', 'nfc', 'list_of', 'text_of', 'read_list', 'read_lines', 'split_of',
-           'find_lists', 'told', 'named', 'fields', 'missing', 'only_numbers', 'read_table', 'json_lines',
-           'json_records', 'Files']
+           'find_lists', 'told', 'named', 'fields', 'missing', 'check_names', 'only_numbers', 'read_table',
+           'json_lines', 'json_records', 'Files']
 
 # %% ../../nbs/corpora/20_lists.ipynb #028872c4
 import csv, gzip, json, os, re, unicodedata
@@ -104,6 +104,11 @@ def missing(names, columns=())->list[str]:
     "What no column of these names gives: the recording, the transcript."
     known = named(columns or {})
     return [what for what,some in (("recording", known["audio"] + known["id"]), ("transcript", known["text"])) if not {*some} & {*names}]
+
+def check_names(where, names, columns=(), wanted=("recording", "transcript")):
+    "Refuse records whose fields nobody knows, with what to write."
+    if names and (lost := [what for what in missing(names, columns) if what in wanted]):
+        raise ConfigError(f"{where}: which field is the {' and which the '.join(lost)}? It has: {', '.join(names)}. Write into params.yaml, for this corpus, ours and theirs: `columns: {{{', '.join(dict(recording='audio: NAME', transcript='text: NAME')[what] for what in lost)}, speaker: NAME}}`")
 
 # %% ../../nbs/corpora/20_lists.ipynb #a1c319f5
 _LINES = 20 # of a record with a quoted field, at most
@@ -223,6 +228,9 @@ class Files:
             if inside and not os.path.isfile(path := self.as_on_disk(path)): continue
             if inside and os.path.realpath(path).startswith(os.path.join(self.real, "")): return path, None
             reason = "outside of the folder"
+        own = f"/{os.path.basename(self.folder)}/" # a name from where the list was made, or from before the folder was moved
+        before, found, tail = f"/{names[-1]}".rpartition(own)
+        if found and (path := self.find(tail, ("",), ends)[0]): return path, None
         return None, reason
 
     def as_on_disk(self, path:str)->str:
