@@ -112,7 +112,7 @@ def comparison_rows(
                      **{f"WER in chunks of {40*int(c)} ms": f"{m['streams'][c]:.1%}" if c in m["streams"] else "does not stream" for c in chunks},
                      "trained": spell_hours(m["hours"]), "speech heard, h": round(m["audio_hours"], 1), **{f"to {w:.0%}": _took(reached.get(w, {})) for w in targets},
                      "million parameters": _size(m["parameters"], 1e6, 2), "MB in training": _size(m["training_memory"], 1e6), "MB in use": _size(m["memory"], 1e6),
-                     "real-time factor": round(m["real_time_factor"], 4), "latency, s": middle.get("seconds"), "of an utterance of, s": middle.get("audio_seconds"), "the plan expects": m["claim"] or ""} | ({"but": "; ".join(m["caveats"])} if m.get("caveats") else {}))
+                     "real-time factor": round(m["real_time_factor"], 4), "latency, s": middle.get("seconds"), "of an utterance of, s": middle.get("audio_seconds"), "the plan expects": m["claim"] or ""} | ({"but": "; ".join(m.get("caveats", ()))} if any(o.get("caveats") for o in models) else {}))
     return rows
 
 # %% ../../nbs/evaluation/50_compare.ipynb #d1715855
