@@ -110,8 +110,11 @@ def import_huggingface(cfg:CorpusConfig, source:Path|None):
     else: files = [(name, lambda path=path: _arrow().memory_map(str(path))) for name,path in _saved_files(source)] or [
         (name, lambda name=name: source/name) for name in _one_subset(sorted(p.relative_to(source).as_posix() for p in source.rglob("*.parquet")), str(source))]
     if not files: raise ConfigError(f"{source}: holds no parquet file, and nothing that save_to_disk wrote; path must name {import_huggingface.__doc__}")
-    taken, done = set(), 0
+    taken, done, said = set(), 0, any(split_of(*name.split("/")[::-1]) for name,_ in files)
     for name,opened in files:
+        if "invalidated" in name or said and not split_of(*name.split("/")[::-1]):
+            yield dict(file=name, reason="unknown split", detail="neither train, dev, valid nor test, as others are: left out, all of it")
+            continue
         with _network(f"{url}/{name}" if url else str(source/name)):
             for sound,cells in _rows(name, opened(), cfg.columns):
                 done += 1
