@@ -541,7 +541,7 @@ def open_decoder(
         if format == "mp3": return _open_mpeg(source, 0, source.size)
         if format == "ogg": return _open_ogg(source)
         if format in _FFMPEG: return _open_ffmpeg(source, format)
-        if format and (sound := find_sound(source.head, source.size) or find_sound(source.data)): return _open_chunked(source, format, sound)
+        if format and (sound := find_sound(source.head, source.size) or (find_sound(source.data) if source.head[:4] in _CHUNKED else None)): return _open_chunked(source, format, sound)
         if not format and str(given).lower().endswith(_RAW): raise AudioError("", "raw samples, and nothing says their rate; write them as WAV, as `ffmpeg -f s16le -ar 8000 -ac 1 -i a.raw a.wav` does")
         return _either(source, format)
     finally: source.close()
