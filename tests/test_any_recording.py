@@ -18,7 +18,7 @@ from ai2text.data.shards import write_shards
 from ai2text.pipeline.cli import main
 from ai2text.serving.client import Recogniser, stream, transcribe
 from ai2text.serving.latency import served
-from ai2text.testing.recordings import KINDS, of_kind
+from ai2text.testing.recordings import RECORDINGS, of_kind
 from ai2text.testing.toy_bundle import WORDS, toy_bundle, whistle
 
 RATE = 16_000
@@ -51,7 +51,7 @@ FAULTS = {
     "text.m4a":      (lambda wave: b"<html>not found</html>", [], "unreadable audio"),
     "list.aac":      (lambda wave: b"#EXTM3U\n#EXTINF:9,\nhttp://127.0.0.1:9/a.aac\n#EXT-X-ENDLIST\n", [], "unreadable audio"),
 }
-CASES = {name: (lambda wave, name=name: of_kind(name, wave), [], "") for name in KINDS} | FAULTS
+CASES = {name: (lambda wave, name=name: of_kind(name, wave), [], "") for name in RECORDINGS} | FAULTS
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +161,8 @@ def test_hostile_headers_take_neither_memory_nor_time(tmp_path):
     for at, size, value in ((24, 4, 10**9), (22, 2, 1000), (22, 2, 0), (24, 4, 0), (16, 4, 2**31), (34, 2, 65535)):
         with pytest.raises(AudioError): read_audio(data[:at] + value.to_bytes(size, "little") + data[at + size:])
     rng = np.random.default_rng(0)
-    for name in [*KINDS, "flac", "ogg"]:  # bytes that are wrong anywhere end in samples or in AudioError
-        whole = bytearray(of_kind(name, np.zeros(8000, np.float32)) if name in KINDS else wav(np.zeros(8000, np.float32), format=name.upper()))
+    for name in [*RECORDINGS, "flac", "ogg"]:  # bytes that are wrong anywhere end in samples or in AudioError
+        whole = bytearray(of_kind(name, np.zeros(8000, np.float32)) if name in RECORDINGS else wav(np.zeros(8000, np.float32), format=name.upper()))
         for _ in range(8):
             data = whole.copy()
             for at in rng.integers(0, min(len(data), 600), 6): data[at] = rng.integers(256)
@@ -206,5 +206,5 @@ def test_pieces_and_sides_of_a_manifest(tmp_path):
 
 
 def test_suffixes_are_lower_case_and_known_to_folders():
-    assert len(set(AUDIO_SUFFIXES)) == len(AUDIO_SUFFIXES) and {name[name.rindex("."):] for name in KINDS} <= set(AUDIO_SUFFIXES)
+    assert len(set(AUDIO_SUFFIXES)) == len(AUDIO_SUFFIXES) and {name[name.rindex("."):] for name in RECORDINGS} <= set(AUDIO_SUFFIXES)
     assert read_json  # nothing of a file's name decides what decodes it: renamed.wav above
