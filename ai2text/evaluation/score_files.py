@@ -15,8 +15,8 @@ from ..core.params import ConfigError
 from ..core.tables import columns
 from .metrics import Score, aligned, confusions, score_rows, utterance_rows, worst
 from .scorecard import error_kinds, groups
-from ..text.normalisers import find_normaliser
-from ..text.variants import read_variants
+from ..text.normalise import find_normaliser
+from .variants import read_variants
 
 # %% ../../nbs/evaluation/80_score_files.ipynb #073198b6
 KINDS_OF_FILE = ("lines", "ids", "manifest")
