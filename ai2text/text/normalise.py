@@ -97,7 +97,7 @@ def foreign_words(
 
 # %% ../../nbs/text/10_normalise.ipynb #420300cf
 D_BAR_LETTERS = re.compile(f"[{D_BARS}]")
-SPECIAL = re.compile(rf"[\d_@#/&<>\[\](){{}}*^~=+$₫-]|[{CAPITALS}]{{2}}|[^\W\d_][.][^\W\d_]|(?<!\w)[IVX](?!\w)|(?<!\w)[ivx]{{2}}|(?<!\w)[{CAPITALS}]\w{{0,3}}\.|[²³]|[:;][-']?[DPpvOo](?!\w)|[^\W0-9_](?<=\d)")
+SPECIAL = re.compile(rf"[\d_@#/&<>\[\](){{}}*^~=+$₫-]|[{CAPITALS}]{{2}}|[^\W\d_][.][^\W\d_]|(?<!\w)[IVX](?!\w)|(?<!\w)[{CAPITALS}]\w{{0,3}}\.|[²³]|[:;][-']?[DPpvOo](?!\w)|[^\W0-9_](?<=\d)")
 TAG_POLICIES = ("drop", "keep")
 
 @dataclass(frozen=True)
