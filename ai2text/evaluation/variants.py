@@ -97,7 +97,7 @@ def read_variants(
         try:
             if not (name and text): raise ValueError("no tab; write a class, a tab, its forms with | between them")
             if name[0] == "@":
-                if not re.fullmatch(r"@\w+", name): raise ValueError(f"{name!r} is no name of a set; write @ and letters")
+                if not name[1:].isidentifier(): raise ValueError(f"{name!r} is no name of a set; write @ and letters")
                 sets[name[1:]] = tuple(map(normalise_word, text.lower().split()))
                 continue
             first, *others = _forms(text, sets)
