@@ -85,9 +85,8 @@ def without_variants(
         for name,change in variants:
             if (pair := (change(said), change(heard))) == (said, heard): continue
             left = int(count_errors(*([t] for t in pair))[0,1:].sum())
-            if left > errors_N[n]: continue
-            (said, heard), spared = pair, int(errors_N[n]) - left
-            if spared: used[name], errors_N[n] = used.get(name, 0) + spared, left
+            if left >= errors_N[n]: continue
+            (said, heard), used[name], errors_N[n] = pair, used.get(name, 0) + int(errors_N[n]) - left, left
     return errors_N, dict(sorted(used.items(), key=lambda x: (-x[1], x[0])))
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #150c62c6
