@@ -91,7 +91,7 @@ TAGS = """noise noises noisy background_noise laugh laughs laughing laughter bre
     cười cười_lớn cười_to cười_nhẹ cười_rộ tiếng_cười vỗ_tay tiếng_vỗ_tay ho tiếng_ho hắt_hơi thở_dài tiếng_thở thở khóc tiếng_khóc nhạc âm_nhạc tiếng_nhạc nhạc_nền nhạc_dạo ồn tiếng_ồn tạp_âm nhiễu im_lặng khoảng_lặng ngập_ngừng
     không_nghe_rõ không_rõ nghe_không_rõ không_nghe_được tiếng_động tiếng_chuông chuông_reo tiếng_xe tiếng_nước reo_hò hò_reo hát tiếng_hát tiếng_nước_ngoài nói_chen nói_chồng hắng_giọng tặc_lưỡi"""
 _TAG = any_of(TAGS).replace(" ", "[ _]")
-TAG = re.compile(rf"(?<![\[<{{(*♪♫])[\[<{{(*♪♫]{{1,3}}\s?[/!]?\s?(?P<tag>{_TAG})(?:[\s:_-]*[\d.:,s]+)?\s*/?[\]>}})*♪♫]+|(?<!\w)(?:!SIL|\+\+?(?P<plus>{_TAG})\+\+?)(?!\w)")
+TAG = re.compile(rf"(?<![\[<{{(*♪♫])[\[<{{(*♪♫]{{1,3}}\s?[/!]?\s?(?P<tag>{_TAG})(?:[\s:_-]*[\d.:,s]+)?\s*/?[\]>}})*♪♫]+|\[(?P<sound>(?i:tiếng|âm thanh|nhạc)(?:[\s_][^\W_]+){{1,5}})\]|(?<!\w)(?:!SIL|\+\+?(?P<plus>{_TAG})\+\+?)(?!\w)")
 EMOTICON = re.compile(r"(?<!\w)(?:[:;=]['-]?(?:[DPpvOo](?!\w)|[)(\]*|/\\]+)|<3+(?!\d)|\^[_.-]*\^|[xX]D+(?!\w)|T_T|[=-]+>+|<[=-]+(?!\d)|>{2,}|<{2,})")
 MARKUP = re.compile(r"<[/!?]?[A-Za-z][^<>]*>|<!--|&(?:#\d+|#[xX][0-9A-Fa-f]+|[A-Za-z]{2,8});")
 
@@ -101,7 +101,7 @@ def split_tags(
     "A text at its tags; a tag is its words, joined with `_`."
     parts, end = [], 0
     for m in TAG.finditer(text):
-        parts += [text[end:m.start()], "_".join((m["tag"] or m["plus"] or "sil").lower().split())]
+        parts += [text[end:m.start()], "_".join((m["tag"] or m["sound"] or m["plus"] or "sil").lower().replace("_", " ").split())]
         end = m.end()
     return [*parts, text[end:]]
 
