@@ -28,8 +28,7 @@ from ..core.parallel import cluster, in_parallel
 from ..audio.decoders import AUDIO_SUFFIXES
 from ..audio.io import AudioError, Recording, encode, piece_of, read_plain, resample
 from .shard_index import COLUMNS, INDEX_FORMAT, Index, ShardError, load_index, member_audio, members, numbered, printable, reject_summary, save_index
-from ..text.normalise import Normaliser
-from ..text.normalisers import NORMALISER, NORMALISER_FILE, find_normaliser, for_corpus, normaliser_name
+from ..text.normalise import NORMALISER, NORMALISER_FILE, Normaliser, find_normaliser, for_corpus, normaliser_name
 
 # %% ../../nbs/data/10_shards.ipynb #d8683c7c
 def safe_key(id:str)->str:

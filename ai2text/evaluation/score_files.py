@@ -15,8 +15,8 @@ from ..core.params import ConfigError
 from ..core.tables import columns
 from .metrics import Score, aligned, confusions, score_rows, utterance_rows, worst
 from .scorecard import error_kinds, groups
-from ..text.normalisers import find_normaliser
-from ..text.variants import read_variants
+from ..text.normalise import find_normaliser
+from .variants import read_variants
 
 # %% ../../nbs/evaluation/80_score_files.ipynb #073198b6
 KINDS_OF_FILE = ("lines", "ids", "manifest")
@@ -92,6 +92,8 @@ def read_sides(
     paths = [Path(reference), Path(hypothesis)]
     lines = [_lines(p) for p in paths]
     kinds = [kind_of_file(l) if kind == "auto" else kind for l in lines]
+    for path,found in zip(paths, kinds):
+        if kind == "auto" and path.suffix in (".json", ".jsonl") and found != "manifest": raise ConfigError(f"{path}: no manifest; write one JSON object a line, or say what it is with --kind lines or ids")
     if kind == "auto" and {*kinds} == {"ids", "lines"} and {*_ids(lines[kinds.index("lines")])} <= {*_ids(lines[kinds.index("ids")])}: kinds = ["ids", "ids"] # of a short file
     if kinds[0] != kinds[1]:
         told = dict(lines="text line by line", ids="an id and a text in each line", manifest="a manifest (JSON Lines)")

@@ -29,7 +29,8 @@ def score(m):
     if before(m, RESULTS) or before(m, SCORES, gap=6) and ":" not in m[0] and not behind(m, COUNTED): return words
     if ":" in m[0] or m["a"][0] == "0" != m["a"] or behind(m, COUNTED): return None
     if behind(m, "chung_cuộc sau_hiệp nghiêng_về sau_90_phút ngay_trong_hiệp sau_hai_hiệp"): return words
-    if between_names(m) and not before(m, "từ khoảng ngày tháng lớp thứ chương điều khoản trang năm tầng số"):
+    facing = re.search(r"[^\W\d_a-z]\w*\s+[-–]\s+[^\W\d_a-z]\w*(?:\s+[^\W_a-z]\w*)*\s*:?\s*$", m.string[max(0, m.start() - 60):m.start()]) # Arsenal - Chelsea 1-2
+    if (between_names(m) or facing) and not before(m, "từ khoảng ngày tháng lớp thứ chương điều khoản trang năm tầng số"):
         return unsure(words, f"{cardinal(int(m['a']))} đến {cardinal(int(m['b']))}") if int(m["a"]) < int(m["b"]) else words
 
 @rule(fr"{ALONE}\d(?:[-–]\d){{2,4}}{CODE_END}", needs="-–")
@@ -120,7 +121,8 @@ def day_and_month(m):
 @rule(fr"{ALONE}{DAY}(?P<sign>[.-]){MONTH}(?!\d)(?:{JOINT}{DAY}(?P=sign){MONTH}(?!\d))*{CODE_END}(?!\s?(?:trăm|nghìn|ngàn|triệu|tỷ|tỉ|kg|km|đồng|lần|USD)(?!\w))", needs=".-")
 def announced_day(m):
     "ngày 12-3, chiều 24.3, lễ 30-4, 1-5"
-    if before(m, DAYS) and not before(m, "đường phố cầu nghỉ tết sinh" if m["sign"] == "-" and not before(m, "đường_30-4") else "đường phố cầu tết"): return _dates(m[0])
+    if behind(m, COUNTED) and not behind(m, "năm tháng tuần"): return None
+    if before(m, DAYS) and not before(m, "đường phố cầu tết"): return _dates(m[0])
     days = [int(re.match(r"\d+", a)[0]) for a in re.findall(r"\d+[.-]\d+", m[0])]
     if (m["sign"] == "-" or len(days) > 1 and " - " in m[0]) and max(days) > 12 and not before(m, SCORES, gap=6) and not before(m, "từ khoảng"): return unsure(_dates(m[0]), m[0].replace("-", " "))
 

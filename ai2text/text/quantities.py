@@ -24,7 +24,7 @@ UNITS = {prefix + sign: f"{PREFIXES[prefix]} {name}" for sign, name, prefixes in
     ("Ω", "ôm", "k")) for prefix in prefixes}
 UNITS |= {sign: name for name, signs in {"mét": "m", "gam": "g gr gram", "lít": "l L", "héc": "Hz", "oát": "W", "vôn": "V", "giờ": "h", "phút": "p ph ' ′ min", "giây": "s ″", "nghìn": "k K", "triệu": "tr", "héc ta": "ha", "xê xê": "cc", "ca lo": "cal", "mon": "mol",
     "mi li lít": "mL", "đề xi lít": "dL", "đề xi ben": "dB", "mi li mét thủy ngân": "mmHg", "độ c": "°C ºC oC °c ºc", "độ f": "°F ºF", "độ": "° º", "phần trăm": "%", "phần nghìn": "‰", "mã lực": "hp", "in": "inch ″", "ôm": "Ω",
-    "phần triệu": "ppm", "sao": "★ ⭐", "đơn vị quốc tế": "IU", "đề xi mét": "dm", "ki lô oát giờ": "KWh"}.items() for sign in signs.split()}
+    "phần triệu": "ppm", "sao": "★ ⭐ *", "đơn vị quốc tế": "IU", "đề xi mét": "dm", "ki lô oát giờ": "KWh"}.items() for sign in signs.split()}
 for length in ("km", "hm", "m", "dm", "cm", "mm"):
     for sign in "2²": UNITS[length + sign] = f"{UNITS[length]} vuông"
     for sign in "3³": UNITS[length + sign] = f"{UNITS[length]} khối"
@@ -85,6 +85,7 @@ def fraction(m):
     top, under = m[2], m[3]
     above, below, unit = value_of(top), value_of(under), f" {name_of(m[4])}" if m[4] else ""
     over = f"{read_number(top)} trên {read_number(under)}{unit}"
+    if re.fullmatch(r"(1[89]|20)\d\d", top) and (below - above) % 100 == 1 and len(under) in (2, 4): return either(over.replace(" trên ", " "), over) # a season
     if m["whole"]:
         if above < below <= 10: return f"{read_number(m['whole'])} và {read_number(top)} phần {'tư' if below == 4 else read_number(under)}{unit}"
         over = f"{read_number(m['whole'])} {over}"
@@ -98,12 +99,13 @@ def between(a:str, b:str)->str:
     "What is said for the dash between two numbers."
     return " đến " if value_of(a) < value_of(b) or (len(a) == 4 and len(b) == 2) else " "
 
-@rule(fr"(?<!\w)(?P<sign>(?i:us\$|vnd|vnđ|usd|eur|[sa]\$)|[$€£¥₫₩])\s?(?P<n>{PLAIN_NUMBER})(?:\s?[-–]\s?[$€£¥]?(?P<to>{PLAIN_NUMBER}))?(?P<large>\s?{LARGE})?(?!\w)")
+@rule(fr"(?<!\w)(?P<sign>(?i:us\$|vnd|vnđ|usd|eur|[sa]\$)|[$€£¥₫₩])\s?(?P<n>{PLAIN_NUMBER})(?:\s?[-–]\s?[$€£¥]?(?P<to>{PLAIN_NUMBER}))?(?P<large>\s?(?:{LARGE}|[KMB]|bn))?(?!\w)")
 def sign_first(m):
     "$5, US$20, $2.5 triệu, $10-20"
     words = amount(m["n"], m["sign"])
     if m["to"]: words += between(m["n"], m["to"]) + amount(m["to"], m["sign"])
-    return f"{words}{' ' + m['large'].strip() if m['large'] else ''} {name_of(m['sign'])}"
+    large = (m["large"] or "").strip()
+    return " ".join(filter(None, (words, {"K": "nghìn", "M": "triệu", "B": "tỷ", "bn": "tỷ"}.get(large, large), name_of(m["sign"]))))
 
 @rule(fr"(?<!\d[-–—])(?P<a>{NUMBER})\s?(?P<unit>{SIGN})?\s?[-–—~]\s?(?={PLAIN_NUMBER}(?!\s?[-–—]\s?\d|:\d))(?P<b>{PLAIN_NUMBER})", needs="-–—~")
 def range_of_numbers(m):
