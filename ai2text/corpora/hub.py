@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..core.params import ConfigError
 from ..core.sections import CorpusConfig
-from .lists import check_names, fields, named, split_of
+from .lists import check_fields, fields, named, split_of
 
 # %% ../../nbs/corpora/26_hub.ipynb #d67da8da
 _URL = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/\s]*))?(?:/(\S*))?")
@@ -88,7 +88,7 @@ def _rows(name:str, source, columns)->list:
     names, classes = named(columns), _classes(schema)
     audio = _audio_column(schema, names["audio"], name)
     known = [column for column in schema.names if column != audio and any(column.lower() in theirs for theirs in names.values())]
-    check_names(name, [column.lower() for column in schema.names], columns, ("transcript",))
+    check_fields(name, [column.lower() for column in schema.names], columns, ("transcript",))
     for batch in read([audio, *known]):
         for row in batch.to_pylist():
             sound = row.pop(audio)

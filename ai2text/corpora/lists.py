@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOMES', 'SPLIT_NAMES', 'FIELDS', 'ENDS', 'nfc', 'list_of', 'text_of', 'read_list', 'read_lines', 'split_of',
-           'find_lists', 'told', 'named', 'fields', 'missing', 'check_names', 'only_numbers', 'read_table',
+           'find_lists', 'told', 'named', 'fields', 'missing', 'check_fields', 'only_numbers', 'read_table',
            'json_lines', 'json_records', 'Files']
 
 # %% ../../nbs/corpora/20_lists.ipynb #028872c4
@@ -105,7 +105,7 @@ def missing(names, columns=())->list[str]:
     known = named(columns or {})
     return [what for what,some in (("recording", known["audio"] + known["id"]), ("transcript", known["text"])) if not {*some} & {*names}]
 
-def check_names(where, names, columns=(), wanted=("recording", "transcript")):
+def check_fields(where, names, columns=(), wanted=("recording", "transcript")):
     "Refuse records whose fields nobody knows, with what to write."
     if names and (lost := [what for what in missing(names, columns) if what in wanted]):
         raise ConfigError(f"{where}: which field is the {' and which the '.join(lost)}? It has: {', '.join(names)}. Write into params.yaml, for this corpus, ours and theirs: `columns: {{{', '.join(dict(recording='audio: NAME', transcript='text: NAME')[what] for what in lost)}, speaker: NAME}}`")
