@@ -12,7 +12,7 @@ __all__ = ['ALONE', 'CODE_END', 'RESULTS', 'SCORES', 'COUNTED', 'RATIOS', 'DAY',
 
 # %% ../../nbs/text/02_dates.ipynb #dfdb1d75
 import re
-from .numbers import PLAIN_NUMBER, apply_rules, around, before, behind, between_names, cardinal, either, read_number, rule, unsure
+from .numbers import PLAIN_NUMBER, around, before, behind, between_names, cardinal, either, read_number, rule, unsure
 
 # %% ../../nbs/text/02_dates.ipynb #daa05aca
 ALONE, CODE_END = r"(?<![\w])(?<!\d[.,/:-])", r"(?![\w]|[.,/:-]\d|\s?[%‰°])"

@@ -10,7 +10,7 @@ __all__ = ['MONEY', 'PREFIXES', 'UNITS', 'LONG_UNIT', 'UNIT', 'SIGN', 'LARGE', '
 
 # %% ../../nbs/text/04_quantities.ipynb #d5f634e1
 import re
-from ai2text.text.numbers import (DIGITS, NUMBER, PLAIN_NUMBER, any_of, apply_rules, around, before, behind, cardinal, either, read_number, rule,
+from ai2text.text.numbers import (DIGITS, NUMBER, PLAIN_NUMBER, any_of, around, before, behind, cardinal, either, read_number, rule,
     value_of)
 from .dates import COUNTED, STREETS
 
