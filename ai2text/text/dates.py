@@ -180,7 +180,7 @@ def open_years(m):
 
 # %% ../../nbs/text/02_dates.ipynb #8f997eed
 HOUR, MINUTE = r"(?:[01]?\d|2[0-4])", r"[0-5]\d"
-TIME = fr"{HOUR}(?::{MINUTE}(?::{MINUTE})?|\s?[hHg]\s?{MINUTE}(?:\s?(?:phút|ph|p|m|['′]))?|\s?[hH])(?!\w)"
+TIME = fr"{HOUR}(?::{MINUTE}(?::{MINUTE})?|\s?[hHg]\s?{MINUTE}(?:\s?(?:phút|ph|p|m|['′]))?|\s?[hH])(?:(?!\w)|(?=[AaPp][Mm](?!\w)))"
 WHEN = "lúc hồi từ đến tới trước sau khoảng vào mở_cửa"
 PART_OF_DAY = "sáng trưa chiều tối đêm khuya ngày hôm"
 BOOKS = """gioan giăng luca lu-ca mátthêu mát-thêu ma-thi-ơ mác máccô mác-cô rôma rô-ma côrintô cô-rinh-tô galát ga-la-ti êphêsô ê-phê-sô thánh_vịnh tv thi_thiên sáng_thế sáng_thế_ký xuất_hành khải_huyền châm_ngôn isaia ê-sai timôthê phêrô
@@ -204,7 +204,7 @@ def southern_hour(m):
     if not (m[3] or before(m, WHEN) or behind(m, PART_OF_DAY)): return None
     return time(m[1]) + (f" đến {time(m[2], m[3] or '')}" if m[2] else "")
 
-@rule(fr"(?<!\w)(?<!\d[.,/:])(?:(?P<from>{HOUR})\s?[-–]\s?)?(?P<a>{TIME})(?:\s?[-–]\s?(?P<b>{TIME}))?(?![.,:]\d)", needs=":hHg")
+@rule(fr"(?<!\w)(?<!\d[.,/:])(?:(?P<from>{HOUR})\s?[-–]\s?)?(?P<a>{TIME})(?:\s?[-–]\s?(?P<b>{TIME}|{HOUR}g(?!\w)))?(?![.,:]\d)", needs=":hHg")
 def time_of_day(m):
     "8h30, 8:30, 6:05:09, 8-10h, 7:00-9:30"
     times = ([cardinal(int(m["from"]))] if m["from"] else []) + [time(*re.findall(r"\d+", o)) for o in (m["a"], m["b"]) if o]

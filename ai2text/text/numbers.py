@@ -201,7 +201,7 @@ def between_names(match)->bool:
 CALLS = """gọi gọi_số gọi_cho gọi_ngay bấm quay alo tổng_đài hotline cảnh_sát cứu_hỏa cứu_hoả cấp_cứu cứu_thương liên_hệ đường_dây_nóng nhắn_tin số_khẩn_cấp cskh"""
 CALLED = CALLS + """ điện_thoại số_điện_thoại đt đtdđ sđt tel fax zalo di_động gửi gửi_đến đầu_số"""
 IDS = """mã_số mã_số_thuế mst mã_bưu_chính mã_bưu_điện số_báo_danh sbd mã_vùng mã_otp otp mã_xác_nhận mã_pin mã_đơn mã_đơn_hàng mã_vận_đơn mã_giao_dịch mã_sinh_viên mssv mã_hồ_sơ mã_lớp mã_đề mật_khẩu số_tài_khoản tài_khoản stk tk số_thẻ
-    số_hiệu số_seri seri số_sê_ri imei cccd căn_cước căn_cước_công_dân cmnd cmt chứng_minh_thư chứng_minh_nhân_dân số_chứng_minh hộ_chiếu gplx giấy_phép_lái_xe số_bảo_hiểm biển_số biển_kiểm_soát số_máy số_khung"""
+    số_hiệu số_seri seri số_sê_ri imei cccd căn_cước căn_cước_công_dân cmnd cmt chứng_minh_thư chứng_minh_nhân_dân số_chứng_minh hộ_chiếu gplx giấy_phép_lái_xe số_bảo_hiểm biển_số biển_kiểm_soát số_máy số_khung isbn mã_vạch"""
 GAP = r"(?:\s*[:.]\s*|\s+)(?:(?:số|là|số là)\s*:?\s+)?"
 SUM = r"(?!\w|[.,/:%]\d|\s?(?:đồng|đ|%|triệu|tỷ|tỉ|nghìn|ngàn|trăm|người|cuộc|usd|đô|vnđ|vnd|k|tr)(?!\w))" # what would follow a sum
 
@@ -235,7 +235,7 @@ def card(m):
     "9704 1234 5678 9012"
     return digits(m[0])
 
-@rule(rf"(?<!\w)(?P<name>{any_of(IDS)}{GAP}(?:[A-ZĐ]{{1,4}}-?)?)(?P<n>\d(?:[ .-]?\d){{2,}}){SUM}")
+@rule(rf"(?<!\w)(?P<name>{any_of(IDS)}{GAP}(?:[A-ZĐ]{{1,4}}[- ]?)?)(?P<n>\d(?:[ .-]?\d){{2,}}){SUM}")
 def identity(m):
     "mã số 001234, STK 1903 4567 8901"
     return f"{m['name'].rstrip('-')}{' ' * m['name'][-1].isalpha()}{digits(m['n'])}"

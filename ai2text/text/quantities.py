@@ -50,10 +50,13 @@ def amount(number:str, sign:str)->str:
 MATHEMATICS = {"+": "cộng", "=": "bằng", "x": "nhân", "*": "nhân", "×": "nhân", "÷": "chia", "±": "cộng trừ", "^": "mũ", "-": "âm", "−": "âm", "≠": "khác"}
 COMPARED = {">": either("lớn hơn", "trên", "hơn"), "<": either("nhỏ hơn", "dưới"), "≥": either("lớn hơn hoặc bằng", "từ"), "≤": either("nhỏ hơn hoặc bằng", "không quá"), "~": "khoảng", "≈": "khoảng", "#": "số"}
 
+_READ = DIGITS + "mươi trăm phần".split() + sorted({name.split()[-1] for name in (*UNITS.values(), *MONEY.values())} - {"độ"}) # how a number ends that has been read
+_BEFORE_MINUS = re.compile(rf"(?:\d\S{{0,4}}|[A-Z]{{2,}}|(?<!\w)(?:{'|'.join(_READ)}))\s$")
+
 @rule(r"(?<![^\s(\[])(?<!\d\s)[-−–](?=\d)", needs="-−–")
 def minus(m):
     "-5, –5°C"
-    return None if re.search(rf"(?:\d\S{{0,4}}|[A-Z]{{2,}}|{'|'.join(DIGITS)}|mươi|trăm|nghìn|triệu|tỷ)\s$", m.string[max(0, m.start() - 8):m.start()]) else "âm"
+    return None if _BEFORE_MINUS.search(m.string, max(0, m.start() - 12), m.start()) else "âm"
 
 @rule(r"(?:[<>]\s?=|[<>≥≤~≈#])\s?(?=[-−]?\d)", needs="<>≥≤~≈#")
 def compared(m):
