@@ -109,10 +109,11 @@ def from_old_encoding(
     if text.isascii() or ONLY_UNICODE.search(text): return text, ""
     words = [word for word in _words(text) if not word.isascii()]
     if not words or all(map(is_syllable, words)): return text, ""
-    best, name, new = sum(map(is_syllable, words)), "", text
+    before = best = sum(map(is_syllable, words))
+    name, new = "", text
     for encoding, convert in ENCODINGS.items():
         after = convert(text)
         if after == text: continue
         good = sum(is_syllable(word) for word in _words(after) if not word.isascii())
-        if good > best and good >= 0.8 * len(words) and (good > 1 or len(re.findall(r"[^\W\d_]\S*", text)) == 1 or encoding == "TCVN3" and _INSIDE.search(text)): best, name, new = good, encoding, after
+        if good > best and good >= 0.8 * len(words) and (good > before + 1 or len(re.findall(r"[^\W\d_]\S*", text)) == 1 or encoding == "TCVN3" and _INSIDE.search(text)): best, name, new = good, encoding, after
     return new, name
