@@ -68,6 +68,7 @@ try: $(STAMP)
 	@test -n "$(NOTEBOOK)" || { echo "error: nbs/$(NB).ipynb: no such notebook; name one: make try NB=models/conformer" >&2; exit 1; }
 	@$(BIN)/nbdev_export
 	@$(BIN)/nbdev_clean --fname $(NOTEBOOK)
+	@$(BIN)/ai2text identity
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path $(NOTEBOOK) --do_print
 	@$(BIN)/ruff check ai2text $(NOTEBOOK)
 	@$(BIN)/python -m pytest -q tests/test_house.py -k "$(basename $(notdir $(NOTEBOOK))) or sync or required"
