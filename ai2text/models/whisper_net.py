@@ -55,7 +55,9 @@ class LogMel(nn.Module):
             frames = 2*int(positions_B.max())
             wave = audio_BT.float()[:,:HOP*frames]
             spoken = min(frames, -(-(wave.shape[1] + WINDOW//2)//HOP)) # silence behind it needs no transform
-            wave = nnf.pad(nnf.pad(wave, (WINDOW//2, 0), "reflect") if wave.shape[1] > WINDOW//2 else nnf.pad(wave, (WINDOW//2, 0)), (0, HOP*spoken + WINDOW - wave.shape[1]))
+            wave = nnf.pad(wave, (0, max(HOP*spoken, WINDOW) - wave.shape[1]))
+            wave = nnf.pad(wave, (WINDOW//2, WINDOW//2*(spoken == 2*self.positions)), "reflect")
+            wave = nnf.pad(wave, (0, max(0, HOP*spoken + WINDOW - wave.shape[1])))
             power = torch.view_as_real(torch.stft(wave, WINDOW, HOP, window=self.window, center=False, return_complex=True)[...,:spoken]).square().sum(-1)
             x = nnf.pad((self.mel @ power).clamp_(min=MIN_POWER).log10_(), (0, frames - spoken), value=math.log10(MIN_POWER))
             beyond = torch.arange(frames, device=x.device) >= 2*positions_B[:,None]
@@ -175,13 +177,13 @@ class WhisperNet(nn.Module):
         memories:list,  # of each layer, `block.cross.remember(states)`
         ends=None,
         caches=None,    # of the tokens before; None = there are none
-    ):                  # logits of the last token (B, V), caches
+    ):                  # states of these tokens (B, L, D), caches
         at = caches[0][0].shape[2] if caches else 0
         x, new = self.embedding(ids_BL) + self.positions[at:at + ids_BL.shape[1]], []
         for i,block in enumerate(self.decoder):
             x, cache = block(x, "causal" if at == 0 else None, memories[i], ends, caches[i] if caches else None)
             new.append(cache)
-        return self.logits(self.decoder_norm(x[:,-1])), new
+        return self.decoder_norm(x), new
 
     def logits(self, x:Tensor)->Tensor: return nnf.linear(x, self.embedding.weight)
 
