@@ -24,11 +24,15 @@ def build_model(
     params:dict,  # the section models.M: `family`, and what the family takes
     tokenizer,    # of the data
     seed:int=0,   # of the first weights
+    name:str="",  # M, for errors
 ):                # the model
     "A model with the weights that training starts from."
     family, asked = model_class(params.get("family", "")), {k: v for k,v in params.items() if k not in ("family", *OWN_SECTIONS)}
     torch.manual_seed(seed)
-    return getattr(family, "start", family.from_config)(asked, tokenizer)
+    try: return getattr(family, "start", family.from_config)(asked, tokenizer)
+    except ConfigError as e: # a family's errors begin with its own name, as whisper.init
+        if name and str(e).startswith(f"{params['family']}."): raise ConfigError(f"models.{name}{str(e).removeprefix(params['family'])}") from e
+        raise
 
 # %% ../../nbs/models/60_store.ipynb #303ad0b4
 def tensors_on_disk(

@@ -9,7 +9,7 @@ __all__ = ['SIZES', 'FRESH', 'QUIET', 'NEAR', 'NO_LABEL', 'MARGIN', 'MOST_TOKENS
            'join_pairs', 'noise_like', 'quiet_cuts', 'checkpoint_folder', 'unmade', 'released_tokens', 'released']
 
 # %% ../../nbs/models/30_whisper.ipynb #74f498af
-import json, re
+import contextlib, json, re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from ..core.layout import find_root
 from ..core.batch import SAMPLE_RATE, Batch, Hypothesis, Loss
 from ..audio.fbank import HOP
 from ..audio.augment import spec_augment, stretch
-from .whisper_tokens import SPECIAL_TOKENS, TIME_STEP, ReleasedText, WhisperTokens, load_tokens, quiet
+from .whisper_tokens import SPECIAL_TOKENS, TIME_STEP, ReleasedText, WhisperTokens, load_tokens
 from .whisper_net import WhisperNet, from_release
 from .whisper_search import Found, Rules, repeats, search, unlooped
 
@@ -389,7 +389,8 @@ def checkpoint_folder(
 )->tuple[Path,str]: # where its files are, and how to mend what is missing there
     "Find a released checkpoint on this machine; raises `ConfigError`, and never asks the network."
     folder = Path(c.init).expanduser()
-    if not folder.is_absolute() and not folder.is_dir() and (root := find_root()): folder = root/folder
+    if not folder.is_absolute():
+        with contextlib.suppress(ConfigError): folder = find_root()/folder # where there is a project, it starts from its root
     if folder.is_dir():
         if c.revision: raise ConfigError(f"whisper.revision: {c.init} is a folder and has no revisions; leave revision out")
         return folder, "copy the whole checkpoint there"
@@ -431,8 +432,9 @@ def released_tokens(
     if english: raise ConfigError(f"{folder}: an English-only Whisper; take the multilingual one, whose name lacks .en")
     if lacking := [s for s in SPECIAL_TOKENS.values() if s not in ids]: raise ConfigError(f"{folder}: its vocabulary lacks {', '.join(lacking)}; take a multilingual Whisper")
     if lost := unmade(text): raise ConfigError(f"{folder}: {len(lost)} pieces of its vocabulary are made by no merge, such as {lost[0].replace(chr(0x120), ' ')!r}; words would fall into other pieces than in training. Take the tokenizer of the original release")
-    nothing = {"no_speech": ids[n] for n in NOTHING if n in ids}
-    tokens = WhisperTokens(text, {name: ids[s] for name,s in SPECIAL_TOKENS.items()} | nothing, vocab_size)
+    special = {name: ids[s] for name,s in SPECIAL_TOKENS.items()}
+    for s in NOTHING: special |= {"no_speech": ids[s]} if s in ids else {}
+    tokens = WhisperTokens(text, special, vocab_size)
     needed = max(max(ids.values()) + 1, tokens.first_timestamp + TIMESTAMPS)
     if needed > vocab_size: raise ConfigError(f"{folder}: the tokenizer needs {needed} ids, and config.json says vocab_size {vocab_size}; they are of different checkpoints, {mend}")
     return tokens

@@ -7,21 +7,22 @@ __all__ = ['MARGIN', 'WhisperCTCConfig', 'begun_with', 'WhisperCTC']
 
 # %% ../../nbs/models/34_whisper_ctc.ipynb #2896880f
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as nnf
 from fastcore.basics import patch
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
 
 from ..core.params import ConfigError, make, opt
-from ..core.batch import SAMPLE_RATE, Batch, Loss
 from ..core.files import read_json
+from ..core.batch import SAMPLE_RATE, Batch, Loss
 from ..audio.augment import spec_augment, stretch
-from .ctc import BLANK_ID, ctc_loss, greedy
+from .ctc import ctc_loss, greedy
 from .conformer import FRAME_SECONDS, attention_mask, draw_chunks
-from .whisper_net import HIDDEN, POSITION, WhisperNet
-from .whisper import ReleasedConfig, released, shorten_pauses
+from .whisper_tokens import load_tokens
+from .whisper_net import HIDDEN, WhisperNet
+from .whisper import ReleasedConfig, Whisper, checkpoint_folder, released, shorten_pauses
 
 # %% ../../nbs/models/34_whisper_ctc.ipynb #8af92af6
 @dataclass
@@ -46,10 +47,7 @@ class WhisperCTCConfig:
 
 def begun_with(c:WhisperCTCConfig):
     "The `Whisper` whose encoder is taken."
-    from safetensors.torch import load_file
-    from ai2text.models.whisper import Whisper, checkpoint_folder
-    from ai2text.models.whisper_tokens import load_tokens
-    folder, mend = checkpoint_folder(ReleasedConfig(init=c.init, revision=c.revision))
+    folder, _ = checkpoint_folder(ReleasedConfig(init=c.init, revision=c.revision))
     about = read_json(folder/"config.json") if (folder/"config.json").exists() else {}
     if about.get("family") != "whisper": return released(ReleasedConfig(init=c.init, revision=c.revision))
     model = Whisper.from_config(about["config"], load_tokens(folder/"tokenizer"))
