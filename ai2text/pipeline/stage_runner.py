@@ -16,7 +16,7 @@ from ..core.sections import SECTIONS, section
 from ..core.files import atomic_folder, atomic_write, write_json
 from ..core.layout import Layout, find_root
 from ..core.code import code_digest, identity
-from ..models.advice import ADVICE, train_values
+from ..training.advice import ADVICE, train_values
 
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #28722d20
 STAGES = ("corpus", "prepare", "shards", "init", "train", "evaluate", "compare", "export")

@@ -9,7 +9,7 @@ __all__ = ['small_whisper']
 import json
 from pathlib import Path
 
-from ..models.whisper_tokens import TIME_STEP, quiet
+from ..models.whisper_writing import TIME_STEP, quiet
 
 # %% ../../nbs/testing/25_small_whisper.ipynb #6e7849cf
 def small_whisper(

@@ -20,7 +20,7 @@ from ..text.normalise import NORMALISER_VERSION
 from ..text.tokenizer import load_tokenizer
 from ..data.dvc_files import packed
 from ..models.store import build_model
-from ..models.advice import train_values
+from .advice import train_values
 from ..models.store import load_config, load_model, save_model
 from ..ttq.log import load_log, read_again, milestone_rows, to_target
 from .checkpoint import about as says, load_checkpoint, pack_run, runs

@@ -22,7 +22,7 @@ from ..core.distributed import LostMachine, MINUTES, Ranks, launch
 from ..text.normalise import NORMALISER_VERSION
 from ..text.tokenizer import load_tokenizer
 from ..data.dvc_files import CorruptObject, RemoteUnavailable, dvc_files, packed
-from ..models.advice import is_released, train_values
+from .advice import is_released, train_values
 from ..models.store import load_model
 from ..ttq.log import TTQObserver, TTQTracker, read_again, read_milestones
 from ..ttq.stopping import StopWhen, why_stop
