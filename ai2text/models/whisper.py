@@ -9,7 +9,7 @@ __all__ = ['SIZES', 'FRESH', 'QUIET', 'BESIDE', 'NO_LABEL', 'TAIL', 'MOST_TOKENS
            'join_pairs', 'noise_like', 'quiet_cuts', 'checkpoint_folder', 'unmade', 'released_tokens', 'released']
 
 # %% ../../nbs/models/30_whisper.ipynb #74f498af
-import contextlib, json, re
+import json, re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..core.params import ConfigError, make, opt
 from ..core.files import read_json
-from ..core.layout import find_root
+from ..core.layout import from_root
 from ..core.batch import SAMPLE_RATE, Batch, Hypothesis, Loss
 from ..audio.fbank import HOP
 from ..audio.augment import spec_augment, stretch
@@ -387,9 +387,7 @@ def checkpoint_folder(
     c:ReleasedConfig,
 )->tuple[Path,str]: # where its files are, and how to mend what is missing there
     "Find a released checkpoint on this machine; raises `ConfigError`, and never asks the network."
-    folder = Path(c.init).expanduser()
-    if not folder.is_absolute():
-        with contextlib.suppress(ConfigError): folder = find_root()/folder # where there is a project, it starts from its root
+    folder = from_root(c.init)
     if folder.is_dir():
         if c.revision: raise ConfigError(f"whisper.revision: {c.init} is a folder and has no revisions; leave revision out")
         return folder, "copy the whole checkpoint there"
