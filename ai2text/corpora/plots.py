@@ -42,7 +42,7 @@ def read_start(path, seconds:float, **piece)->tuple:
 
 def plot_samples(rows:list[dict], folder, seconds:float=30.):
     "Spectrograms of a few recordings of the manifest in a folder, of each some seconds; words are marked where their times are known."
-    fig, axs = plt.subplots(len(rows), 1, figsize=(8, 2.3*len(rows)), squeeze=False)
+    fig, axs = plt.subplots(len(rows), 1, figsize=(8, 2.3*len(rows)), squeeze=False, dpi=60) # of noise, a megabyte is soon full
     for ax,row in zip(axs[:,0], rows):
         wave_T, rate = read_start(Path(folder)/row["audio_filepath"], seconds, **piece_of(row))
         ax.set_title(f"{', '.join(filter(None, (row['speaker'][:24], row['split'])))}: {row['text_raw'][:100]}", parse_math=False)

@@ -11,7 +11,7 @@ import importlib
 from ..core.params import ConfigError
 
 # %% ../../nbs/models/50_registry.ipynb #df62b5c5
-FAMILIES = dict(conformer="Conformer", whisper="Whisper", wav2vec="Wav2Vec2")  # module of this room and its class
+FAMILIES = dict(conformer="Conformer", whisper="Whisper", whisper_ctc="WhisperCTC", wav2vec="Wav2Vec2")  # module of this room and its class
 
 def model_class(
     family:str, # a key of FAMILIES

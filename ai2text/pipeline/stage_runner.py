@@ -16,6 +16,7 @@ from ..core.sections import SECTIONS, section
 from ..core.files import atomic_folder, atomic_write, write_json
 from ..core.layout import Layout, find_root
 from ..core.code import code_digest, identity
+from ..training.advice import ADVICE, train_values
 
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #28722d20
 STAGES = ("corpus", "prepare", "shards", "init", "train", "evaluate", "compare", "export")
@@ -67,10 +68,10 @@ def stage_section(
     "The checked section of a stage; raises `ConfigError` naming file and key."
     if name not in SECTIONS: return "", None
     where, values = (f"corpora.{key}", params["corpora"][key]) if each == "corpora" else (name, params.get(name))
-    own = params["models"][key].get(name) if each == "models" and isinstance(params["models"][key], dict) else None
+    item = params["models"][key] if each == "models" and isinstance(params["models"][key], dict) else {}
     if not isinstance(values, dict): raise ConfigError(f"params.yaml: {where}: {values!r} is no section; write its keys beneath `{where.split('.')[-1]}:`")
     section(name, values, f"params.yaml: {where}")
-    if isinstance(own, dict): section(name, values := values | own, f"params.yaml: models.{key}.{name}")
+    if name == "train" and item: section(name, values := train_values(values, item), f"params.yaml: models.{key}.{name}")
     return where, values
 
 def stage_parameters(
@@ -103,7 +104,7 @@ def stage_identity(
     "The code that a stage's results depend on."
     value = lambda f: f.default if f.default is not dataclasses.MISSING else f.default_factory() if f.default_factory is not dataclasses.MISSING else None
     defaults = {s: {f.name: value(f) for f in dataclasses.fields(SECTIONS[s])} for s in USED.get(name, (name,))}
-    return dict(notebook=code_digest(notebook), modules=identity(notebook, *([f"models.{family}"] if family else []), package=package), defaults=defaults)
+    return dict(notebook=code_digest(notebook), modules=identity(notebook, *([f"models.{family}"] if family else []), package=package), defaults=defaults) | (dict(advice=ADVICE.get(family, {})) if name == "train" else {})
 
 def write_identities(
     root:Path=None, # folder with params.yaml; found from here when left out
@@ -336,7 +337,7 @@ def _values(name:str, root:Path, notebook:Path, given:dict, settings:list)->dict
         if name in params: section(name, params[name], f"params.yaml: {name}")
     for key,item in (params.get("corpora") or {}).items(): section("corpus", item, f"params.yaml: corpora.{key}")
     for key,item in (params.get("models") or {}).items():
-        if isinstance(item, dict) and isinstance(item.get("train"), dict): section("train", (params.get("train") or {}) | item["train"], f"params.yaml: models.{key}.train")
+        if isinstance(item, dict) and isinstance(item.get("train"), dict): section("train", train_values(params.get("train") or {}, item), f"params.yaml: models.{key}.train")
     return values
 
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #335ab79c

@@ -25,7 +25,7 @@ def init(
     layout:Layout,
 )->dict:                # what there is to know of them
     "Write the weights that M starts from into `models/init/M`."
-    model, curve = build_model(params, load_tokenizer(layout.tokenizer), config.seed), []
+    model, curve = build_model(params, load_tokenizer(layout.tokenizer), config.seed, name), []
     if asked := params.get("pretrain"):
         wanted = make(PretrainConfig, asked, f"models.{name}.pretrain")
         folder = run_folder(layout.runs, f"{name}-pretrain", dict(params, seed=config.seed), [layout.split_index("train")], f"{wanted.steps}-steps")

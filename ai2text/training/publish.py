@@ -20,6 +20,7 @@ from ..text.tokenizer import load_tokenizer
 from ..data.dvc_files import packed
 from ..data.shard_index import load_index
 from ..models.store import build_model
+from .advice import train_values
 from ..models.store import load_config, load_model, save_model
 from ..ttq.log import load_log, read_again, milestone_rows, to_target
 from .checkpoint import about as says, load_checkpoint, pack_run, runs
@@ -70,12 +71,12 @@ def train(
     if model not in values["models"]: raise ConfigError(f"params.yaml: models: no {model}; there are {', '.join(values['models'])}")
     asked = dict(max_steps=max_steps, max_hours=0., max_audio_hours=0., warmup_steps=0) | (dict(amp_dtype=amp_dtype if use_amp else "fp32") if amp_dtype or not use_amp else {})
     params = values["models"][model]
-    config = section("train", values["train"] | params.get("train", {}) | asked)
+    config = section("train", train_values(values["train"], params) | asked)
     losses = []
     class Note:
         def on_step(self, trainer): losses.append(trainer.last["loss"])
     with Ranks.here() as ranks:
-        trainer, loader = set_up(config, build_model(params, load_tokenizer(layout.tokenizer), values["init"]["seed"]), layout, ranks)
+        trainer, loader = set_up(config, build_model(params, load_tokenizer(layout.tokenizer), values["init"]["seed"], model), layout, ranks)
         begin = time.perf_counter()
         trainer.fit(loader, config.budget, [Note(), Progress()])
         if not ranks.main: return

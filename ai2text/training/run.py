@@ -22,6 +22,7 @@ from ..core.distributed import LostMachine, MINUTES, Ranks, launch
 from ..text.normalise import normaliser_name
 from ..text.tokenizer import load_tokenizer
 from ..data.dvc_files import CorruptObject, RemoteUnavailable, dvc_files, packed
+from .advice import is_released, train_values
 from ..models.store import load_model
 from ..ttq.log import TTQObserver, TTQTracker, read_again, read_milestones
 from ..ttq.stopping import StopWhen, why_stop
@@ -107,7 +108,7 @@ def train_rank(
                              announce=lambda text: tqdm.write(text, file=sys.stderr))
         policies = [StopWhen(tracker, config.stop_when)] if config.stop_when else []
         watching = [TTQObserver(tracker), *policies, LiveCurve(folder/"live"), NotePeak(folder), Progress(), *observers]
-    trainer.fit(loader, config.budget, watching, folder, evaluate=evaluate, go_on=go_on,
+    trainer.fit(loader, config.budget, watching, folder, evaluate=evaluate, go_on=go_on, evaluate_start=is_released(trainer.model.config),
                 evaluate_every=Every(config.evaluate_every_steps, config.evaluate_every_minutes), checkpoint_every=Every(minutes=config.checkpoint_minutes))
 
 def fit(
@@ -166,7 +167,7 @@ def join(
     layout = Layout(root or find_root())
     values = load_params(layout.root/"params.yaml")
     if model not in values["models"]: raise ConfigError(f"params.yaml: models: no {model}; there are {', '.join(values['models'])}")
-    config = section("train", values["train"] | values["models"][model].get("train", {}))
+    config = section("train", train_values(values["train"], values["models"][model]))
     if not 0 < machine < config.machines: raise ConfigError(f"--machine {machine}: params.yaml says train.machines: {config.machines}; machine 0 runs `dvc repro`, " + (f"the others are 1 to {config.machines - 1}" if config.machines > 1 else "and nobody joins it"))
     for path in (layout.split_index("train"), layout.split_index("dev"), layout.manifest("dev"), layout.tokenizer, layout.init(model)):
         if not path.exists(): raise ConfigError(f"{path}: not here; `dvc pull data/index data/prepared models/init/{model}` and come again")

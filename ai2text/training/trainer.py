@@ -439,7 +439,7 @@ def _evaluate(self:TrainerOptimized):
         hours = self.ranks.same(self.clocks.hours)
         row = dict(step=s.step, epoch=s.epoch, hours=hours, audio_hours=self.audio_hours,
                    train_loss=s.loss_sum/s.loss_units if s.loss_units else math.nan, lr=self.optimizer.param_groups[0]["lr"],
-                   grad_norm=s.norm_sum/(s.step - s.evaluated[0]), clipped=s.clipped/(s.step - s.evaluated[0]), **measured)
+                   grad_norm=s.norm_sum/max(1, s.step - s.evaluated[0]), clipped=s.clipped/max(1, s.step - s.evaluated[0]), **measured)
         s.curve, s.evaluated = s.curve + [row], (s.step, hours)
         s.loss_sum, s.loss_units, s.norm_sum, s.clipped = 0., 0., 0., 0
         value = measured.get(self.monitor)
@@ -637,6 +637,7 @@ def fit(self:TrainerOptimized,
     monitor:str="val_wer",              # the measure whose smallest value makes the best weights
     keep:int=2,                         # step checkpoints that stay
     go_on:bool=False,                   # with a run that `enough` had ended, too
+    evaluate_start:bool=False,          # before the first step, too: released weights may be worth a milestone
 )->dict:                                # what `result.json` holds
     "Train until the budget is used up, from where the run folder stands; a finished run only gives its result."
     self.budget, self.observers, self.folder = budget, list(observers) if self.ranks.main else [], Path(run_folder) if run_folder and self.ranks.main else None
@@ -659,6 +660,7 @@ def fit(self:TrainerOptimized,
         outcome = "failed"
         self._tell("on_start")
         try:
+            if evaluate_start and not self.state.step and not self.state.curve: self._evaluate(); self._ask()
             self._train(loader)
             result, outcome = self._finish(), "finished"
         except Interrupted as e:

@@ -259,7 +259,7 @@ def _line(log:dict, schedule:dict)->list[tuple[float,dict]]: # (share of the sch
     line = []
     for h in log["history"]:
         share, at = _progress(h, schedule), h.get("step", h["epoch"])
-        if h["val_wer"] is None or share <= 0: continue
+        if h["val_wer"] is None or share <= 0 or at == 0: continue # step 0 is what the start was worth: no part of how training goes on
         while line and (line[-1][0] >= share or line[-1][1].get("step", line[-1][1]["epoch"]) >= at): line.pop()
         line.append((share, h))
     return [(share, h) for share,h in line if h.get("evaluation_set") == line[-1][1].get("evaluation_set")]
