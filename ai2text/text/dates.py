@@ -113,7 +113,7 @@ def day_and_month(m):
     if before(m, DAYS): return words
     if alone and (before(m, STREETS) or before(m, "lớp", gap=5) or behind(m, "đường phố quốc_lộ") and b > 1): return either(house, house.replace("trên", "xuyệt"), words)
     if alone and (before(m, "điểm đạt chấm trình_độ văn_hóa") or behind(m, COUNTED) or a < b and behind(m, PARTS)): return None
-    in_brackets, leads = left.endswith("(") and right.startswith(")"), not left.strip(" \"“(-") and re.match(r"\s*[,:]", right)
+    in_brackets, leads = left.endswith("(") and right.startswith(")") and (b > 4 or before(m, DAYS, gap=3)), not left.strip(" \"“(-") and re.match(r"\s*[,:]", right)
     if any(a > b for a, b in pairs) or before(m, SPANS) or behind(m, YEARLY) or in_brackets: return words
     usual = [b <= 4 or b == 10 for _, b in pairs] # halves, quarters, tenths
     part_of = re.match(r"\s+[^\W\d_A-Z]", right) and (a == 1 or b <= 5) # 1/5 cổ đông
