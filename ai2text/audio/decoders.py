@@ -362,7 +362,11 @@ class _Ffmpeg:
     def _frames(self):
         "(time in samples, (T, channels) float32) of each frame of the track."
         av, self.rate, self.packets, self.lead, shape = _av(), None, 0, b"", None
-        for packet in self.box.demux(self.track):
+        packets = self.box.demux(self.track)
+        while True:
+            try: packet = next(packets, None)
+            except IndexError as e: raise AudioError("", "begins another track in the middle", "truncated") from e # PyAV counts tracks at the start
+            if packet is None: return
             if not self.packets: self.lead = bytes(packet)
             self.packets += 1
             try: found = packet.decode()

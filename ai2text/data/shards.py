@@ -189,7 +189,7 @@ def _locked(folder, patience:float=10):
 def _have_recordings(rows:list, root):
     "Refuse recordings that this machine lacks or has in another form; `ShardError` names machine, folder, file and mend."
     where = f"worker on {socket.gethostname()} in {os.getcwd()}"
-    for row in rows:
+    for row in {row["audio_filepath"]: row for row in rows}.values(): # once for all pieces of one
         path = os.path.join(root, row["audio_filepath"])
         if not os.path.isfile(path): raise ShardError(f"{where}: {path}: no such recording; start workers in the project's folder, at the commit of this run, after `dvc pull`")
         if (size := os.path.getsize(path)) != row.get("bytes", size) or row.get("sha256") not in (None, sha256(path)):
