@@ -164,6 +164,14 @@ def walk_mpeg(
 )->tuple[list, list]: # of `Mpeg`; of what a reader should know
     "The recordings in MPEG sound of layers II and III."
     get, end, parts, notes, headers, part, count = _mpeg_sizes().get, len(data) if end is None else end, [], set(), set(), None, 0
+    first = _after_id3(data, at)
+    if size := get(data[first:first+3]): # an honest header of all there is spares the search for more
+        part, header = _mpeg_begins(data, first)
+        if header and part.claims:
+            here = first + size
+            while size := get(data[here:here+3]): here, count = here + size, count + 1
+            if count == part.claims and here <= end <= max(here, _after_tag(data, here)): return [part._replace(frames=count, end=here)], []
+        part, count = None, 0
     for name in (b"Xing", b"Info"): # the frame of a header begins so many bytes before
         found = data.find(name, at, end)
         while found >= 0: headers.update(found - before for before in (13, 21, 36)); found = data.find(name, found + 1, end)
