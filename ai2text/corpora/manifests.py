@@ -29,9 +29,9 @@ _PIECE = dict(offset="offset", duration="duration", channel="channel") # NeMo's 
 
 def import_nemo(cfg:CorpusConfig, source:Path):
     "the folder of the recordings, or of the tar files, that NeMo's manifests name; `transcripts` is where the manifests are, if not there"
-    for path,about in find_lists(cfg, source, "*.json", "*.jsonl"):
-        rows = json_lines(path)
-        check_fields(path, dict.fromkeys(key for _,row in rows for key in row), cfg.columns)
+    lists = [(path, about, json_lines(path)) for path,about in find_lists(cfg, source, "*.json", "*.jsonl")]
+    check_fields(lists[0][0] if len(lists) == 1 else source, dict.fromkeys(key for *_,rows in lists for _,row in rows for key in row), cfg.columns) # of all: one may hold what nobody has transcribed yet
+    for path,about,rows in lists:
         entries = [told(where | fields(row, _PIECE | dict(cfg.columns or {})), about) for where,row in rows]
         if any("shard_id" in row for _,row in rows): yield from _tarred(entries, [str(row.get("shard_id", "")) for _,row in rows], [path.parent, source])
         else:
