@@ -6,14 +6,14 @@
 __all__ = ['MOST_CELLS', 'RUN', 'SKIP', 'LEAST', 'BLOCK', 'LENGTHS', 'align_tokens', 'Placed', 'align_sentences', 'common_places',
            'align_texts']
 
-# %% ../../nbs/decoding/05_alignment.ipynb #92467e84
+# %% ../../nbs/decoding/05_alignment.ipynb #db906cf6
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 import numpy as np
 from ..models.ctc import BLANK_ID
 from ..text.tokenizer import WORD_START
 
-# %% ../../nbs/decoding/05_alignment.ipynb #843fe06b
+# %% ../../nbs/decoding/05_alignment.ipynb #1ac0dbd1
 def _best_path(
     scores_NV,     # of each frame
     labels_S,      # columns of the states, those of tokens at odd places
@@ -58,7 +58,7 @@ def _spans(states_N, L:int)->np.ndarray: # (L, 2)
     spans[token[::-1], 0] = at[::-1]
     return spans
 
-# %% ../../nbs/decoding/05_alignment.ipynb #6f949fd1
+# %% ../../nbs/decoding/05_alignment.ipynb #a3b991d8
 MOST_CELLS = 500_000_000 # bytes, of an alignment's way back
 
 def align_tokens(
@@ -73,7 +73,7 @@ def align_tokens(
     labels_S[1::2] = tokens
     return _spans(_best_path(np.asarray(log_probs_NV), labels_S), L)
 
-# %% ../../nbs/decoding/05_alignment.ipynb #f5328f9a
+# %% ../../nbs/decoding/05_alignment.ipynb #1b3997b8
 RUN, SKIP, LEAST = 8, 6., -5. # tokens whose mean is a score; natural logs a token, to leave a sentence out; the score of one that is right
 
 @dataclass(frozen=True)
@@ -107,19 +107,20 @@ def align_sentences(
         return None if first < 0 else Placed(first, after, _score(np.add.reduceat(costs_N[first:after], spans[:,0] - first)))
     return [placed(spans_L2[a:b]) for a,b in zip(ends_K, ends_K[1:])]
 
-# %% ../../nbs/decoding/05_alignment.ipynb #e3c98889
+# %% ../../nbs/decoding/05_alignment.ipynb #a3e9c9aa
 def common_places(
     heard:str,   # what was recognised
     text:str,    # what is written
     length:int,  # letters in a row
+    most:int=100,# pairs of places that the same letters may make; more often they say nothing
 )->list:         # (place in `heard`, place in `text`), rising in both
-    "Where both have the same letters in a row, which neither has twice."
-    def once(s):
+    "The longest chain of places where both have the same letters in a row."
+    def places(s):
         at = {}
-        for i in range(len(s) - length + 1): at[part] = -1 if (part := s[i:i+length]) in at else i
-        return {part: i for part,i in at.items() if i >= 0}
-    ours, theirs = once(heard), once(text)
-    pairs = sorted((ours[part], theirs[part]) for part in ours.keys() & theirs.keys())
+        for i in range(len(s) - length + 1): at.setdefault(s[i:i+length], []).append(i)
+        return at
+    ours, theirs = places(heard), places(text)
+    pairs = sorted(((i, j) for part in ours.keys() & theirs.keys() if len(ours[part])*len(theirs[part]) <= most for i in ours[part] for j in theirs[part]), key=lambda pair: (pair[0], -pair[1]))
     lowest, at, before = [], [], [] # of the chains of each length: lowest last place, its pair; of each pair: the one before it
     for n,(_,j) in enumerate(pairs):
         k = bisect_left(lowest, j)
@@ -129,7 +130,7 @@ def common_places(
     while n >= 0: chain.append(pairs[n]); n = before[n]
     return chain[::-1]
 
-# %% ../../nbs/decoding/05_alignment.ipynb #429074db
+# %% ../../nbs/decoding/05_alignment.ipynb #b5548a38
 BLOCK, LENGTHS = 500, (10, 20, 40) # frames of a block, about; letters in a row that cut it, and those that cut what is left
 
 def _cut(block:tuple, heard:str, frames_H, texts:list, length:int)->list:
