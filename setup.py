@@ -31,7 +31,8 @@ setup(
     package_data={"ai2text": ["demo/*", "*.tsv", "web/*", "matplotlibrc"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),
-    extras_require={"cluster": lines("cluster_requirements"), "bench": lines("bench_requirements"), "dev": lines("cluster_requirements") + lines("bench_requirements") + lines("dev_requirements")},
+    extras_require={"cluster": lines("cluster_requirements"), "hub": lines("hub_requirements"), "bench": lines("bench_requirements"),
+                    "dev": [o for extra in ("cluster", "hub", "bench", "dev") for o in lines(f"{extra}_requirements")]},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["ai2text=ai2text._modidx:d"]},
     zip_safe=False,
 )

@@ -20,9 +20,8 @@ from ai2text.pipeline.cli import main
 from ai2text.core.files import read_json, read_jsonl, sha256
 from ai2text.core.layout import Layout
 from ai2text.core.params import ConfigError
-from ai2text.corpora.importers import IMPORT_REASONS
+from ai2text.corpora.corpus import IMPORT_REASONS, make_corpus
 from ai2text.core.sections import CorpusConfig
-from ai2text.corpora.corpus import make_corpus
 from ai2text.data.loader import create_webdataset_loader
 from ai2text.corpora.checks import SPLITS
 from ai2text.core.sections import PrepareConfig
@@ -115,16 +114,26 @@ def test_too_many_bad_rows_stop_prepare(tmp_path):
 
 
 def test_empty_split_stops_prepare_and_leaves_no_manifest(tmp_path):
-    whole, poor = release(tmp_path/"whole", train=["a", "b"], dev=["d"], test=["e"]), release(tmp_path/"poor", train=["a"], test=["e"])
+    whole, poor = (release(tmp_path/name, train=["a", "b"], dev=["d"], test=["e"]) for name in ("whole", "poor"))
+    for n in range(9, 13): soundfile.write(poor/f"clips/{n}.wav", np.zeros(16_000), 16_000)
     layout = corpus(whole, tmp_path)
     prepared(layout)
     corpus(poor, tmp_path)
-    with pytest.raises(ConfigError, match="split dev is empty: 0 of its utterances were rejected, and 2 speakers are left in all; give the corpus a dev split or more speakers"):
-        prepared(layout)
+    with pytest.raises(ConfigError, match="split dev is empty: 4 of its utterances were rejected, and 3 speakers are left in all; give the corpus a dev split or more speakers"):
+        prepared(layout, max_reject_share=0.5)
     assert not any(layout.manifest(split).exists() for split in SPLITS) and not (layout.prepared/"stats.json").exists()
     with pytest.raises(ConfigError, match="an empty split cannot be sharded"): write_shards([], layout.split_shards("dev"), layout.split_index("dev"), audio_root=tmp_path)
     corpus(whole, tmp_path)
     assert prepared(layout)["splits"]["dev"]["utterances"] == 4
+
+
+def test_one_speaker_without_dev_is_split_by_utterance_and_every_file_says_so(tmp_path):
+    layout = corpus(release(tmp_path/"cv", train=["a"], test=["e"]), tmp_path)
+    stats = prepared(layout)
+    assert {split: s["utterances"] for split, s in stats["splits"].items()} == dict(train=3, dev=1, test=4) and stats["drawn_by_utterance"] == ["dev"]
+    assert stats["caveats"] == ["the speakers of 100% of the utterances of dev are in train too: this error rate flatters, and says little of other speakers"]
+    assert [r.get("seen") for r in read_jsonl(layout.manifest("dev"))] == [["speaker"]]
+    assert sharded(layout, "dev").seen == load_index(layout.split_index("dev")).seen == dict(speaker=1.) and sharded(layout, "test").seen == {}
 
 
 def test_split_that_is_lost_is_not_drawn_from_another(tmp_path):
@@ -326,7 +335,7 @@ def blocked(*_, **__): raise PermissionError(13, "Permission denied")
     ("demo", "nowhere", "nowhere: no such folder; path must name the folder that holds sentences.vi.txt"),
     ("demo", "file", "file: no such folder"),
     ("demo", "folder", "folder/sentences.vi.txt: cannot be read (Is a directory)"),
-    ("common_voice", "nowhere", "nowhere: no such folder; path must name a language's folder of a Common Voice release, with clips/ and train.tsv in it"),
+    ("common_voice", "nowhere", "nowhere: no such folder; path must name a language's folder of a Common Voice release, with clips/ and train.tsv or validated.tsv in it"),
     ("common_voice", "file", "file: no such folder"),
     ("common_voice", "folder", "folder: holds no test.tsv, dev.tsv, train.tsv"),
     ("common_voice", "locked", "locked: cannot be read (Permission denied); change its permissions")])

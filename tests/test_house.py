@@ -244,8 +244,8 @@ def not_required(sources, *keys):
 def test_every_import_is_required():
     python = {folder: [(o.name, o.read_text(encoding="utf-8")) for o in (ROOT/folder).rglob("*.py")] for folder in ("ai2text", "tests")}
     cells = [(o.name, source) for o in NOTEBOOKS for _, source, _ in o.code]
-    assert not (missing := not_required(python["ai2text"], "requirements", "cluster_requirements")), f"settings.ini's requirements lack {sorted(missing)}"
-    assert not (missing := not_required(python["tests"] + cells, "requirements", "cluster_requirements", "dev_requirements", "bench_requirements")), f"settings.ini lacks {sorted(missing)}"
+    assert not (missing := not_required(python["ai2text"], "requirements", "cluster_requirements", "hub_requirements")), f"settings.ini's requirements lack {sorted(missing)}"
+    assert not (missing := not_required(python["tests"] + cells, "requirements", "cluster_requirements", "hub_requirements", "dev_requirements", "bench_requirements")), f"settings.ini lacks {sorted(missing)}"
 
 
 def pins():
@@ -259,7 +259,7 @@ def pins():
     return found
 
 
-@pytest.mark.parametrize("requirement", requirements("requirements", "cluster_requirements", "dev_requirements"), ids=lambda o: o.name)
+@pytest.mark.parametrize("requirement", requirements("requirements", "cluster_requirements", "hub_requirements", "dev_requirements"), ids=lambda o: o.name)
 def test_requirement_is_pinned_and_installed_so(requirement):
     found = pins().get(canonicalize_name(requirement.name), [])
     assert found, f"constraints.txt does not pin {requirement.name}"

@@ -171,4 +171,4 @@ def test_pairs_are_closer_than_intervals():
 
 def test_training_knows_nothing_of_it():
     "What only evaluation needs is in no run's fingerprint: an edit of a figure trains nothing again."
-    assert not {"evaluate", "scorecard", "tones"} & {path.stem for path in import_closure("training.run", "models.conformer")}
+    assert not {"evaluate", "scorecard", "tones", "variants"} & {path.stem for path in import_closure("training.run", "models.conformer")}

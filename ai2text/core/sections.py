@@ -25,16 +25,18 @@ class DemoConfig:
 @dataclass
 class CorpusConfig(DemoConfig):
     "An item of the section `corpora`."
-    source:str = opt("demo", "how it is laid out: demo (speak sentences), json, vivos, common_voice, nemo, csv or folder")
+    source:str = opt("demo", "how it is laid out: demo (speak sentences), folder, csv, json, kaldi, nemo, huggingface or another of the README's list")
     path:str = opt("", "its folder, from here or absolute, lists and recordings all in it; for demo, the one with sentences.vi.txt")
-    transcripts:str = opt("", "the list, from `path` or absolute: of json, the file; of csv, by default metadata.csv; of nemo, a manifest or a folder of them")
+    transcripts:str = opt("", "the list, from `path` or absolute: a file, or the folder of the lists; empty = where the source has them")
+    columns:dict[str,str|int]|list[str] = opt({}, "of a table with names of its own, ours and theirs, as {audio: path, text: sentence, speaker: spk}; without names, all in their order, as [audio, _, text]")
+    channel:str = opt("mix", "of recordings with several: mix (their mean), left, right, or each (a row for each, as of the two sides of a call)", choices=("mix", "left", "right", "each"))
     processes:int = opt(0, "processes; 0 = one for each core", ge=0)
 
     def folder(self,
         root=".", # folder that a relative `path` starts from
-    )->Path|None: # the source's; None if there is no `path`
+    )->Path|None: # the source's; None if there is no `path`, or the Hub has it
         "Where the source lies."
-        return Path(root)/Path(self.path).expanduser() if self.path else None
+        return Path(root)/Path(self.path).expanduser() if self.path and not self.path.startswith("hf://") else None
 
 @dataclass
 class PrepareConfig:
@@ -50,8 +52,11 @@ class PrepareConfig:
     dev_share:float = opt(0.05, "share of the utterances for dev, if it must be drawn", gt=0, lt=0.5)
     test_share:float = opt(0.05, "share of the utterances for test, if it must be drawn", gt=0, lt=0.5)
     seed:int = opt(0, "of that draw")
+    shared_texts:bool = opt(False, "may a text be in train and in dev or test? For commands and digits, few texts by many speakers; every score then says so")
     foreign:str = opt("keep", "words in letters that Vietnamese lacks: keep, spell them out, or reject the utterance", choices=("keep", "spell", "reject"))
     abbreviations:str = opt("", "abbreviations and how they are read: two columns; empty = none")
+    readings:str = opt("", "readings of your own, which go before all rules: what is written, a tab, its words; empty = none")
+    tags:str = opt("drop", "tags of noise and laughter, as [noise]: drop them, or keep them, which rejects the utterance", choices=("drop", "keep"))
     tokenizer:str = opt("bpe", "pieces of words (bpe) or letters (char)", choices=("bpe", "char"))
     vocab_size:int = opt(256, "symbols of a bpe tokenizer, the blank included", ge=2)
     processes:int = opt(0, "processes that probe; 0 = one for each core", ge=0)

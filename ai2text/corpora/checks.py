@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'REASONS', 'signal_to_noise', 'probe', 'check_text', 'decibels', 'check_audio', 'sift', 'check_ids',
-           'unknown_table', 'voice', 'assign_splits', 'check_speakers', 'check_leak', 'check_duplicates', 'outputs',
-           'needed', 'check_time', 'describe']
+           'unknown_table', 'voice', 'assign_splits', 'check_speakers', 'check_leak', 'note_seen', 'check_duplicates',
+           'outputs', 'needed', 'check_time', 'describe']
 
 # %% ../../nbs/corpora/40_checks.ipynb #3616b5c9
 import hashlib, os, re, unicodedata
 from collections import Counter, defaultdict
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -34,42 +35,47 @@ def signal_to_noise(powers)->float:
     quiet, loud = ordered[len(powers) // 10], ordered[len(powers) * 95 // 100]
     return float(np.clip(10 * np.log10(max(loud - quiet, _ROUNDING) / max(quiet, _ROUNDING)), -20, 80))
 
-def _measured(recording:Recording)->dict:
-    "Decode a recording: duration (s), peak, clipped (share of samples), finite, snr_db, samples (a hash); reason and detail if it breaks off."
-    rate, channels, hop = recording.rate, recording.channels, max(1, recording.rate // _FRAME_RATE)
+def _measured(recording:Recording, max_seconds:float)->dict:
+    "Decode a recording: duration (s), peak, clipped (share of samples), finite, snr_db, samples (a hash), notes; reason and detail if it breaks off; `longer` alone if it is."
+    rate, channels, hop = recording.rate, recording.channels, recording.hop
     digest, powers, lost = hashlib.blake2b(f"{rate} {channels}".encode(), digest_size=16), [], {}
     low, high, clipped, finite = np.inf, -np.inf, 0, True
     try:
-        for block_TC in recording.blocks(hop * max(1, (1 << 18) // (hop * channels))):
+        for block_TC in recording.blocks():
+            if recording.decoded > max_seconds * rate: return dict(duration=recording.decoded / rate, longer=True)
             bottom, top = float(block_TC.min()), float(block_TC.max())
             finite = finite and bool(np.isfinite(top - bottom))
             if not finite: continue
             low, high, clipped = min(low, bottom), max(high, top), clipped + int((np.abs(block_TC) >= 0.999).sum())
             digest.update((block_TC * 32768).clip(-32768, 32767).astype("<i2"))
-            powers.append((block_TC[:, 0] if channels == 1 else block_TC.mean(1))[:len(block_TC) // hop * hop].reshape(-1, hop).var(1))
+            powers.append(recording.mix(block_TC)[:len(block_TC) // hop * hop].reshape(-1, hop).var(1))
     except AudioError as e:
         if e.reason != "truncated": raise
         lost = dict(reason=e.reason, detail=e.why)
     powers = np.concatenate(powers or [[]])
     return dict(duration=recording.decoded / rate, peak=max(0., high - low) / 2, clipped=clipped / max(1, recording.decoded * channels), finite=finite,
-                snr_db=signal_to_noise(powers) if len(powers) else None, samples=digest.hexdigest()) | lost
+                snr_db=signal_to_noise(powers) if len(powers) else None, samples=digest.hexdigest(), notes=list(recording.notes)) | lost
+
+@lru_cache(8)
+def _sha256(path, stamp)->str: return sha256(path) # the pieces of a recording ask for the same
 
 def probe(
     path:str|Path,     # an audio file in any format
     max_seconds:float, # do not decode what is longer
     size:int=None,     # bytes that it must have
     digest:str=None,   # SHA-256 that it must have
+    **piece,           # `channel`, `offset` and `duration` of `Recording`
 )->dict:               # sample_rate, channels, duration and more that was measured; or reason and detail against it
-    "Measure one recording."
+    "Measure one recording, or a piece of it."
     if not os.path.isfile(path): return dict(reason="audio not found", detail="no such file")
     try:
         if size is not None and (now := os.path.getsize(path)) != size:
             return dict(reason="changed since import", detail=f"{now} bytes, the manifest says {size}; run the corpus stage again")
-        with Recording(path) as r:
+        with Recording(path, **piece) as r:
             facts = dict(sample_rate=r.rate, channels=r.channels, duration=r.seconds)
-            if r.seconds > max_seconds: return facts
-            if digest and sha256(path) != digest: return dict(reason="changed since import", detail="other bytes than the manifest says; run the corpus stage again")
-            return facts | _measured(r)
+            if r.frames is not None and r.seconds > max_seconds: return facts
+            if digest and _sha256(path, os.stat(path).st_mtime_ns) != digest: return dict(reason="changed since import", detail="other bytes than the manifest says; run the corpus stage again")
+            return facts | _measured(r, max_seconds)
     except AudioError as e: return dict(reason=e.reason, detail=e.why)
     except OSError as e: return dict(reason="unreadable audio", detail=str(e))
 
@@ -83,7 +89,7 @@ REASONS = {
     "unknown characters":     "the text has characters without a token",
     "audio not found":        "there is no file of that name",
     "changed since import":   "the file is not the one that the corpus stage saw: run that again",
-    "unreadable audio":       "libsndfile cannot decode it",
+    "unreadable audio":       "neither libsndfile nor FFmpeg can decode it",
     "truncated":              "the file ends, or breaks, before the length that it promises",
     "not finite":             "samples are NaN or infinite",
     "silent":                 "the peak is below `silence_db`",
@@ -118,7 +124,7 @@ def check_audio(row:dict, facts:dict, cfg:PrepareConfig)->tuple|None:
     "Reject a recording that is broken by the facts of its `probe`, or that cannot be what its text says."
     if "reason" in facts: return facts["reason"], facts["detail"]
     seconds = facts["duration"]
-    if seconds > cfg.max_seconds: return "too long", f"{seconds:.1f} s"
+    if seconds > cfg.max_seconds: return "too long", f"{'over ' if 'longer' in facts else ''}{seconds:.1f} s"
     if seconds < cfg.min_seconds: return "too short", f"{seconds:.2f} s"
     if not facts["finite"]: return "not finite", "NaN or infinity"
     if decibels(facts["peak"]) < cfg.silence_db: return "silent", f"peak {decibels(facts['peak']):.0f} dB"
@@ -167,30 +173,45 @@ def _draw_speakers(sizes:dict, wanted:float, seed:int)->set:
         if total + sizes[speaker] <= wanted: drawn, total = drawn | {speaker}, total + sizes[speaker]
     return drawn or set(sorted(order, key=sizes.get)[:1] if len(order) > 1 else [])
 
+def _draw_utterances(rows:list[dict], wanted:float, cfg:PrepareConfig, split:str)->list[str]:
+    "Give some rows the split, texts as a whole unless they may be shared; the split, if there were enough to draw from."
+    key = lambda row: row["id"] if cfg.shared_texts else row.get("text", row["id"])
+    drawn = _draw_speakers(Counter(map(key, rows)), wanted, cfg.seed)
+    for row in rows:
+        if key(row) in drawn: row["split"] = split
+    return [split] if drawn else []
+
 def assign_splits(
     rows:list[dict], # each gets its `split`
     cfg:PrepareConfig,
     given=(),        # splits of the source: one whose utterances were all rejected is not drawn from the others
-):
+)->list[str]:        # the splits that were drawn by utterance, for want of a second speaker
     "Give each row the split of its source, or one drawn by speaker."
     for row in rows:
         if cfg.splits == "speaker": row["split"] = ""
         if row.setdefault("split", "") not in ("", *SPLITS): raise ConfigError(f"{row['id']}: split {row['split']!r} is none of {', '.join(SPLITS)}; name one or leave it empty")
     given = {row["split"] for row in rows} | (set(given) if cfg.splits == "source" else set())
-    home = {voice(row): row["split"] for row in rows if row["split"] in ("dev", "test")}
+    home, alone = {voice(row): row["split"] for row in rows if row["split"] in ("dev", "test")}, []
     for split, share in (("test", cfg.test_share), ("dev", cfg.dev_share)):
         if split in given: continue
         sizes = Counter(voice(row) for row in rows if voice(row) not in home)
+        if len(sizes) == 1:
+            alone += _draw_utterances([row for row in rows if voice(row) in sizes and row["split"] not in ("dev", "test")], share * len(rows), cfg, split)
+            continue
         home |= dict.fromkeys(_draw_speakers(sizes, share * len(rows), cfg.seed), split)
         for row in rows:
             if row["split"] != "dev" and row["split"] != "test" and home.get(voice(row)) == split: row["split"] = split
     for row in rows: row["split"] = row["split"] or home.get(voice(row), "train")
+    return alone
 
 # %% ../../nbs/corpora/40_checks.ipynb #90f43786
-def check_speakers(rows:list[dict])->list[str]:
-    "Raise if a speaker of train is in dev or test too; the speakers that a source's own dev and test share, which they may."
+def check_speakers(
+    rows:list[dict],
+    alone=(), # splits that were drawn by utterance
+)->list[str]: # the speakers that a source's own dev and test share, which they may
+    "Raise if a speaker of train is in dev or test too."
     train, dev, test = ({voice(row) for row in rows if row["split"] == split and row.get("speaker")} for split in SPLITS)
-    if both := sorted(train & (dev | test)):
+    if both := sorted(train & set().union(*(heard for split,heard in (("dev", dev), ("test", test)) if split not in alone))):
         raise ConfigError(f"{len(both)} speakers of train are in dev or test too, as {both[0]!r}; set prepare.splits to speaker, or correct the corpus")
     return sorted(dev & test)
 
@@ -201,6 +222,17 @@ def check_leak(rows:list[dict]):
         for split in {"train": ("test", "dev"), "dev": ("test",), "test": ()}[row["split"]]:
             if row["text"] in texts[split]: return "text in two splits", f"also in {split}"
     return check
+
+def note_seen(rows:list[dict])->dict:
+    "Give each row of dev and test `seen`: what of it, text or speaker, train has too; of each split, the share of its utterances by what was seen."
+    train = [row for row in rows if row["split"] == "train"]
+    known, found = dict(text={row["text"] for row in train}, speaker={voice(row) for row in train if row.get("speaker")}), {}
+    for split in ("dev", "test"):
+        mine = [row for row in rows if row["split"] == split]
+        for row in mine:
+            if seen := [what for what,value in (("text", row["text"]), ("speaker", voice(row))) if value in known[what]]: row["seen"] = seen
+        found[split] = {what: round(sum(what in row.get("seen", ()) for row in mine) / len(mine), 4) for what in known if any(what in row.get("seen", ()) for row in mine)}
+    return found
 
 # %% ../../nbs/corpora/40_checks.ipynb #e023799e
 def check_duplicates(rows:list[dict], samples:dict):

@@ -22,20 +22,20 @@ from ..core.sections import PrepareConfig
 from ..core.tables import Html, SPLIT_COLOURS
 from ..text.normalise import ALPHABET
 from ..text.tokenizer import Tokenizer
-from ..audio.io import AudioError, Recording, resample
+from ..audio.io import AudioError, Recording, piece_of, resample
 from .tts import generator
 from .demo import Utterance, heard, sentence, speaker_variant
-from .importers import IMPORT_REASONS, place_of
+from .corpus import IMPORT_REASONS, place_of
 from .checks import REASONS, needed, outputs
 
 # %% ../../nbs/corpora/60_plots.ipynb #976fd824
-def read_start(path, seconds:float)->tuple:
+def read_start(path, seconds:float, **piece)->tuple:
     "The start of a recording, or as much of it as can be decoded: (T,) float32 samples, the mean of the channels; Hz."
     blocks = [np.zeros(0, np.float32)]
-    with Recording(path) as r:
+    with Recording(path, **piece) as r:
         try:
             for block_TC in r.blocks(1 << 10): # what comes before a broken place is kept
-                blocks.append(block_TC.mean(1))
+                blocks.append(r.mix(block_TC))
                 if r.decoded >= seconds*r.rate: break
         except AudioError as e: print(e)
     return np.nan_to_num(np.concatenate(blocks)[:int(seconds*r.rate)], posinf=0, neginf=0), r.rate
@@ -44,7 +44,7 @@ def plot_samples(rows:list[dict], folder, seconds:float=30.):
     "Spectrograms of a few recordings of the manifest in a folder, of each some seconds; words are marked where their times are known."
     fig, axs = plt.subplots(len(rows), 1, figsize=(8, 2.3*len(rows)), squeeze=False)
     for ax,row in zip(axs[:,0], rows):
-        wave_T, rate = read_start(Path(folder)/row["audio_filepath"], seconds)
+        wave_T, rate = read_start(Path(folder)/row["audio_filepath"], seconds, **piece_of(row))
         ax.set_title(f"{', '.join(filter(None, (row['speaker'][:24], row['split'])))}: {row['text_raw'][:100]}", parse_math=False)
         if len(wave_T) <= rate//40: continue
         with np.errstate(divide="ignore"): power, _, _, _ = ax.specgram(wave_T + 1e-9, NFFT=max(rate//40, 32), Fs=rate, noverlap=max(rate//66, 16), cmap="magma")
@@ -60,7 +60,7 @@ def plot_samples(rows:list[dict], folder, seconds:float=30.):
 def players(rows:list[dict], folder, seconds:float=3.)->Html:
     "Some seconds of rows of the manifest or the rejects in a folder, to listen to, perhaps with `why` they are shown."
     def one(row):
-        wave_T, rate = read_start(Path(folder)/row["audio_filepath"], seconds)
+        wave_T, rate = read_start(Path(folder)/row["audio_filepath"], seconds, **piece_of(row))
         sf.write(mp3 := BytesIO(), resample(wave_T, rate, SAMPLE_RATE).clip(-1, 1), SAMPLE_RATE, format="MP3", bitrate_mode="CONSTANT", compression_level=0.9)
         about = f"{row['why']} ({row['id']}, {row['split'] or 'no split'})" if "why" in row else row["speaker"][:24]
         title, sound = html.escape(f"{about}: {row['text_raw'][:200]}"), base64.b64encode(mp3.getvalue()).decode()

@@ -7,20 +7,24 @@ __all__ = ['prepare']
 
 # %% ../../nbs/corpora/50_prepare.ipynb #c8c91a19
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import Executor
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
 from ..core.params import ConfigError
-from ..core.files import read_jsonl, sha256, write_json, write_jsonl
+from ..core.files import read_jsonl, write_json, write_jsonl
 from ..core.parallel import in_parallel
+from ..core.tables import caveats
 from ..core.sections import PrepareConfig
-from ..text.normalise import NORMALISER_VERSION, normalise, read_abbreviations
+from ..audio.io import piece_of
+from ..text.normalise import Normaliser, make_normaliser
+from ..text.normalisers import NORMALISER_FILE, ReadingCounts, for_corpus, normaliser_name, share_of_capitals
 from ..text.tokenizer import train_tokenizer
-from .checks import REASONS, SPLITS, assign_splits, check_audio, check_duplicates, check_ids, check_leak, check_speakers, check_text, check_time, decibels, describe, probe, sift, unknown_table, voice
+from .checks import REASONS, SPLITS, assign_splits, check_audio, check_duplicates, check_ids, check_leak, check_speakers, check_text, check_time, decibels, describe, note_seen, probe, sift, unknown_table, voice
 
 # %% ../../nbs/corpora/50_prepare.ipynb #6d152869
 def _corpus_folders(corpora_dir:Path, names)->list[Path]:
@@ -48,23 +52,37 @@ def _read_corpus(folder:Path, out_dir:Path)->list[dict]:
     return rows
 
 # %% ../../nbs/corpora/50_prepare.ipynb #3437900e
-def _normalise_all(rows:list[dict], cfg:PrepareConfig, root, executor:Executor|None):
-    "Normalise the transcripts in parallel: each row gets its `text`."
-    spelled_out = read_abbreviations(Path(root)/Path(cfg.abbreviations).expanduser()) if cfg.abbreviations else None
-    function = partial(normalise, foreign=cfg.foreign, abbreviations=spelled_out)
-    for row, text in zip(rows, in_parallel(function, [row["text_raw"] for row in rows], cfg.processes, executor, label="normalise", group=2000)): row["text"] = text
+def _normalise_all(rows:list[dict], normaliser:Normaliser, cfg:PrepareConfig, executor:Executor|None)->dict:
+    "Normalise the transcripts in parallel, a corpus at a time: each row gets its `text`; what stats.json has of the readings."
+    counts, capitals = ReadingCounts(), {}
+    for corpus, mine in groupby(rows, lambda row: row["corpus"]):
+        mine = list(mine)
+        raw = [row["text_raw"] for row in mine]
+        reader, capitals[corpus] = for_corpus(normaliser, raw), round(share_of_capitals(raw)[0], 4)
+        for row, reading in zip(mine, in_parallel(reader.read, raw, cfg.processes, executor, label="normalise", group=2000)):
+            row["text"] = reading.text
+            counts.add(row["id"], row["text_raw"], reading)
+    return dict(capitals=capitals, **counts.rows())
 
-def _probe_one(item): return probe(*item)
+def _probe_one(item): return probe(*item[0], **item[1])
 
 def _probe_all(rows:list[dict], out_dir:Path, cfg:PrepareConfig, executor:Executor|None)->dict:
     "Measure all recordings in parallel: id -> facts; each row gets what was measured of it."
-    items = [(os.path.normpath(os.path.join(out_dir, row["audio_filepath"])), cfg.max_seconds, row.get("bytes"), row.get("sha256")) for row in rows]
+    items = [((os.path.normpath(os.path.join(out_dir, row["audio_filepath"])), cfg.max_seconds, row.get("bytes"), row.get("sha256")), piece_of(row)) for row in rows]
     facts = list(in_parallel(_probe_one, items, cfg.processes, executor, label="probe"))
     for row, found in zip(rows, facts):
         row.pop("duration", None) # what the source says
         if "duration" in found: row.update(duration=round(found["duration"], 6), sample_rate=found["sample_rate"], channels=found["channels"])
         if found.get("finite"): row.update(peak_db=round(decibels(found["peak"]), 1), clipped=round(found["clipped"], 7), snr_db=found["snr_db"] and round(found["snr_db"], 1))
+        if found.get("notes"): row["notes"] = found["notes"]
     return {row["id"]: found for row, found in zip(rows, facts)}
+
+def _noted(facts:dict)->list[dict]:
+    "What was mended in recordings, and in how many; `facts` of each id."
+    found = defaultdict(list)
+    for id, fact in facts.items():
+        for note in fact.get("notes", ()): found[note].append(id)
+    return [dict(note=note, utterances=len(ids), id=ids[0]) for note, ids in sorted(found.items())]
 
 # %% ../../nbs/corpora/50_prepare.ipynb #9178cb41
 def _settle(rows:list[dict], rejects:list[dict], cfg:PrepareConfig, out_dir:Path):
@@ -74,12 +92,12 @@ def _settle(rows:list[dict], rejects:list[dict], cfg:PrepareConfig, out_dir:Path
     list_of = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "none"
     if len(rejects) > cfg.max_reject_share * total:
         raise ConfigError(f"{len(rejects)} of {total} utterances rejected ({list_of}): more than max_reject_share {cfg.max_reject_share}; "
-                          f"read {out_dir/'rejects.jsonl'}, mend the corpus or raise the limit")
+                          f"read {out_dir/'rejects.jsonl'}, mend the corpus or raise the limit" + ("; few texts by many speakers, as commands and digits: set prepare.shared_texts to true" if 2*reasons["text in two splits"] > len(rejects) else ""))
     for split in SPLITS:
         if not any(row["split"] == split for row in rows):
             lost = sum(reject["split"] == split for reject in rejects)
             raise ConfigError(f"split {split} is empty: {lost} of its utterances were rejected, and {len({voice(row) for row in rows})} speakers are left in all; "
-                              f"give the corpus a {split} split or more speakers (rejected: {list_of})")
+                              f"give the corpus a {split} split or more speakers (rejected: {list_of})" + ("; few texts by many speakers, as commands and digits: set prepare.shared_texts to true" if reasons["text in two splits"] else ""))
     if gone := sorted({reject["corpus"] for reject in rejects} - {row["corpus"] for row in rows}):
         raise ConfigError(f"corpus {gone[0]}: all of its {sum(reject['corpus'] == gone[0] for reject in rejects)} utterances were rejected; "
                           f"read {out_dir/'rejects.jsonl'}, mend the corpus or take it out of params.yaml (rejected: {list_of})")
@@ -102,38 +120,41 @@ def _describe_corpora(folders:list[Path], rows:list[dict], rejects:list[dict])->
 def prepare(
     cfg:PrepareConfig,
     corpora_dir:str|Path,   # with a folder for each corpus, and manifest.jsonl in it
-    out_dir:str|Path,       # for train.jsonl, dev.jsonl, test.jsonl, rejects.jsonl, stats.json and tokenizer/
+    out_dir:str|Path,       # for train.jsonl, dev.jsonl, test.jsonl, rejects.jsonl, stats.json, normaliser.json and tokenizer/
     names=None,             # the corpora; None: all that are there
     executor:Executor=None, # normalises and probes; processes of our own by default
-    root:str|Path=".",      # where `cfg.abbreviations` starts from
+    root:str|Path=".",      # where `cfg.abbreviations` and `cfg.readings` start from
 )->dict:                    # what stats.json holds
     "From corpora to manifests and a tokenizer; raises `ConfigError` when too much is rejected, or a corpus or a split is empty."
     corpora_dir, out_dir = Path(corpora_dir), Path(out_dir)
-    for name in (*(f"{split}.jsonl" for split in SPLITS), "stats.json"): (out_dir/name).unlink(missing_ok=True)
+    for name in (*(f"{split}.jsonl" for split in SPLITS), "stats.json", NORMALISER_FILE): (out_dir/name).unlink(missing_ok=True)
     folders = _corpus_folders(corpora_dir, names)
     rejects, rows = [], [row for folder in folders for row in _read_corpus(folder, out_dir)]
     total, given = len(rows), {row.get("split", "") for row in rows}
-    _normalise_all(rows, cfg, root, executor)
+    normaliser = make_normaliser(cfg, root)
+    readings = _normalise_all(rows, normaliser, cfg, executor)
     unknown = unknown_table(rows)
     rows = sift(rows, check_ids(), rejects)
     rows = sift(rows, partial(check_text, foreign=cfg.foreign), rejects)
     facts = _probe_all(rows, out_dir, cfg, executor)
     rows = sift(rows, lambda row: check_audio(row, facts[row["id"]], cfg), rejects)
-    assign_splits(rows, cfg, given)
-    shared = check_speakers(rows)
+    alone = assign_splits(rows, cfg, given)
+    shared = check_speakers(rows, alone)
     rows = sift(rows, check_duplicates(rows, {id: found.get("samples") for id, found in facts.items()}), rejects)
-    rows = sift(rows, check_leak(rows), rejects)
+    if not cfg.shared_texts: rows = sift(rows, check_leak(rows), rejects)
     _settle(rows, rejects, cfg, out_dir)
-    tokenizer = train_tokenizer([row["text"] for row in rows if row["split"] == "train"], cfg.tokenizer, cfg.vocab_size)
+    tokenizer = train_tokenizer([row["text"] for row in rows if row["split"] == "train"], cfg.tokenizer, cfg.vocab_size, normaliser)
     rows = sift(rows, check_time(rows, tokenizer), hurried := [])
     if hurried: _settle(rows, rejects := rejects + hurried, cfg, out_dir)
+    seen = note_seen(rows)
     splits = {split: sorted((row for row in rows if row["split"] == split), key=lambda row: row["id"]) for split in SPLITS}
     tokenizer.save(out_dir/"tokenizer")
+    normaliser.save(out_dir/NORMALISER_FILE)
     for split in SPLITS: write_jsonl(out_dir/f"{split}.jsonl", splits[split])
     stats = dict(
-        normaliser=NORMALISER_VERSION, foreign=cfg.foreign, abbreviations=cfg.abbreviations and sha256(Path(root)/Path(cfg.abbreviations).expanduser()), tokenizer=dict(kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, sha256=tokenizer.fingerprint),
+        normaliser=normaliser_name(normaliser), readings=readings, tokenizer=dict(kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, sha256=tokenizer.fingerprint),
         utterances=total, rejected=len(rejects), rejects={reason: sum(reject["reason"] == reason for reject in rejects) for reason in REASONS},
-        unknown_characters=unknown, speakers_in_dev_and_test=len(shared), splits={split: describe(splits[split], tokenizer) for split in SPLITS},
-        corpora=_describe_corpora(folders, rows, rejects))
+        unknown_characters=unknown, speakers_in_dev_and_test=len(shared), drawn_by_utterance=alone, seen=seen, caveats=[line for split in seen for line in caveats(split, seen[split])], splits={split: describe(splits[split], tokenizer) for split in SPLITS},
+        notes=_noted(facts), corpora=_describe_corpora(folders, rows, rejects))
     write_json(out_dir/"stats.json", stats)
     return stats

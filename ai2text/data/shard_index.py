@@ -19,7 +19,8 @@ import numpy as np
 from ..core.files import atomic_write, sha256
 from ..core.params import ConfigError
 from ..core.parallel import in_parallel
-from ..audio.io import AUDIO_SUFFIXES, Recording
+from ..audio.decoders import AUDIO_SUFFIXES
+from ..audio.io import Recording
 
 # %% ../../nbs/data/00_shard_index.ipynb #c1a8ce2a
 class ShardError(ConfigError):
@@ -84,8 +85,9 @@ class Index:
     corpora:list = field(default_factory=lambda: [""]) # names of the corpora that the utterances come from; "" where unknown
     sample_rate:int = 16_000   # Hz; 0 where it varies
     samples_per_shard:int = 0  # utterances aimed at in a shard
-    normaliser:str = ""        # version of the text normaliser; "" where it is not ours
+    normaliser:str = ""        # name of the text normaliser: version and tables; "" where it is not ours
     rejected:list = field(default_factory=list) # a dict for each recording left out: id, reason
+    seen:dict = field(default_factory=dict) # what of the utterances train has too, text or speaker -> share of them; empty: nothing
 
     def __len__(self): return len(self.key)
 
@@ -116,7 +118,7 @@ def _index_text(index:Index)->str:
     line = lambda v: json.dumps(v, ensure_ascii=False, allow_nan=False)
     rows = lambda v: "[" + ",".join(f"\n  {line(r)}" for r in v) + "]"
     totals = dict(format=INDEX_FORMAT, normaliser=index.normaliser, num_shards=len(index.shards), samples_per_shard=index.samples_per_shard,
-                  total_samples=len(index), sample_rate=index.sample_rate, seconds=round(index.seconds, 3), corpora=index.corpora)
+                  total_samples=len(index), sample_rate=index.sample_rate, seconds=round(index.seconds, 3), corpora=index.corpora) | (dict(seen=index.seen) if index.seen else {})
     columns = dict(key=index.key) | {c: getattr(index, c).tolist() for c in COLUMNS}
     return _object({k: line(v) for k,v in totals.items()} | dict(shards=rows(index.shards), rejected=rows(index.rejected),
                    utterances=_object({c: line(v) for c,v in columns.items()}, " "))) + "\n"
@@ -145,7 +147,7 @@ def parse_index(content:bytes, path)->Index:
     columns = saved["utterances"]
     if {len(c) for c in columns.values()} != {saved["total_samples"]}: raise ShardError(f"{path}: its columns differ in length; write it again")
     return Index(saved["shards"], columns["key"], *(np.array(columns[c], dtype=t) for c,t in COLUMNS.items()),
-                 saved["corpora"], saved["sample_rate"], saved["samples_per_shard"], saved["normaliser"], saved["rejected"])
+                 saved["corpora"], saved["sample_rate"], saved["samples_per_shard"], saved["normaliser"], saved["rejected"], saved.get("seen", {}))
 
 # %% ../../nbs/data/00_shard_index.ipynb #6c9ca485
 def select(index:Index, files)->Index:
@@ -157,7 +159,7 @@ def select(index:Index, files)->Index:
     mine = np.flatnonzero(np.isin(index.shard, kept))
     columns = {c: getattr(index, c)[mine] for c in COLUMNS} | dict(shard=np.searchsorted(kept, index.shard[mine]).astype(np.int32))
     return Index([index.shards[i] for i in kept], [index.key[i] for i in mine], *columns.values(),
-                 index.corpora, index.sample_rate, index.samples_per_shard, index.normaliser)
+                 index.corpora, index.sample_rate, index.samples_per_shard, index.normaliser, seen=index.seen)
 
 # %% ../../nbs/data/00_shard_index.ipynb #959cf8c4
 def _spans(path):
@@ -185,7 +187,7 @@ def _scanned(path):
             block = os.pread(f.fileno(), size, offset)
             try:
                 found = members(block)
-                with Recording(member_audio(found)) as r: rate, seconds = r.rate, r.seconds
+                with Recording(member_audio(found)) as r: rate, seconds = r.rate, r.count()/r.rate
                 about = utterance_text(found)
             except ValueError as e:
                 rejected.append(dict(id=f"{path.stem}/{key}", reason=str(e)))

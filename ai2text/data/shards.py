@@ -11,6 +11,7 @@ import contextlib, fcntl, hashlib, json, marshal, os, re, shutil, socket, tarfil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from tarfile import BLOCKSIZE, RECORDSIZE
@@ -24,9 +25,11 @@ from ..core.files import atomic_write, read_json, sha256
 from ..core.params import make
 from ..core.sections import ShardsConfig
 from ..core.parallel import cluster, in_parallel
-from ..audio.io import AUDIO_SUFFIXES, AudioError, Recording, encode, read_plain, resample
+from ..audio.decoders import AUDIO_SUFFIXES
+from ..audio.io import AudioError, Recording, encode, piece_of, read_plain, resample
 from .shard_index import COLUMNS, INDEX_FORMAT, Index, ShardError, load_index, member_audio, members, numbered, printable, reject_summary, save_index
-from ..text.normalise import NORMALISER_VERSION, normalise
+from ..text.normalise import Normaliser
+from ..text.normalisers import NORMALISER, NORMALISER_FILE, find_normaliser, for_corpus, normaliser_name
 
 # %% ../../nbs/data/10_shards.ipynb #d8683c7c
 def safe_key(id:str)->str:
@@ -47,10 +50,11 @@ MAX_SECONDS = 300 # of an utterance; bounds the memory that one file can take
 def read_pcm(
     path,            # an audio file
     sample_rate:int, # Hz wanted
+    **piece,         # `channel`, `offset` and `duration` of `Recording`
 ):                   # samples (T,) int16, Hz the file has
-    "A file as 16-bit mono; `AudioError` says why it cannot be, without naming it."
-    if (plain := read_plain(path, 2*sample_rate*MAX_SECONDS)) and plain[1] == sample_rate: return plain
-    with Recording(path, "") as r:
+    "A file, or a piece of one, as 16-bit mono; `AudioError` says why it cannot be, without naming it."
+    if "offset" not in piece and (plain := read_plain(path, 2*sample_rate*MAX_SECONDS)) and plain[1] == sample_rate: return plain
+    with Recording(path, "", **piece) as r:
         parts = []
         for part_T in r.mono():
             parts.append(part_T)
@@ -75,12 +79,12 @@ def tar_end(size:int)->bytes:
     return bytes(2*BLOCKSIZE + -(size + 2*BLOCKSIZE) % RECORDSIZE)
 
 # %% ../../nbs/data/10_shards.ipynb #85bf545e
-_NOT_IN_SHARD = ("audio_filepath", "split", "sha256", "bytes") # they tell where a file came from, not what it is
+_NOT_IN_SHARD = ("audio_filepath", "offset", "channel", "notes", "split", "seen", "sha256", "bytes") # they tell where a file came from, not what it is
 _as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 def _utterance_block(row:dict, root, sample_rate:int, codec:str):
     "The tar members of one utterance as bytes, and its seconds; `ValueError` says why there are none."
-    pcm, rate = read_pcm(os.path.join(root, row["audio_filepath"]), sample_rate)
+    pcm, rate = read_pcm(os.path.join(root, row["audio_filepath"]), sample_rate, **piece_of(row))
     seconds, key = len(pcm)/sample_rate, safe_key(row["id"])
     about = {k: v for k,v in row.items() if k not in _NOT_IN_SHARD} | dict(duration=seconds, sample_rate=rate)
     try: text = _as_json(about).encode("utf-8")
@@ -95,7 +99,7 @@ def _utterance_block(row:dict, root, sample_rate:int, codec:str):
 def versions()->dict:
     "The versions that the bytes of a shard depend on, besides its recordings; `code` is this package's."
     code = sha256(json.dumps(identity("data.shards")).encode())[:16]
-    return dict(format=INDEX_FORMAT, libsndfile=sf.__libsndfile_version__, numpy=np.__version__, code=code)
+    return dict(format=INDEX_FORMAT, libsndfile=sf.__libsndfile_version__, av=version("av"), numpy=np.__version__, code=code)
 
 class ShardTask(NamedTuple):
     "All that a process needs to write one shard."
@@ -221,12 +225,14 @@ def write_shards(
     *,
     audio_root,         # folder that `audio_filepath` is relative to
     rejected:list=(),   # recordings that were left out before: dicts with id and reason
+    normaliser=None,    # that the texts were read with, whose name the index has; None = the one in `audio_root`, where prepare leaves it, or the rules alone
     executor=None,      # any `concurrent.futures.Executor`
 )->Index:
     "Write shards and their index; equal rows, recordings and config give equal bytes, after any number of interruptions."
     out_dir, index_path = Path(out_dir), Path(index_path)
     if not rows: raise ShardError(f"no utterances for {out_dir}: an empty split cannot be sharded" + (f" ({reject_summary(list(rejected))})" if rejected else ""))
     rows = _shuffled(rows, config.seed)
+    if normaliser is None: normaliser = Normaliser.load(beside) if (beside := Path(audio_root)/NORMALISER_FILE).is_file() else NORMALISER
     with _locked(out_dir), cluster(config.scheduler) as (workers, threads):
         parallel = partial(in_parallel, processes=threads or config.processes, executor=executor or workers)
         if executor: out_dir, index_path, audio_root = (Path(p).absolute() for p in (out_dir, index_path, audio_root)) # it may have another current folder
@@ -242,7 +248,8 @@ def write_shards(
             if len(lost) > config.max_reject_share*total:
                 raise ShardError(f"{len(lost)} of {total} recordings rejected, more than max_reject_share = {config.max_reject_share:g} allows: {reject_summary(lost)}. "
                                  "Mend or remove them, or raise max_reject_share; whole shards are kept")
-        index = _joined(notes, lost, config)
+        index = _joined(notes, lost, config, normaliser_name(normaliser))
+        index.seen = {what: round(n/len(rows), 4) for what,n in sorted(Counter(what for row in rows for what in row.get("seen", ())).items())}
         _clear(out_dir, ".*.part", "shard-*.tar", keep={s["file"] for s in index.shards})
         save_index(index, index_path)
         shutil.rmtree(noted)
@@ -256,13 +263,13 @@ def _tasks(rows, out_dir, notes, config, audio_root)->list:
     return [ShardTask(str(out_dir/f"shard-{i:06d}.tar"), str(notes/f"shard-{i:06d}.json"), part, str(audio_root), config.sample_rate, config.codec, versions())
             for i,part in enumerate(rows[at:at + config.shard_size] for at in range(0, len(rows), config.shard_size))]
 
-def _joined(notes, rejected, config)->Index:
+def _joined(notes, rejected, config, normaliser:str)->Index:
     notes = [n for n in notes if n["shard"]["samples"]]
     gather = lambda c: [v for n in notes for v in n["utterances"].get(c, ())]
     corpora, corpus = numbered(gather("corpus"))
     columns = {c: gather(c) for c in COLUMNS} | dict(shard=np.repeat(np.arange(len(notes)), [n["shard"]["samples"] for n in notes]), corpus=corpus)
     return Index([n["shard"] for n in notes], gather("key"), *(np.array(columns[c], dtype=t) for c,t in COLUMNS.items()),
-                 corpora, config.sample_rate, config.shard_size, NORMALISER_VERSION, [dict(r, id=printable(r["id"])) for r in sorted(rejected, key=lambda r: r["id"])])
+                 corpora, config.sample_rate, config.shard_size, normaliser, [dict(r, id=printable(r["id"])) for r in sorted(rejected, key=lambda r: r["id"])])
 
 # %% ../../nbs/data/10_shards.ipynb #e9b51414
 def _read_transcripts(path)->tuple[dict, list]:
@@ -292,7 +299,7 @@ def _find_audio(folder, id:str)->Path:
 
 # %% ../../nbs/data/10_shards.ipynb #c7612d1e
 def create_shards(
-    audio_dir,               # folder of recordings: ID.wav (or .flac, .mp3, .ogg, .opus)
+    audio_dir,               # folder of recordings: ID.wav (or .flac, .mp3, .m4a, and so on)
     transcript_file,         # JSON map from id to transcript
     output_dir,              # folder of the shards and of index.json
     shard_size:int=1000,     # utterances in a shard, at most
@@ -303,16 +310,20 @@ def create_shards(
     processes:int=0,         # that encode; 0: one for each core
     scheduler:str="",        # address of a Dask scheduler whose workers encode; empty: processes of this machine
     max_reject_share:float=0.1, # stop when more than this share is rejected
+    normaliser:str="",       # what the transcripts are read with: a normaliser.json, or a folder that has one; empty: the project's, or the package's
 )->Index:
-    "Shards from a folder and a JSON file; what is left out is in the index with its reason."
+    "Shards from a folder and a JSON file, and the normaliser that read it; what is left out is in the index with its reason."
+    normaliser, where = find_normaliser(normaliser)
+    if normaliser is None: raise ShardError("normaliser none: transcripts must be read to be trained on; name a normaliser.json, or leave it out")
     if not Path(audio_dir).is_dir(): raise ShardError(f"{audio_dir}: no such folder of recordings")
     transcripts, twice = _read_transcripts(transcript_file)
     rows, rejected = [], [dict(id=i, reason="comes twice in the transcripts") for i in twice]
+    read = for_corpus(normaliser, [raw for raw in transcripts.values() if isinstance(raw, str)])
     for id,raw in transcripts.items():
         if id in twice: continue
         try:
             if not isinstance(raw, str): raise ValueError(f"its transcript is a {type(raw).__name__}, not text")
-            text = normalise(raw)
+            text = read(raw)
             if not text: raise ValueError("has an empty transcript")
             path = _find_audio(audio_dir, id)
             same = dict(sha256=sha256(Path(audio_dir)/path)) if scheduler else {} # workers may have another file of this name
@@ -320,7 +331,9 @@ def create_shards(
         except ValueError as e: rejected.append(dict(id=id, reason=str(e)))
     config = make(ShardsConfig, dict(shard_size=shard_size, codec=codec, sample_rate=sample_rate, seed=seed, processes=processes,
                                      scheduler=scheduler, max_reject_share=max_reject_share), "shards")
-    return write_shards(rows, output_dir, Path(output_dir)/"index.json", config, audio_root=audio_dir, rejected=rejected)
+    index = write_shards(rows, output_dir, Path(output_dir)/"index.json", config, audio_root=audio_dir, rejected=rejected, normaliser=normaliser)
+    normaliser.save(Path(output_dir)/NORMALISER_FILE)
+    return index
 
 # %% ../../nbs/data/10_shards.ipynb #38c5478a
 class Problem(NamedTuple):

@@ -24,7 +24,8 @@ from ..models.ctc import BLANK_ID
 from .alignment import align_tokens
 from .ngram_lm import SENTENCE_END, LM, SPECIAL_WORDS, UNKNOWN_WORD, load_lm
 from ..core.parallel import in_parallel
-from ..text.normalise import normalise, unknown_characters
+from ..text.normalise import Normaliser, unknown_characters
+from ..text.normalisers import NORMALISER, NORMALISER_FILE, check_normaliser
 from ..text.tokenizer import WORD_START, Tokenizer
 
 # %% ../../nbs/decoding/10_beam_search.ipynb #cfaa0c65
@@ -240,6 +241,12 @@ def save_weights(
     write_json(Path(folder)/"weights.json", {k: weights[k] for k in DEFAULTS} | about)
 
 # %% ../../nbs/decoding/10_beam_search.ipynb #9204d3aa
+def _normaliser_of(tokens)->Normaliser|None:
+    "What the words of a recogniser were read with, if its tokens can say."
+    if isinstance(tokens, Tokenizer): return tokens.normaliser
+    beside = Path(tokens).with_name(NORMALISER_FILE) if isinstance(tokens, (str, Path)) else None
+    return Normaliser.load(beside) if beside and beside.is_file() else None
+
 class Decoder:
     "Turns log probabilities into text; `beam=0` is greedy."
     def __init__(self,
@@ -264,13 +271,15 @@ class Decoder:
         given = dict(lm_weight=lm_weight, word_bonus=word_bonus, unknown=unknown)
         tuned = tuned_weights(self.lm.folder) if self.lm and self.lm.folder else {}
         self.weights = {k: float(v if v is not None else tuned.get(k, DEFAULTS[k])) for k,v in given.items()}
-        self.hotwords = self._read_hotwords(hotwords)
+        read = _normaliser_of(tokens) if self.lm or hotwords else None
+        if read and self.lm: check_normaliser(self.lm.about.get("normaliser"), self.lm.folder or "the language model", f"make it again with `ai2text lm --normaliser {Path(tokens).parent if isinstance(tokens, (str, Path)) else 'FOLDER'}`, the folder of the model", read)
+        self.hotwords = self._read_hotwords(hotwords, read or NORMALISER)
         self._tables()
 
-    def _read_hotwords(self, hotwords)->list[tuple]:
+    def _read_hotwords(self, hotwords, normaliser)->list[tuple]:
         phrases = []
         for text in hotwords:
-            words = normalise(text)
+            words = normaliser(text)
             if not words or unknown_characters(words): raise ValueError(f"hotword {text!r}: cannot be said in letters that the recogniser knows; write it as it is spoken")
             phrases.append(tuple(words.split()))
         return sorted(set(phrases))

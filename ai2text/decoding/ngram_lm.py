@@ -10,7 +10,7 @@ __all__ = ['UNKNOWN_WORD', 'SENTENCE_START', 'SENTENCE_END', 'SPECIAL_WORDS', 'F
 import gzip, io, json, math
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 from ..core.files import atomic_folder, read_json, sha256, write_json
 from ..core.params import ConfigError
 from ..core.parallel import in_parallel
-from ..text.normalise import FOREIGN_POLICIES, NORMALISER_VERSION, normalise, read_abbreviations, unknown_characters
+from ..text.normalise import Normaliser, unknown_characters
+from ..text.normalisers import NORMALISER, check_normaliser, find_normaliser, for_corpus, normaliser_name
 
 # %% ../../nbs/decoding/00_ngram_lm.ipynb #a8e0f5d9
 UNKNOWN_WORD, SENTENCE_START, SENTENCE_END = 0, 1, 2                # ids of the three words that are no syllables
@@ -158,6 +159,7 @@ def fit_lm(
     order:int=3,       # the longest n-gram
     min_count=(1,),    # of each order, as of `smooth`; a rarer word is taken as unknown
     unique:bool=True,  # a sentence that comes several times counts once
+    normaliser:Normaliser=NORMALISER, # that the sentences were read with
 )->LM:
     "Learn a model from sentences."
     min_count = tuple(min_count)
@@ -173,7 +175,7 @@ def fit_lm(
     ids_T = np.array([i for line in lines for i in (SENTENCE_START, *(ids.get(word, UNKNOWN_WORD) for word in line.split()), SENTENCE_END)])
     levels, taken = smooth(count_grams(ids_T, len(words), order), min_count)
     return LM(words, levels, dict(order=order, words=len(known), grams=[len(l.keys) for l in levels], sentences=len(lines), repeated=sentences.total() - len(lines) if unique else 0, tokens=seen.total(),
-                                  unknown=int((ids_T == UNKNOWN_WORD).sum()), min_count=list(min_count), unique=unique, discounts=[list(map(float, d)) for d in taken], normaliser=NORMALISER_VERSION))
+                                  unknown=int((ids_T == UNKNOWN_WORD).sum()), min_count=list(min_count), unique=unique, discounts=[list(map(float, d)) for d in taken], normaliser=normaliser_name(normaliser)))
 
 # %% ../../nbs/decoding/00_ngram_lm.ipynb #703f8321
 @patch
@@ -224,7 +226,7 @@ def load_lm(
     about = read_json(folder/"lm.json")
     again = f"make it again with `ai2text lm --to {folder}`"
     if not isinstance(about, dict) or about.get("format") != LM_FORMAT: raise ConfigError(f"{folder}/lm.json: no language model of format {LM_FORMAT}; {again}")
-    if about.get("normaliser") != NORMALISER_VERSION: raise ConfigError(f"{folder}: made with normaliser {about.get('normaliser')}, this code has {NORMALISER_VERSION}; {again}")
+    check_normaliser(about.get("normaliser"), folder, again)
     for name in ("lm.safetensors", "words.txt"):
         if not (folder/name).is_file(): raise ConfigError(f"{folder/name}: no such file; {again}")
         if sha256(folder/name) != about.get("files", {}).get(name): raise ConfigError(f"{folder/name}: not the file that lm.json speaks of; {again}")
@@ -271,17 +273,17 @@ def build_lm(
     order:int=3,             # the longest n-gram
     min_count:list[int]=(1,), # of each order: n-grams seen less often are left out, as 1 1 2
     unique:bool=True,        # count a sentence that comes several times once
-    abbreviations:str="",    # file of abbreviations and how they are read; empty = none
-    foreign:str="keep",      # what becomes of words in letters that Vietnamese lacks: keep or spell
+    normaliser:str="",       # what the text is read with: a normaliser.json, or a folder that has one (of the model, a bundle); empty = the project's, or the package's
     processes:int=0,         # processes that normalise; 0 = one for each core
 )->LM:
     "Make a language model from text files."
     if not text: raise ConfigError("no text files; give at least one")
-    if foreign not in (allowed := [p for p in FOREIGN_POLICIES if p != "reject"]): raise ConfigError(f"foreign={foreign}: choose one of {', '.join(allowed)}")
+    normaliser, _ = find_normaliser(normaliser)
+    if normaliser is None: raise ConfigError("normaliser=none: the text must be read as transcripts are; name the normaliser.json of the model, or leave it out")
     paths = [Path(p) for p in text]
-    clean = partial(normalise, foreign=foreign, abbreviations=read_abbreviations(abbreviations) if abbreviations else None)
     raw = {p: _sentences(p) for p in paths}
-    lm = fit_lm(in_parallel(clean, [line for lines in raw.values() for line in lines], processes, label="text", unit="sentences", group=2000), order, min_count, unique)
-    lm.about |= dict(sources=[dict(name=p.name, sentences=len(lines), sha256=sha256(p)) for p,lines in raw.items()], foreign=foreign)
+    clean = (text for p,lines in raw.items() for text in in_parallel(for_corpus(normaliser, lines), lines, processes, label=p.name, unit="sentences", group=2000))
+    lm = fit_lm(clean, order, min_count, unique, normaliser)
+    lm.about |= dict(sources=[dict(name=p.name, sentences=len(lines), sha256=sha256(p)) for p,lines in raw.items()])
     lm.save(to)
     return load_lm(to)

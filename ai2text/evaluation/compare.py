@@ -9,7 +9,7 @@ __all__ = ['CLAIMS', 'COMPARE_RULES', 'SIGNIFICANT', 'read_result', 'gather', 'r
 # %% ../../nbs/evaluation/50_compare.ipynb #34691b89
 import csv, json, subprocess
 from pathlib import Path
-from ..core.tables import columns, spell_hours
+from ..core.tables import caveats, columns, spell_hours
 from ..core.files import atomic_write, write_json
 from ..core.layout import Layout, find_root
 from ..core.params import ConfigError, load_params
@@ -53,6 +53,7 @@ def gather(
         parameters=metrics["parameters"], training_memory=ttq.get("memory_bytes"), memory=timing.get("memory_single_bytes"),
         real_time_factor=timing["real_time_factor"], latency=latency, claim=CLAIMS.get(metrics.get("family")),
         hardware=" / ".join(str(timing["environment"].get(k)) for k in ("processor", "gpu", "threads")),
+        caveats=caveats("dev", metrics.get("seen", {})) + caveats("test", quality.get("seen", {})),
         curve=[dict(hours=h["elapsed_hours"], audio_hours=h["audio_hours"], wer=h["val_wer"], loss=h["train_loss"]) for h in log["history"]], utterances=rows)
 
 # %% ../../nbs/evaluation/50_compare.ipynb #1e1f28a9
@@ -111,7 +112,7 @@ def comparison_rows(
                      **{f"WER in chunks of {40*int(c)} ms": f"{m['streams'][c]:.1%}" if c in m["streams"] else "does not stream" for c in chunks},
                      "trained": spell_hours(m["hours"]), "speech heard, h": round(m["audio_hours"], 1), **{f"to {w:.0%}": _took(reached.get(w, {})) for w in targets},
                      "million parameters": _size(m["parameters"], 1e6, 2), "MB in training": _size(m["training_memory"], 1e6), "MB in use": _size(m["memory"], 1e6),
-                     "real-time factor": round(m["real_time_factor"], 4), "latency, s": middle.get("seconds"), "of an utterance of, s": middle.get("audio_seconds"), "the plan expects": m["claim"] or ""})
+                     "real-time factor": round(m["real_time_factor"], 4), "latency, s": middle.get("seconds"), "of an utterance of, s": middle.get("audio_seconds"), "the plan expects": m["claim"] or ""} | ({"but": "; ".join(m["caveats"])} if m.get("caveats") else {}))
     return rows
 
 # %% ../../nbs/evaluation/50_compare.ipynb #d1715855

@@ -17,6 +17,7 @@ from ..core.files import read_jsonl, write_json, write_jsonl
 from ..core.layout import Layout
 from ..core.environment import PeakMemory, _resident, environment
 from ..text.tokenizer import load_tokenizer
+from ..text.variants import read_variants
 from ..models.store import load_model
 from .score_split import evenly, score_model, split_loader
 from .scorecard import LENGTHS, details, rates_beside, word_counts
@@ -61,16 +62,17 @@ def evaluate(
     manifest = read_jsonl(layout.manifest("test"))
     if not manifest: raise ConfigError(f"{layout.manifest('test')}: the split test has no utterances, so there is nothing to score; give the corpus a test split, or set prepare.test_share, and run `dvc repro`")
     before = 0 if device == "cuda" else _resident("VmRSS")
-    model = load_model(layout.model(name), load_tokenizer(layout.tokenizer)).to(device)
+    tokenizer = load_tokenizer(layout.tokenizer)
+    model, scored = load_model(layout.model(name), tokenizer).to(device), dict(normaliser=tokenizer.normaliser, variants=read_variants())
     loader, streams = split_loader(layout, "test"), getattr(model, "streams", False)
     with PeakMemory(device) as single: latency = time_single(model, loader, device) # first: a process seldom gives memory back
     with PeakMemory(device) as memory:
         begin = time.perf_counter()
-        score, rows = score_model(model, loader, manifest, device, "test")
+        score, rows = score_model(model, loader, manifest, device, "test", **scored)
         seconds, audio = time.perf_counter() - begin, sum(r["duration"] for r in manifest)
-    quality = dict(split="test", **dataclasses.asdict(score), evaluation_set=loader.fingerprint[:16], **details(rows, word_counts(layout.manifest("train"))))
+    quality = dict(split="test", **dataclasses.asdict(score), evaluation_set=loader.fingerprint[:16], seen=loader.index.seen, **details(rows, word_counts(layout.manifest("train"))))
     for chunk in (stream.chunk, 2*stream.chunk) if streams else ():
-        quality[f"chunk_{chunk}"] = rates_beside(*score_model(model, loader, manifest, device, f"test, chunks of {chunk}", chunk=chunk, left_chunks=stream.left_chunks), rows)
+        quality[f"chunk_{chunk}"] = rates_beside(*score_model(model, loader, manifest, device, f"test, chunks of {chunk}", chunk=chunk, left_chunks=stream.left_chunks, **scored), rows)
     write_jsonl(results/"utterances.jsonl", rows)
     write_json(results/"timing.json", dict(seconds=seconds, audio_seconds=audio, real_time_factor=seconds/audio, utterances_per_second=len(rows)/seconds,
         parameters=sum(p.numel() for p in model.parameters()), memory_bytes=memory.bytes, memory_single_bytes=single.bytes, memory_before_bytes=before, memory_measured=memory.how,

@@ -15,8 +15,9 @@ from ..text.tones import TONE_NAMES
 # %% ../../nbs/evaluation/70_plots.ipynb #15017a4a
 def _bars(ax, found, rate:str, title:str):
     "A bar a group with its interval; its words in brackets."
+    found = [g for g in found if g[rate] is not None] # nothing was said in the others
     names, at, values = [str(g["group"]) for g in found], np.arange(len(found)), np.array([100*g[rate] for g in found])
-    ends = np.array([[0, 0] if g[rate + "_low"] is None else [100*(g[rate] - g[rate + "_low"]), 100*(g[rate + "_high"] - g[rate])] for g in found]).T.clip(0)
+    ends = np.array([[0, 0] if g[rate + "_low"] is None else [100*(g[rate] - g[rate + "_low"]), 100*(g[rate + "_high"] - g[rate])] for g in found]).reshape(-1, 2).T.clip(0)
     ax.barh(at, values, .7, color=SAID, alpha=.55)
     ax.errorbar(values, at, xerr=ends, fmt="none", ecolor="0.46", elinewidth=1)
     ax.set_yticks(at, [f"{name}  ({g['words']})" for name,g in zip(names, found)], fontsize=7)

@@ -13,6 +13,8 @@ from ..core.params import ConfigError
 from ..core.layout import Layout
 from ..core.distributed import Ranks
 from ..data.loader import create_webdataset_loader
+from ..text.normalise import Normaliser
+from ..text.normalisers import NORMALISER, NORMALISER_FILE, check_normaliser
 from .metrics import score_rows, utterance_rows
 
 # %% ../../nbs/evaluation/10_score_split.ipynb #a52b1fdd
@@ -41,6 +43,7 @@ def split_loader(
     "A split in a fixed order, each utterance once an epoch; refuses one whose shards lack a recording, since its error rate would be of something else."
     loader = create_webdataset_loader(layout.split_shards(split), 10_000, num_workers, index=layout.split_index(split), batch_seconds=batch_seconds, shuffle=False, max_skip_share=0.,
                                       rank=ranks.rank, world=ranks.world)
+    check_normaliser(loader.index.normaliser, layout.split_index(split), "write the shards again with `dvc repro`", Normaliser.load(layout.tokenizer/NORMALISER_FILE))
     if lost := loader.index.rejected:
         listed = "; ".join(f"{r['id']} ({r['reason']})" for r in lost[:5]) + ("; ..." if len(lost) > 5 else "")
         raise ConfigError(f"{layout.split_index(split)}: {len(lost)} of {len(lost) + len(loader.index)} recordings of {split} could not go into the shards: {listed}. "
@@ -62,12 +65,13 @@ def score_model(
     show:str="",
     beat=None,
     ranks:Ranks=Ranks(), # that share the loader's split
+    *,
+    normaliser=NORMALISER, # what both sides go through
+    variants=(),     # what is both right, as for `score`
     **how,           # as for `transcribe_split`
 ):                   # `Score`, rows for utterances.jsonl
     "Score a model on a split; speakers of different corpora are different people, whatever their names."
     hypotheses = {}
     for part in ranks.gather({i: h.text for i,h in transcribe_split(model, loader, device, show, beat, **how).items()}): hypotheses |= part
-    if len({row.get("corpus") for row in manifest}) > 1:
-        manifest = [{**row, "speaker": f"{row['corpus']} {row['speaker']}" if row.get("speaker") else ""} for row in manifest]
-    rows = utterance_rows(manifest, hypotheses, keep=("corpus", "dialect", "snr_db"))
-    return score_rows(rows), rows
+    rows = utterance_rows(manifest, hypotheses, keep=("corpus", "dialect", "snr_db"), normaliser=normaliser)
+    return score_rows(rows, normaliser=normaliser, variants=variants), rows

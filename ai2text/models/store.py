@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ..core.params import ConfigError
 from ..core.files import atomic_folder, read_json, write_json
+from ..text.normalisers import check_normaliser, normaliser_name
 from ..text.tokenizer import load_tokenizer
 from .registry import model_class
 
@@ -75,11 +76,12 @@ def load_model(
     folder,          # models/M
     tokenizer=None,  # of the data, to compare with the model's own
 ):                   # the model, ready to transcribe
-    "A published model; refuses data with another vocabulary."
+    "A published model; refuses data with another vocabulary, and text that is read otherwise."
     folder = Path(folder)
     description = load_config(folder)
     family = model_class(description["family"])
     own = getattr(family, "load_tokenizer", load_tokenizer)(folder/"tokenizer")
+    if tokenizer is not None: check_normaliser(normaliser_name(own.normaliser), folder, "train it again on this data, or prepare the data as it was", tokenizer.normaliser)
     if tokenizer is not None and not getattr(family, "own_tokenizer", False) and tokenizer.fingerprint != own.fingerprint:
         raise ConfigError(f"{folder}: was trained with another vocabulary ({own.kind}, {own.vocab_size} symbols) than the data's ({tokenizer.kind}, {tokenizer.vocab_size}); train it again on this data, or prepare the data as it was")
     return load_weights(family.from_config(description["config"], own), folder).eval()

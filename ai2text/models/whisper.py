@@ -23,7 +23,8 @@ from ..audio.fbank import HOP, WINDOW
 from ..core.batch import SAMPLE_RATE, Batch, Hypothesis, Loss
 from ..core.files import read_json, sha256, write_json
 from ..core.params import ConfigError, make, opt
-from ..text.normalise import NORMALISER_VERSION, unknown_characters
+from ..text.normalise import Normaliser, unknown_characters
+from ..text.normalisers import NORMALISER, NORMALISER_FILE
 from ..text.tokenizer import load_tokenizer
 
 # %% ../../nbs/models/30_whisper.ipynb #54906465
@@ -65,6 +66,7 @@ class WhisperTokens:
         vocab_size:int,  # of the model: text, special tokens, timestamps
     ):
         self.text, self.special, self.vocab_size = text, special, vocab_size
+        self.normaliser = getattr(text, "normaliser", NORMALISER) # released text tokens have none of their own: that of the data is put in
         self.end, self.first_timestamp = special["end"], special["no_timestamps"] + 1
 
     @classmethod
@@ -82,7 +84,7 @@ class WhisperTokens:
     @property
     def fingerprint(self)->str:
         "SHA-256: two with one fingerprint agree on every id."
-        return sha256("\n".join([NORMALISER_VERSION, self.text.fingerprint, json.dumps([self.special, self.vocab_size], sort_keys=True)]).encode())
+        return sha256("\n".join([self.normaliser.fingerprint, self.text.fingerprint, json.dumps([self.special, self.vocab_size], sort_keys=True)]).encode())
 
     def prompt(self,
         timestamps:bool=False,  # segments with timestamps follow
@@ -105,8 +107,9 @@ class WhisperTokens:
         return " ".join(self.text.decode([i for i in ids if i < self.end]).split())
 
     def save(self, folder):
-        "Write the text's tokenizer and `whisper.json` into a folder."
+        "Write the text's tokenizer, `normaliser.json` and `whisper.json` into a folder."
         self.text.save(folder)
+        self.normaliser.save(Path(folder)/NORMALISER_FILE)
         write_json(Path(folder)/"whisper.json", dict(text=self.text.kind, special=self.special, vocab_size=self.vocab_size, sha256=self.fingerprint))
 
 # %% ../../nbs/models/30_whisper.ipynb #507ee5e9
@@ -119,6 +122,7 @@ def load_tokens(
     about = read_json(path)
     text = ReleasedText.load(folder) if about["text"] == ReleasedText.kind else load_tokenizer(folder)
     tokens = WhisperTokens(text, about["special"], about["vocab_size"])
+    tokens.normaliser = Normaliser.load(Path(folder)/NORMALISER_FILE)
     if tokens.fingerprint != about["sha256"]: raise ConfigError(f"{folder}: whisper.json and the tokenizer's files do not belong together; make the model again")
     return tokens
 
@@ -327,7 +331,10 @@ class Whisper(nn.Module):
         tokenizer,    # of the data; a released checkpoint has its own
     )->'Whisper':
         "The model with the weights that training starts from; raises `ConfigError` for a checkpoint that cannot be had or is not one for Vietnamese."
-        if params.get("init", "scratch") != "scratch": return released(make(ReleasedConfig, params, "whisper"))
+        if params.get("init", "scratch") != "scratch":
+            model = released(make(ReleasedConfig, params, "whisper"))
+            if tokenizer is not None: model.tokenizer.normaliser = tokenizer.normaliser
+            return model
         c = scratch_config(params)
         tokens = WhisperTokens.appended(tokenizer, c.window_seconds if c.timestamps else None)
         model = cls(dict(net=shape_of(c, tokens), generation={}, **kept(c)), tokens)

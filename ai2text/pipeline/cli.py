@@ -22,6 +22,7 @@ COMMANDS = dict(
     lm=("ai2text.decoding.ngram_lm:build_lm", "make a language model from text files, for decoding"),
     tune=("ai2text.evaluation.tune_lm:tune_lm", "find the weights of a language model with which a model makes the fewest errors on dev", "lm"),
     align=("ai2text.decoding.align:align_recordings", "cut long recordings into utterances by their text, with a trained model, and write a corpus; the exit status tells a script", "model", "recording", "text"),
+    score=("ai2text.evaluation.score_files:score_files", "say how wrong transcripts in files are: error rates with intervals, variants, tones, and the worst of them", "ref", "hyp"),
     transcribe=("ai2text.serving.client:transcribe", "turn recordings into text, JSON or subtitles with a bundle; the exit status tells a script", "bundle", "files"),
     serve=("ai2text.serving.server:serve", "run a bundle as a service: sherpa-onnx behind a proxy, with a page", "bundle"),
     stream=("ai2text.serving.client:stream", "send a recording or a microphone to a service and show what it hears", "url", "file"),
@@ -30,7 +31,7 @@ COMMANDS = dict(
     compare=("ai2text.evaluation.compare:compare", "put the models of params.yaml side by side, and say which to take"),
     report=("ai2text.pipeline.site:site", "write what was reached and all reports as pages that need nothing but a browser"),
     get=("ai2text.serving.release:get", "fetch a released bundle by its git tag, and check it", "tag"),
-    manifest=("ai2text.corpora.importers:export_manifest", "write a manifest of ours as one that NeMo reads", "manifest", "to"),
+    manifest=("ai2text.corpora.manifests:export_manifest", "write a manifest of ours as one that NeMo reads", "manifest", "to"),
     runs=("ai2text.training.checkpoint:list_runs", "list training runs, or delete old ones"))
 
 # %% ../../nbs/pipeline/30_cli.ipynb #8751b412

@@ -8,16 +8,18 @@ __all__ = ['BUNDLE_FORMAT', 'FILES', 'SUMS', 'MAX_BYTES', 'MEND', 'INPUTS', 'OUT
            'check_offline', 'window_samples', 'Bundle', 'seal', 'check_bundle', 'session']
 
 # %% ../../nbs/serving/00_bundle.ipynb #8a80e522
-import re, unicodedata
+import re, unicodedata, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.params import ConfigError
 from ..core.files import atomic_write, read_json, sha256
+from ..text.normalise import Normaliser
+from ..text.normalisers import NORMALISER_FILE, OtherNormaliser, check_normaliser, normaliser_name
 
 # %% ../../nbs/serving/00_bundle.ipynb #b8b8aef8
 BUNDLE_FORMAT = 1  # of config.json
-FILES = ("model.onnx", "model.int8.onnx", "model.offline.onnx", "tokens.txt", "config.json", "README.md")
+FILES = ("model.onnx", "model.int8.onnx", "model.offline.onnx", "tokens.txt", "normaliser.json", "config.json", "README.md")
 SUMS = "SHA256SUMS"
 _N_BINS, _SUBSAMPLING = 80, 4  # channels of the features; frames of them to one of the encoder, which the runtime's timestamps take for granted
 MAX_BYTES = dict(onnx=1 << 30, txt=1 << 24, json=1 << 24, md=1 << 24, SHA256SUMS=1 << 16)  # more than this is no bundle of ours
@@ -149,6 +151,12 @@ class Bundle:
         "Symbols of the token table, by id."
         return check_tokens(self.tokens, self.config["vocab_size"])
 
+    @property
+    def normaliser(self)->Normaliser:
+        "What the words of its transcripts were read with; `OtherNormaliser` if the rules were others."
+        check_normaliser(self.config["normaliser"], self.folder, f"{MEND}, from a model that was trained with this version")
+        return Normaliser.load(self.folder/NORMALISER_FILE)
+
     def model(self, int8:bool=False)->Path:
         "The streaming graph."
         return self.folder/("model.int8.onnx" if int8 else "model.onnx")
@@ -196,6 +204,8 @@ def check_bundle(
     _same(bundle.model(int8=True), "metadata", int8, float32)
     for key in ("vocab_size", "right_context"): _same(where, key, config.get(key), float32[key])
     check_offline(bundle.offline, config["vocab_size"])
+    try: _same(where, "normaliser", config["normaliser"], normaliser_name(bundle.normaliser))
+    except OtherNormaliser as e: warnings.warn(f"{e} (it can be served; hotwords, language models and scores need this version)", stacklevel=2)
     return bundle
 
 # %% ../../nbs/serving/00_bundle.ipynb #3abeb216

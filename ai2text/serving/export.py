@@ -24,8 +24,9 @@ from ..core.files import atomic_folder, read_json, read_jsonl, sha256, write_jso
 from ..core.layout import Layout
 from ..core.code import identity
 from ..core.environment import environment
+from ..core.tables import caveats
 from ..core.batch import Batch, SAMPLE_RATE
-from ..text.normalise import NORMALISER_VERSION
+from ..text.normalisers import NORMALISER_FILE, normaliser_name
 from ..audio.fbank import HIGH_HZ, HOP, LEFT_EDGE, LOG_FLOOR, LOW_HZ, N_FFT, N_MELS, PCM_SCALE, PREEMPHASIS, RIGHT_EDGE, WINDOW, mel_filters, num_frames, povey_window
 from ..data.shard_index import load_index
 from ..models.ctc import greedy
@@ -274,7 +275,7 @@ def latency_curve(
         heard = [with_silence(b, chunk) for b in batches]
         for left in left_chunks:
             said = {i: h.text for b in heard for i,h in zip(b.ids, model.transcribe(b, chunk=chunk, left_chunks=left))}
-            score = score_rows(utterance_rows(manifest, said))
+            score = score_rows(utterance_rows(manifest, said, normaliser=model.tokenizer.normaliser), normaliser=model.tokenizer.normaliser)
             rows.append(dict(chunk=chunk, left_chunks=left, past_ms=chunk*left*40, latency_ms=1000*window_samples(chunk, RIGHT_CONTEXT)/SAMPLE_RATE, **score.rates))
     return rows
 
@@ -289,7 +290,7 @@ def settings(
     return dict(
         format=BUNDLE_FORMAT, name=name, family="conformer", language="vi", chunk_size=chunk, num_left_chunks=left_chunks, chunk_seconds=round(chunk*FRAME_SECONDS, 3),
         window_seconds=window_samples(chunk, RIGHT_CONTEXT)/SAMPLE_RATE, frame_seconds=FRAME_SECONDS, sample_rate=SAMPLE_RATE, right_context=RIGHT_CONTEXT, subsampling_factor=SUBSAMPLING,
-        vocab_size=model.tokenizer.vocab_size, tokenizer=model.tokenizer.kind, normaliser=NORMALISER_VERSION,
+        vocab_size=model.tokenizer.vocab_size, tokenizer=model.tokenizer.kind, normaliser=normaliser_name(model.tokenizer.normaliser),
         features=dict(kind="kaldi fbank", bins=N_MELS, frame_ms=25, shift_ms=10, window="povey", preemphasis=PREEMPHASIS, low_hz=LOW_HZ, high_hz=HIGH_HZ, dither=0, snip_edges=False,
                       remove_dc_offset=True, sample_scale=PCM_SCALE, log_floor=round(LOG_FLOOR, 6), inside=["model.offline.onnx"]),
         offline=dict(input="samples in [-1, 1]", min_samples=MIN_SAMPLES), parameters=sum(p.numel() for p in model.parameters()), config=model.config, wer={})
@@ -306,6 +307,7 @@ def export_bundle(
     config = settings(model, chunk, left_chunks, name)
     with atomic_folder(folder) as part:
         with open(part/"tokens.txt", "w", encoding="utf-8", newline="\n") as f: f.writelines(f"{symbol} {i}\n" for i,symbol in enumerate(model.tokenizer.symbols))
+        model.tokenizer.normaliser.save(part/NORMALISER_FILE)
         write_graphs(model, part, chunk, left_chunks)
         if judge: config |= judge(part)
         write_json(part/"config.json", config)
@@ -379,9 +381,10 @@ def export(
 
     def judge(folder:Path)->dict:
         found = compare_graphs(model, folder, batches, stream.chunk, stream.left_chunks)
-        rows = {way: utterance_rows(manifest, {i: h.text for i,h in found.heard[way].items()}) for way in WAYS}
+        rows = {way: utterance_rows(manifest, {i: h.text for i,h in found.heard[way].items()}, normaliser=model.tokenizer.normaliser) for way in WAYS}
         differ = compare_runtime(folder, model.tokenizer.symbols, some, found.heard["stream"], stream.chunk, stream.left_chunks)
-        wer = {way: score_rows(r).rates if way == "full" else rates_beside(score_rows(r), r, rows["full" if way == "stream" else "stream"]) for way,r in rows.items()}
+        scores = {way: score_rows(r, normaliser=model.tokenizer.normaliser) for way,r in rows.items()}
+        wer = {way: s.rates if way == "full" else rates_beside(s, rows[way], rows["full" if way == "stream" else "stream"]) for way,s in scores.items()}
         report = dict(
             model=config.model, chunk_size=stream.chunk, num_left_chunks=stream.left_chunks, utterances=len(ids), wer=wer,
             graphs={file: dict(apart=float(f"{found.apart[g]:.2g}"), texts_differ=len(found.differ(g))) for g,file in dict(onnx="model.onnx", offline="model.offline.onnx").items()},
@@ -393,7 +396,7 @@ def export(
         if why := verdict(report, config): raise ExportError(f"export.model: {config.model}: no bundle is written. " + ". ".join(f"({i}) {w}" for i,w in enumerate(why, 1)))
         heard = sum(r["duration"] for r in manifest)/60
         return dict(wer=wer, speech=dict(corpora=corpora, synthetic=[c for c in corpora if c in synthetic], utterances=len(ids), minutes=round(heard, 2),
-                                         training_corpora=train.corpora, training_hours=round(train.seconds/3600, 2)),
+                                         training_corpora=train.corpora, training_hours=round(train.seconds/3600, 2), caveats=caveats("test", loader.index.seen)),
                     revisions=dict(weights=sha256(published/"model.safetensors"), train=sha256(layout.split_index("train")), test=sha256(layout.split_index("test")),
                                    tokenizer=read_json(published/"tokenizer/tokenizer.json")["sha256"], code=sha256(json.dumps(identity("serving.export")).encode()), commit=environment()["revision"]))
     export_bundle(model, layout.bundle, stream.chunk, stream.left_chunks, config.model, judge)

@@ -15,7 +15,7 @@ import aiohttp
 import numpy as np
 import psutil
 
-from ..audio.io import read_audio
+from ..audio.io import piece_of, read_audio
 from ..core.batch import SAMPLE_RATE
 from ..core.params import ConfigError
 from ..evaluation.metrics import align
@@ -51,7 +51,7 @@ def sessions(
     "Recordings of a manifest, ready to be sent."
     out, pause = [], np.zeros(SAMPLE_RATE//2, np.float32)
     for row in rows:
-        wave = read_audio(Path(root)/row["audio_filepath"])
+        wave = read_audio(Path(root)/row["audio_filepath"], **piece_of(row))
         if not out or out[-1].duration >= seconds: out.append(Session(row["id"], np.zeros(0, np.float32), speaker=row.get("speaker", "")))
         s = out[-1]
         s.words += [[w, a + s.duration, b + s.duration] for w,a,b in row.get("words") or ()]

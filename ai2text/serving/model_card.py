@@ -18,6 +18,7 @@ def _measured(config:dict)->str:
     lines += [f"| {WAYS[way]} | {w['wer']:.1%} | {w['wer_low']:.1%} to {w['wer_high']:.1%} |" for way,w in config["wer"].items()]
     lines += ["", f"Measured on {speech['utterances']} utterances ({speech['minutes']:.1f} min) of the test split of {', '.join(speech['corpora'])}, in the words of normaliser {config['normaliser']}."]
     if speech["synthetic"]: lines.append(f"**The speech of {', '.join(speech['synthetic'])} is synthetic.** Its voices and rooms were made by a program: the figures compare models and settings, and say little about people.")
+    lines += [f"**{line[0].upper()}{line[1:]}.**" for line in speech.get("caveats", ())]
     lines.append(f"Trained on {speech['training_hours']:.1f} h of {', '.join(speech['training_corpora'])}.")
     return "\n".join(lines)
 

@@ -16,6 +16,7 @@ from ..core.files import read_jsonl, write_json
 from ..core.params import ConfigError
 from ..core.tables import columns
 from .latency import figures, flicker, load, served, sessions
+from ..text.normalisers import NORMALISER
 from ..evaluation.metrics import count_errors, bootstrap, score_rows, utterance_rows
 from ..evaluation.scorecard import paired_difference
 from .protocol import run
@@ -87,6 +88,7 @@ def rate_difference(
 def judge(
     sides,          # name -> (list of `Heard`, `answers` of them, `figures`), of A and B
     shadow:bool,    # B heard a share of what A answered
+    normaliser=NORMALISER, # what references and answers go through
 )->dict:            # sides, disagreement, difference, correlations
     "All that a hand-over says."
     out, rows = dict(shadow=shadow, sides={}), {}
@@ -94,8 +96,8 @@ def judge(
     for name,(heard, told, f) in sides.items():
         mean = lambda key, told=told: float(np.mean([t[key] for t in told])) if told else None
         known = [t for t in told if t["reference"]]
-        rows[name] = utterance_rows([dict(t, text=t["reference"]) for t in known], {t["id"]: t["text"] for t in known}) if known else []
-        s = score_rows(rows[name]) if rows[name] else None
+        rows[name] = utterance_rows([dict(t, text=t["reference"]) for t in known], {t["id"]: t["text"] for t in known}, normaliser=normaliser) if known else []
+        s = score_rows(rows[name], normaliser=normaliser) if rows[name] else None
         out["sides"][name] = dict(sessions=len(heard), errors=f["errors"], confidence=mean("confidence"), empty=mean("empty"), flicker=f["flicker"], service=f["service"], final=f["final"], word=f["word"],
                                   real_time_factor=f["real_time_factor"], wer=s and s.wer, wer_low=s and s.wer_low, wer_high=s and s.wer_high)
     if shadow:
@@ -107,7 +109,7 @@ def judge(
     elif rows["A"] and rows["B"] and not shadow: out["difference"] = rate_difference(rows["A"], rows["B"]) | dict(paired=False)
     out["correlations"] = {}
     for name,(_,told,_) in sides.items():
-        rate = {r["id"]: r["errors"]/r["words"] for r in rows[name]}
+        rate = {r["id"]: r["errors"]/r["words"] for r in rows[name] if r["words"]}
         mine = [t | dict(disagreement=t["edits"]/max(1, t["longer"])) if "edits" in t else t for t in told if t["id"] in rate]
         if mine: out["correlations"][name] = {p: spearman([t[p] for t in mine], [rate[t["id"]] for t in mine]) for p in PROXIES if p in mine[0]}
     return out
@@ -162,7 +164,7 @@ def handover(
         heard = dict(zip(parts, run(both())))
         spent = {name: s.processor() - before[name] for name,s in services.items()}
     sides = {name: (heard[name], answers(heard[name], recognisers[name]), figures(heard[name], spent[name])) for name in parts}
-    judged = dict(a=str(a), b=str(b), audio=str(audio), share=share, streams=streams, real_time=not fast) | judge(sides, shadow)
+    judged = dict(a=str(a), b=str(b), audio=str(audio), share=share, streams=streams, real_time=not fast) | judge(sides, shadow, recognisers["A"].bundle.normaliser)
     judged["answers"] = {name: told for name,(_,told,_) in sides.items()}
     write_json(to, judged)
     return f"{show(judged)}\n{to}"

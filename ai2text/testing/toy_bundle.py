@@ -15,7 +15,7 @@ import torch
 from ..audio.fbank import Fbank
 from ..core.batch import SAMPLE_RATE
 from ..core.files import sha256
-from ..text.normalise import NORMALISER_VERSION
+from ..text.normalisers import NORMALISER, NORMALISER_FILE, normaliser_name
 from ..text.tokenizer import BLANK
 
 # %% ../../nbs/testing/10_toy_bundle.ipynb #b532bcc4
@@ -87,8 +87,9 @@ def toy_bundle(
     _graph(folder/"model.offline.onnx", dict(audio=(1, (1, "samples"))), dict(log_probs=(1, (1, "frames", V))), nodes,
            dict(one=np.array([1]), waves=waves, pair=pair, bias=bias_V + np.array([20.] + [0.]*(V - 1), np.float32)), {})
     (folder/"tokens.txt").write_text("".join(f"{s} {i}\n" for i,s in enumerate(symbols)), encoding="utf-8")
-    config = dict(format=1, name="toy", chunk_size=chunk, num_left_chunks=left_chunks, sample_rate=SAMPLE_RATE, vocab_size=V, right_context=6, frame_seconds=0.04, normaliser=NORMALISER_VERSION,
+    config = dict(format=1, name="toy", chunk_size=chunk, num_left_chunks=left_chunks, sample_rate=SAMPLE_RATE, vocab_size=V, right_context=6, frame_seconds=0.04, normaliser=normaliser_name(NORMALISER),
                   features=dict(bins=80), offline=dict(min_samples=640), wer={})
+    NORMALISER.save(folder/NORMALISER_FILE)
     (folder/"config.json").write_text(json.dumps(config))
     (folder/"README.md").write_text("# toy\n")
     (folder/"SHA256SUMS").write_text("".join(f"{sha256(p)}  {p.name}\n" for p in sorted(folder.iterdir()) if p.name != "SHA256SUMS"))

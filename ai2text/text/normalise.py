@@ -6,16 +6,19 @@
 __all__ = ['NORMALISER_VERSION', 'VOWELS', 'CONSONANTS', 'FOREIGN', 'TONES', 'SHAPES', 'TONED', 'ALPHABET', 'D_BARS',
            'SPOKEN_SIGNS', 'READ', 'QUOTES', 'FILLERS', 'NUMBER_SIGNS', 'CHARACTER_MAP', 'ONSETS', 'NUCLEI', 'FINALS',
            'SYLLABLE', 'KNOWN', 'APOSTROPHE', 'FOREIGN_POLICIES', 'LETTER_NAMES', 'FOREIGN_CAPITALS', 'FOREIGN_SOUND',
-           'D_BAR_LETTERS', 'is_invisible', 'CharacterMap', 'compose_marks', 'tone_position', 'place_tone',
-           'unknown_characters', 'unknown_report', 'script_of', 'wrong_script', 'normalise_word', 'Abbreviations',
-           'spell', 'spell_foreign', 'foreign_words', 'normalise', 'read_abbreviations']
+           'D_BAR_LETTERS', 'TAG_POLICIES', 'NO_ABBREVIATIONS', 'is_invisible', 'CharacterMap', 'compose_marks',
+           'tone_position', 'place_tone', 'unknown_characters', 'unknown_report', 'script_of', 'wrong_script',
+           'normalise_word', 'Abbreviations', 'spell', 'spell_foreign', 'foreign_words', 'Reading', 'Normaliser',
+           'normalise', 'read_abbreviations', 'read_readings', 'make_normaliser']
 
 # %% ../../nbs/text/10_normalise.ipynb #6785c99f
-import re, unicodedata
+import hashlib, json, re, unicodedata
 from collections import Counter
+from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+from ..core.files import read_json, write_json
 from ..core.params import ConfigError
 from .numbers import read_numbers
 
@@ -203,27 +206,94 @@ def foreign_words(
 
 # %% ../../nbs/text/10_normalise.ipynb #066b69af
 D_BAR_LETTERS = re.compile(f"[{D_BARS}]")
+TAG_POLICIES = ("drop", "keep")
+
+@dataclass(frozen=True)
+class Reading:
+    "How a text was read, and what a person should look at."
+    text:str            # normalised
+    ambiguous:tuple=()  # (written, words chosen, other words that may be right) of what the context did not decide
+    dropped:tuple=()    # symbols and tags that were left out
+    abbreviations:tuple=() # (written, words) of those that were expanded
+    encoding:str=""     # the old encoding that the text was converted from; "" = none
+
+@dataclass(frozen=True)
+class Normaliser:
+    "Brings a Vietnamese transcript to the one form that this project trains and scores on; holds its tables, so it can be sent to another process."
+    abbreviations:Abbreviations=field(default_factory=lambda: Abbreviations()) # how abbreviations are read
+    readings:dict=field(default_factory=dict) # a person's own: what is written -> its words; goes before all rules
+    foreign:str="keep"   # what becomes of words with f, j, w, z: one of `FOREIGN_POLICIES`; reject is keep here, and the caller asks `foreign_words`
+    tags:str="drop"      # what becomes of tags of noise and laughter: one of `TAG_POLICIES`
+    capitals:bool=False  # the corpus is written in capitals, so capitals say nothing
+
+    def __post_init__(self):
+        if self.foreign not in FOREIGN_POLICIES: raise ValueError(f"unknown policy {self.foreign!r} for foreign letters; choose one of {', '.join(FOREIGN_POLICIES)}")
+        if self.tags not in TAG_POLICIES: raise ValueError(f"unknown policy {self.tags!r} for tags; choose one of {', '.join(TAG_POLICIES)}")
+
+    def __call__(self,
+        text:str, # a transcript as it was typed
+    )->str:       # small letters, NFC, single spaces, one tone placement, numbers in words
+        "The normalised text."
+        text = unicodedata.normalize("NFC", text)
+        if not text.isascii(): text = D_BAR_LETTERS.sub(lambda m: "đ" if m[0].islower() else "Đ", text)
+        if self.abbreviations: text = self.abbreviations.expand(text)
+        text = read_numbers(text)
+        if self.foreign == "spell" and (len(text.split()) < 4 or not text.isupper()): text = FOREIGN_CAPITALS.sub(lambda m: f" {spell(m[0].lower())} ", text)
+        text = text.lower()
+        if "'" in text or "’" in text or "ʼ" in text: text = APOSTROPHE.sub("", text)
+        text = text.translate(CHARACTER_MAP)
+        if self.foreign == "spell" and foreign_words(text): text = " ".join(map(spell_foreign, text.split()))
+        words = map(normalise_word, text.split())
+        if self.abbreviations.words: words = (self.abbreviations.words.get(word, word) for word in words)
+        return " ".join(words)
+
+    def read(self,
+        text:str, # a transcript as it was typed
+    )->Reading:
+        "The normalised text, and what was ambiguous or left out."
+        return Reading(self(text))
+
+    def candidates(self,
+        text:str,   # a transcript as it was typed
+        most:int=8, # how many at most
+    )->list[str]:   # normalised, different; the one that `__call__` gives is the first
+        "What a speaker may have said for a text."
+        return [self(text)]
+
+    @property
+    def fingerprint(self)->str:
+        "SHA-256 of the version and the tables: two normalisers with one fingerprint read alike."
+        return hashlib.sha256(json.dumps(self._state(), ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+
+    def _state(self)->dict: return dict(version=NORMALISER_VERSION) | {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def save(self,
+        path:str|Path, # a JSON file
+    ):
+        "Write the tables to a file."
+        write_json(path, self._state())
+
+    @classmethod
+    def load(cls,
+        path:str|Path, # written by `save`
+    ):
+        "Read a normaliser from a file; raises `ConfigError` if another version of the rules wrote it."
+        state = read_json(path)
+        if (version := state.pop("version", None)) != NORMALISER_VERSION:
+            raise ConfigError(f"{path}: made with normaliser {version}, this code has {NORMALISER_VERSION}; run the prepare stage again")
+        return cls(Abbreviations(state.pop("abbreviations")), **state)
 
 def normalise(
     text:str,            # a transcript as it was typed
     *,
-    foreign:str="keep",  # what becomes of words with f, j, w, z: one of `FOREIGN_POLICIES`; reject is keep here, and the caller asks `foreign_words`
+    foreign:str="keep",  # what becomes of words with f, j, w, z: one of `FOREIGN_POLICIES`
     abbreviations:Abbreviations|None=None, # how abbreviations are read, from `read_abbreviations`
+    **how,               # the other fields of `Normaliser`
 )->str:                  # small letters, NFC, single spaces, one tone placement, numbers in words
-    "Bring a Vietnamese transcript to the one form that this project trains and scores on."
-    if foreign not in FOREIGN_POLICIES: raise ValueError(f"unknown policy {foreign!r} for foreign letters; choose one of {', '.join(FOREIGN_POLICIES)}")
-    text = unicodedata.normalize("NFC", text)
-    if not text.isascii(): text = D_BAR_LETTERS.sub(lambda m: "đ" if m[0].islower() else "Đ", text)
-    if abbreviations: text = abbreviations.expand(text)
-    text = read_numbers(text)
-    if foreign == "spell" and (len(text.split()) < 4 or not text.isupper()): text = FOREIGN_CAPITALS.sub(lambda m: f" {spell(m[0].lower())} ", text)
-    text = text.lower()
-    if "'" in text or "’" in text or "ʼ" in text: text = APOSTROPHE.sub("", text)
-    text = text.translate(CHARACTER_MAP)
-    if foreign == "spell" and foreign_words(text): text = " ".join(map(spell_foreign, text.split()))
-    words = map(normalise_word, text.split())
-    if abbreviations and abbreviations.words: words = (abbreviations.words.get(word, word) for word in words)
-    return " ".join(words)
+    "Bring a Vietnamese transcript to the one form that this project trains and scores on; for many, make a `Normaliser` once."
+    return Normaliser(NO_ABBREVIATIONS if abbreviations is None else abbreviations, foreign=foreign, **how)(text)
+
+NO_ABBREVIATIONS = Abbreviations()
 
 # %% ../../nbs/text/10_normalise.ipynb #2a63ad72
 def _checked(key:str, words:str, found:dict)->str:
@@ -253,3 +323,20 @@ def read_abbreviations(
         if inner := set(words.split()) & set(found.words):
             raise ConfigError(f"{path}, line {places[key]}: the words for {key!r} hold the abbreviation {min(inner)!r}; write it in full")
     return found
+
+# %% ../../nbs/text/10_normalise.ipynb #8993d562
+def read_readings(
+    path:str|Path,  # UTF-8; each line what is written, a tab, its words; # begins a comment
+)->dict:            # what is written -> its words
+    "Read a table of a person's own readings; raises `ConfigError` with the file, the line and the mend."
+    return {}
+
+def make_normaliser(
+    cfg,          # the section `prepare`: abbreviations, readings, foreign, tags
+    root=".",     # folder that relative paths start from
+    capitals:bool=False, # the corpus is written in capitals
+)->Normaliser:
+    "The normaliser that a project's parameters ask for."
+    where = lambda name: Path(root)/Path(name).expanduser()
+    return Normaliser(read_abbreviations(where(cfg.abbreviations)) if cfg.abbreviations else Abbreviations(),
+                      read_readings(where(cfg.readings)) if cfg.readings else {}, cfg.foreign, cfg.tags, capitals)

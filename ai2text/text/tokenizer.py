@@ -16,7 +16,8 @@ from fastcore.basics import patch
 
 from ..core.params import ConfigError
 from ..core.files import atomic_write, read_json, write_json
-from .normalise import ALPHABET, NORMALISER_VERSION, unknown_characters
+from .normalise import ALPHABET, Normaliser, unknown_characters
+from .normalisers import NORMALISER, NORMALISER_FILE, check_normaliser, normaliser_name
 
 # %% ../../nbs/text/20_tokenizer.ipynb #0b71774a
 BLANK, WORD_START = "<blk>", "▁"
@@ -25,6 +26,7 @@ class Tokenizer:
     "What all tokenizers share: symbols, decoding, and the check of the characters."
     kind = ""
     blank_id = 0
+    normaliser = NORMALISER # of the texts that it is for; goes with it everywhere
 
     def __init__(self,
         symbols:list[str], # id -> symbol; the first is the blank
@@ -37,8 +39,8 @@ class Tokenizer:
 
     @property
     def fingerprint(self)->str:
-        "SHA-256 of the symbols and the normaliser's version: two tokenizers with one fingerprint agree on every id."
-        return hashlib.sha256("\n".join([NORMALISER_VERSION, self.kind, *self.symbols]).encode()).hexdigest()
+        "SHA-256 of the symbols and the normaliser: two tokenizers with one fingerprint agree on every id of every text."
+        return hashlib.sha256("\n".join([self.normaliser.fingerprint, self.kind, *self.symbols]).encode()).hexdigest()
 
     def check(self,
         text:str, # text to be encoded
@@ -115,6 +117,7 @@ def train_tokenizer(
     texts:list[str],     # normalised training texts
     kind:str="bpe",      # one of `KINDS`
     vocab_size:int=256,  # symbols of a BPE tokenizer, the blank included; characters need no number
+    normaliser:Normaliser=NORMALISER, # that the texts were read with
 )->Tokenizer:
     "Train a tokenizer and check that no training text loses anything by it."
     if kind not in KINDS: raise ValueError(f"unknown tokenizer {kind!r}; choose one of {', '.join(KINDS)}")
@@ -123,6 +126,7 @@ def train_tokenizer(
     tokenizer = CharTokenizer()
     for text in texts: tokenizer.check(text)
     if kind == "bpe": tokenizer = train_bpe(texts, vocab_size)
+    tokenizer.normaliser = normaliser
     for text in texts:
         ids = tokenizer.encode(text)
         if tokenizer.blank_id in ids or tokenizer.decode(ids) != text: raise ValueError(f"the tokenizer does not give back {text!r}; is it normalised?")
@@ -133,13 +137,14 @@ def train_tokenizer(
 def save(self:Tokenizer,
     folder:str|Path, # made if it is missing
 ):
-    "Write `tokens.txt`, `tokenizer.json` and, for BPE, `bpe.model`."
+    "Write `tokens.txt`, `tokenizer.json`, `normaliser.json` and, for BPE, `bpe.model`."
     folder = Path(folder)
     with atomic_write(folder/"tokens.txt") as file: file.writelines(f"{symbol} {i}\n" for i, symbol in enumerate(self.symbols))
     if isinstance(self, BPETokenizer):
         with atomic_write(folder/"bpe.model", "wb") as file: file.write(self.model)
     else: (folder/"bpe.model").unlink(missing_ok=True)
-    write_json(folder/"tokenizer.json", dict(kind=self.kind, normaliser=NORMALISER_VERSION, vocab_size=self.vocab_size, sha256=self.fingerprint))
+    self.normaliser.save(folder/NORMALISER_FILE)
+    write_json(folder/"tokenizer.json", dict(kind=self.kind, normaliser=normaliser_name(self.normaliser), vocab_size=self.vocab_size, sha256=self.fingerprint))
 
 def load_tokenizer(
     folder:str|Path, # where `save` wrote it
@@ -150,12 +155,12 @@ def load_tokenizer(
         about = read_json(folder/"tokenizer.json")
         tokens = (folder/"tokens.txt").read_text("utf-8")
         tokenizer = BPETokenizer((folder/"bpe.model").read_bytes()) if about["kind"] == "bpe" else CharTokenizer()
+        check_normaliser(about["normaliser"], folder, "run the prepare stage again")
+        tokenizer.normaliser = Normaliser.load(folder/NORMALISER_FILE)
     except FileNotFoundError as error: raise ConfigError(f"{error.filename}: no such file; run the prepare stage to make the tokenizer") from None
-    if about["normaliser"] != NORMALISER_VERSION:
-        raise ConfigError(f"{folder}: made with normaliser {about['normaliser']}, this code has {NORMALISER_VERSION}; run the prepare stage again")
     wanted = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(tokenizer.symbols))
     if about["sha256"] != tokenizer.fingerprint or tokens != wanted:
-        raise ConfigError(f"{folder}: tokens.txt, tokenizer.json and the model do not belong together; run the prepare stage again")
+        raise ConfigError(f"{folder}: tokens.txt, tokenizer.json, {NORMALISER_FILE} and the model do not belong together; run the prepare stage again")
     return tokenizer
 
 # %% ../../nbs/text/20_tokenizer.ipynb #e02a296a

@@ -14,11 +14,11 @@ from ..core.sections import section
 from ..core.files import read_json, write_json
 from ..core.layout import Layout, find_root
 from ..core.environment import peak_memory
-from ..core.tables import spell_hours
+from ..core.tables import caveats, spell_hours
 from ..core.distributed import Ranks
-from ..text.normalise import NORMALISER_VERSION
 from ..text.tokenizer import load_tokenizer
 from ..data.dvc_files import packed
+from ..data.shard_index import load_index
 from ..models.store import build_model
 from ..models.store import load_config, load_model, save_model
 from ..ttq.log import load_log, read_again, milestone_rows, to_target
@@ -51,7 +51,8 @@ def publish(
     write_json(results/"ttq.json", took | read_json(folder/"memory.json"))
     metrics = dict(family=family, val_wer=best["val_wer"], val_wer_low=best["val_wer_low"], val_wer_high=best["val_wer_high"], val_cer=best["val_cer"], step=best["step"], steps=result["step"],
                    audio_hours=round(result["audio_hours"], 6), train_loss=best["train_loss"], skipped=result["skipped"], infeasible=int(result["counts"].get("infeasible", 0)),
-                   parameters=sum(p.numel() for p in model.parameters()), normaliser=NORMALISER_VERSION)
+                   parameters=sum(p.numel() for p in model.parameters()), normaliser=log["about"].get("normaliser"))
+    if (dev := layout.split_index("dev")).is_file() and (seen := load_index(dev).seen): metrics["seen"] = seen
     write_json(results/"metrics.json", metrics)
     return metrics
 
@@ -95,6 +96,7 @@ def summary(
         percent = lambda d, key: f"{d[key]:.1%}  (95% interval {d[key + '_low']:.1%} to {d[key + '_high']:.1%})"
         lines += [name, f"  WER on dev         {percent(m, 'val_wer')}"]
         if (test := layout.results(f"{name}-eval")/"eval.json").exists(): lines += [f"  WER on test        {percent(read_json(test), 'wer')}"]
+        lines += [f"  but {line}" for line in caveats("dev", m.get("seen", {})) + (caveats("test", read_json(test).get("seen", {})) if test.exists() else [])]
         lines += [*_milestone_lines(log), f"  training           {log['totals']['elapsed_hours']*60:.1f} min, {m['steps']} steps, {log['totals']['utterances']/(trained*3600) if trained else 0:.0f} utterances/s"
                   + ("" if log["reason"] == "finished" else f"; stopped: {POLICIES.get(log['reason'], log['reason'])}")]
     newest = {run["model"]: run for run in reversed(runs(layout.runs))}

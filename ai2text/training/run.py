@@ -19,7 +19,7 @@ from ..core.files import read_json, sha256
 from ..core.layout import Layout, find_root
 from ..core.environment import NotePeak, environment
 from ..core.distributed import LostMachine, MINUTES, Ranks, launch
-from ..text.normalise import NORMALISER_VERSION
+from ..text.normalisers import normaliser_name
 from ..text.tokenizer import load_tokenizer
 from ..data.dvc_files import CorruptObject, RemoteUnavailable, dvc_files, packed
 from ..models.store import load_model
@@ -97,11 +97,12 @@ def train_rank(
     "One process of a run."
     born = time.monotonic() if born is None else born
     config, layout, folder, watching = section("train", train), Layout(root), Path(folder), []
-    trainer, loader = set_up(config, load_model(layout.init(name), load_tokenizer(layout.tokenizer)), layout, ranks)
+    tokenizer = load_tokenizer(layout.tokenizer)
+    trainer, loader = set_up(config, load_model(layout.init(name), tokenizer), layout, ranks)
     evaluate, evaluation_set = dev_scorer(trainer, config, layout, ranks)
     if ranks.main:
         about = dict(environment(), processes=ranks.world, model=name, parameters=sum(p.numel() for p in trainer.model.parameters()), precision=str(trainer.dtype)[6:],
-                     evaluation_set=evaluation_set, normaliser=NORMALISER_VERSION)
+                     evaluation_set=evaluation_set, normaliser=normaliser_name(tokenizer.normaliser))
         tracker = TTQTracker(read_milestones(milestones), folder/"ttq_log.json", price_per_hour=config.price_per_hour or None, about=about, startup_seconds=time.monotonic() - born,
                              announce=lambda text: tqdm.write(text, file=sys.stderr))
         policies = [StopWhen(tracker, config.stop_when)] if config.stop_when else []

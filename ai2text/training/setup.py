@@ -17,6 +17,8 @@ from ..core.layout import Layout
 from ..core.code import identity
 from ..core.distributed import Ranks
 from ..data.loader import create_webdataset_loader
+from ..text.normalise import Normaliser
+from ..text.normalisers import NORMALISER_FILE, check_normaliser
 from ..models.store import load_config
 from ..evaluation.score_split import score_model, split_loader
 from .budget import Budget, WarmupConstantDecay
@@ -60,7 +62,9 @@ def set_up(
         gradient_clip_val=config.gradient_clip_val, amp_dtype=config.amp_dtype, schedule=WarmupConstantDecay(config.warmup_steps, config.decay),
         ema_decay=config.ema_decay, memory_gb=config.memory_gb, checkpointing=config.checkpointing,
         seed=config.seed, threads=config.threads, ranks=ranks)
-    return trainer, train_loader(rank=ranks.rank, world=ranks.world)
+    loader = train_loader(rank=ranks.rank, world=ranks.world)
+    check_normaliser(loader.index.normaliser, layout.split_index("train"), "write the shards again with `dvc repro`", Normaliser.load(layout.tokenizer/NORMALISER_FILE))
+    return trainer, loader
 
 # %% ../../nbs/training/50_setup.ipynb #1b4a332b
 def dev_scorer(
@@ -71,7 +75,8 @@ def dev_scorer(
 ):                     # what scores a model, and the fingerprint of what it is scored on
     "Score models on dev as the trainer needs it: WER with its interval, and CER."
     dev, manifest = split_loader(layout, "dev", config.batch_seconds, config.num_workers, ranks), read_jsonl(layout.manifest("dev"))
+    normaliser = Normaliser.load(layout.tokenizer/NORMALISER_FILE)
     def evaluate(model):
-        with trainer.autocast(): score, _ = score_model(model, dev, manifest, trainer.device, beat=trainer.beat, ranks=ranks)
+        with trainer.autocast(): score, _ = score_model(model, dev, manifest, trainer.device, beat=trainer.beat, ranks=ranks, normaliser=normaliser)
         return dict(val_wer=score.wer, val_wer_low=score.wer_low, val_wer_high=score.wer_high, val_cer=score.cer)
     return evaluate, dev.fingerprint[:16]
