@@ -367,7 +367,7 @@ def test_killed_prepare_leaves_no_whole_set(tmp_path):
     whole = contents(layout.prepared)
     killed("import ai2text.corpora.prepare as p\nwrite = p.write_jsonl\ndef write_jsonl(*a): die(); write(*a)\np.write_jsonl = write_jsonl\n"
            "p.prepare(p.PrepareConfig(tokenizer='char', processes=1), 'data/corpus', 'data/prepared')", tmp_path)
-    assert sorted(p.name for p in layout.prepared.glob("*.json*")) == ["rejects.jsonl", "train.jsonl"]
+    assert sorted(p.name for p in layout.prepared.glob("*.json*")) == ["normaliser.json", "rejects.jsonl", "train.jsonl"]
     prepared(layout)
     assert contents(layout.prepared) == whole
 

@@ -22,6 +22,7 @@ from ai2text.models.ctc import BLANK_ID, ctc_loss, greedy
 from ai2text.decoding.ngram_lm import UNKNOWN_WORD, build_lm, fit_lm, load_lm
 from ai2text.data.loader import create_webdataset_loader
 from ai2text.models.store import build_model
+from ai2text.text.normalisers import NORMALISER
 from ai2text.text.tokenizer import CharTokenizer, train_tokenizer
 from ai2text.testing.workspace import tiny_workspace
 
@@ -47,7 +48,7 @@ def files(tmp_path_factory):
     "A folder with a text, a language model of it, and two tokenizers' tokens.txt."
     home = tmp_path_factory.mktemp("decoding")
     (home/"text.txt").write_text("\n".join(TEXTS), "utf-8")
-    build_lm([home/"text.txt"], home/"lm", order=3, processes=1)
+    build_lm([home/"text.txt"], home/"lm", order=3, processes=1, normaliser=NORMALISER)
     CharTokenizer().save(home/"char")
     train_tokenizer(TEXTS*3, "bpe", 110).save(home/"bpe")
     return home
@@ -125,7 +126,7 @@ def test_probabilities_sum_to_one(texts, order, min_count):
 
 
 def test_same_text_same_bytes(files, tmp_path):
-    build_lm([files/"text.txt"], tmp_path/"again", order=3, processes=2)
+    build_lm([files/"text.txt"], tmp_path/"again", order=3, processes=2, normaliser=NORMALISER)
     for name in ("lm.safetensors", "words.txt", "lm.json"): assert (tmp_path/"again"/name).read_bytes() == (files/"lm"/name).read_bytes(), name
 
 
@@ -133,7 +134,7 @@ def test_nothing_of_a_language_model_is_executed(files, tmp_path):
     "A pickle in place of the arrays is refused unread, and so is a bundle's list that is none."
     class Evil:
         def __reduce__(self): return (open, (str(tmp_path/"was here"), "w"))
-    build_lm([files/"text.txt"], tmp_path/"lm", order=2, processes=1)
+    build_lm([files/"text.txt"], tmp_path/"lm", order=2, processes=1, normaliser=NORMALISER)
     (tmp_path/"lm/lm.safetensors").write_bytes(pickle.dumps(Evil()))
     says = read_json(tmp_path/"lm/lm.json")
     says["files"]["lm.safetensors"] = sha256(tmp_path/"lm/lm.safetensors")
@@ -143,7 +144,7 @@ def test_nothing_of_a_language_model_is_executed(files, tmp_path):
 
 
 def test_half_of_a_file_is_no_language_model(files, tmp_path):
-    build_lm([files/"text.txt"], tmp_path/"lm", processes=1)
+    build_lm([files/"text.txt"], tmp_path/"lm", processes=1, normaliser=NORMALISER)
     path = tmp_path/"lm/words.txt"
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ConfigError, match=r"words\.txt: not the file that lm\.json speaks of; make it again"): Decoder(files/"char/tokens.txt", tmp_path/"lm")
@@ -223,7 +224,7 @@ def test_models_of_the_house_decode_as_they_transcribe(files):
 
 def test_weights_are_tuned_once_and_kept_with_the_language_model(files, tmp_path):
     tokenizer = CharTokenizer()
-    build_lm([files/"text.txt"], tmp_path/"lm", processes=1)
+    build_lm([files/"text.txt"], tmp_path/"lm", processes=1, normaliser=NORMALISER)
     assert Decoder(tokenizer, tmp_path/"lm").weights == DEFAULTS and tuned_weights(tmp_path/"lm") == {}
     utterances = [spoken(tokenizer, t, i, noise=3.3) for i, t in enumerate(TEXTS[:5])]
     weights, tried = tune(tokenizer, tmp_path/"lm", utterances, TEXTS[:5], rounds=1, beam=8)

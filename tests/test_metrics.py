@@ -10,7 +10,7 @@ import pytest
 from ai2text.core.code import import_closure
 from ai2text.evaluation.metrics import align, aligned, score, score_rows, utterance_rows
 from ai2text.evaluation.scorecard import details, matched_pairs, paired_difference, segments, tone_confusions
-from ai2text.text.normalise import FINALS, NUCLEI, ONSETS, TONES, VOWELS, place_tone
+from ai2text.text.syllables import FINALS, NUCLEI, ONSETS, TONES, VOWELS, place_tone
 from ai2text.text.tones import ERROR_KINDS, missed, split_tone, strip_diacritics, strip_tones
 
 

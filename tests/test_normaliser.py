@@ -28,14 +28,14 @@ WRITTEN, SPOKEN = "Chị Lan đến CTXH lúc HT45 mở cửa", "chị lan đế
 
 @pytest.fixture(scope="module")
 def layout():
-    "A prepared and sharded workspace whose first utterance of each split is `WRITTEN`, with a number of its own behind it."
+    "A prepared and sharded workspace in which the longest utterance of each split says `WRITTEN`, with a number of its own behind it."
     layout = Layout(tiny_workspace("corpus"))
     (layout.root/"short.tsv").write_text("CTXH\tcông tác xã hội\n", "utf-8")
     (layout.root/"mine.tsv").write_text("HT45\thầm thứ bốn lăm\n", "utf-8")
     manifest = layout.corpus("demo")/"manifest.jsonl"
     rows = read_jsonl(manifest)
-    first = {split: next(i for i, r in enumerate(rows) if r["split"] == split) for split in SPLITS}
-    for n, i in enumerate(first.values(), 2): rows[i] |= dict(text_raw=f"{WRITTEN} {n}", id=f"mine-{rows[i]['split']}")
+    longest = [max((i for i, r in enumerate(rows) if r["split"] == split), key=lambda i: rows[i]["duration"]) for split in SPLITS]
+    for n, i in enumerate(longest, 2): rows[i] |= dict(text_raw=f"{WRITTEN} {n}", id=f"mine-{rows[i]['split']}")
     write_jsonl(manifest, rows)
     prepare(PrepareConfig(tokenizer="char", processes=1, abbreviations="short.tsv", readings="mine.tsv", max_characters_per_second=1000., max_reject_share=.3), layout.corpora, layout.prepared, root=layout.root)
     for split in SPLITS:

@@ -20,7 +20,7 @@ import soundfile as sf
 from ..core.batch import SAMPLE_RATE
 from ..core.sections import PrepareConfig
 from ..core.tables import Html, SPLIT_COLOURS
-from ..text.normalise import ALPHABET
+from ..text.syllables import ALPHABET
 from ..text.tokenizer import Tokenizer
 from ..audio.io import AudioError, Recording, piece_of, resample
 from .tts import generator

@@ -152,6 +152,7 @@ class ShardLoader:
         rev:str="",                # git revision of shards and index, which DVC tracks; empty: the workspace
         server:Server=Server(),    # of s3:// URLs; by default as the AWS variables and files say
         cache:Cache|None=None,     # of remote shards; None: 20 GB in the user's cache folder
+        normaliser=None,           # reads the transcripts of shards whose index names none, as those of others; None: they are taken as they are
     ):
         if not 0 <= rank < world: raise ValueError(f"rank {rank} is not one of {world}")
         if batch_size < 1: raise ValueError(f"batch_size = {batch_size}: a batch needs at least one utterance")
@@ -159,6 +160,7 @@ class ShardLoader:
         self.index, self.read, self.fingerprint, self.weights = index, ShardReader(places, index, cache), data_fingerprint(index), check_weights(weights or {}, index.corpora)
         self.settings = dict(batch_size=batch_size, batch_seconds=batch_seconds, seed=seed, shuffle_buffer=shuffle_buffer, shuffle=shuffle)
         self.num_workers, self.prefetch_mb, self.rank, self.world, self.max_skip_share = num_workers, prefetch_mb, rank, world, max_skip_share
+        self.normaliser = None if index.normaliser else normaliser
         self.samples = np.ceil(index.duration*SAMPLE_RATE - 1e-3).astype(np.int64)
         self.epoch, self.next = 0, 0
         self.plan = lru_cache(1)(lambda epoch: plan_epoch(index.duration, index.shard, epoch=epoch, counts=self.counts(epoch), **self.settings))
@@ -213,6 +215,7 @@ def utterance(self:ShardLoader, u:int, block, row_T:np.ndarray)->dict:
     "Decode an utterance's bytes into a row; at least its `id` and `text`; `ValueError` says why it cannot be used."
     found = members(block)
     about = utterance_text(found)
+    if self.normaliser: about["text"] = self.normaliser(about["text"])
     decode_into(row_T, member_audio(found))
     name = about.get("id", about.get("audio_id")) or f"{Path(self.index.shards[self.index.shard[u]]['file']).stem}/{self.index.key[u]}"
     return {**about, "id": str(name)}

@@ -16,8 +16,9 @@ from fastcore.basics import patch
 
 from ..core.params import ConfigError
 from ..core.files import atomic_write, read_json, write_json
-from .normalise import ALPHABET, Normaliser, unknown_characters
+from .normalise import Normaliser, unknown_characters
 from .normalisers import NORMALISER, NORMALISER_FILE, check_normaliser, normaliser_name
+from .syllables import ALPHABET
 
 # %% ../../nbs/text/20_tokenizer.ipynb #0b71774a
 BLANK, WORD_START = "<blk>", "▁"

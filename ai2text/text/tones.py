@@ -10,7 +10,7 @@ __all__ = ['TONE_NAMES', 'NAME_OF', 'WITHOUT_TONE', 'WITHOUT_BAR', 'ERROR_KINDS'
 import unicodedata
 from functools import lru_cache
 import numpy as np
-from .normalise import TONED, TONES
+from .syllables import TONED, TONES
 
 # %% ../../nbs/text/30_tones.ipynb #cb143dab
 TONE_NAMES = ("ngang", "huyền", "hỏi", "ngã", "sắc", "nặng") # none, grave, hook above, tilde, acute, dot below
