@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CAPITALS', 'PERSONS', 'DOCUMENT', 'lower_capitals', 'share_of_capitals', 'Context', 'Entry', 'Abbreviations']
 
-# %% ../../nbs/text/08_abbreviations.ipynb #f959184c
+# %% ../../nbs/text/08_abbreviations.ipynb #dce0786f
 import re
 from functools import cached_property
 
-from .numbers import Trail, cardinal, digits, either, unsure
+from .numbers import Trail, cardinal, either, unsure
 from .syllables import ALPHABET, compose_marks, is_syllable, place_tone
 
-# %% ../../nbs/text/08_abbreviations.ipynb #e52c3ba5
+# %% ../../nbs/text/08_abbreviations.ipynb #3e778721
 CAPITALS = ALPHABET.upper()
 _WORD = re.compile(rf"(?<![\w])[{CAPITALS}]+(?!\w)")
 _RUN = re.compile(rf"(?<![\w])[{CAPITALS}]+(?:[\s,;:\"“”()!?–-]+[{CAPITALS}]+)+(?!\w)")
@@ -32,8 +32,8 @@ def lower_capitals(
     everywhere = everywhere or text.isupper() and any(plain(m[0]) for m in _WORD.finditer(text))
     def lower(m):
         word = m[0]
-        if not _ordinary(word): return word
-        if word in ("VI", "XI", "LI", "I") and _NUMBERED.search(m.string, 0, m.start()) and not _COMPOUNDS.match(m.string, m.end()): return word
+        if len(word) == 1 or not _ordinary(word): return word
+        if word in ("VI", "XI", "LI") and _NUMBERED.search(m.string, 0, m.start()) and not _COMPOUNDS.match(m.string, m.end()): return word
         if trail and word in known: return trail.take(word, unsure(word.lower(), *known[word].all_words))
         return word.lower()
     if everywhere: return _WORD.sub(lower, text), True
@@ -46,9 +46,9 @@ def share_of_capitals(
     words = [word for text in texts for word in re.findall(r"[^\W\d_]{2,}", text)]
     return sum(map(str.isupper, words)) / max(1, len(words))
 
-# %% ../../nbs/text/08_abbreviations.ipynb #6f54707d
-_PARTS = {"9": r"\d", "Aa": rf"[{CAPITALS}]\w*", "aa": rf"[{ALPHABET}]\w*", "Xx": rf"(?P<foreign>[{CAPITALS}][{ALPHABET}]+)"}
-PERSONS = re.compile(rf"(?:(?<!\w)(?i:ông|bà|anh|chị|em|cô|chú|bác|cháu|bé|bạn|nạn nhân|bị cáo|tên|họ)\s+(?:[{CAPITALS}]\w*\s+)*|[{CAPITALS}]\w+\s+)$")
+# %% ../../nbs/text/08_abbreviations.ipynb #0eef9531
+_PARTS = {"9": r"[\d.,]*\d", "..": r"(?:\S+\s+){0,4}?\S+", "Aa": rf"[{CAPITALS}]\w*", "aa": rf"[{ALPHABET}]\w*", "Xx": rf"(?P<foreign>[{CAPITALS}][{ALPHABET}]+)"}
+PERSONS = re.compile(rf"(?:(?<!\w)(?i:ông|bà|anh|chị|em|cô|chú|bác|cháu|bé|bạn|nạn nhân|bị cáo|tên|họ)\s+(?:[{CAPITALS}]\w*\s+)*|[{CAPITALS}][{ALPHABET}]+\s+)$")
 
 def _side(written:str)->str:
     parts = re.split(r"(\s+)", written)
@@ -60,7 +60,7 @@ class Context:
         written:str, # with `_` for the abbreviation
     ):
         left, _, right = written.partition("_")
-        self.left, self.right = re.compile(f"(?<!\\w){_side(left)}$" if left.strip("-/ ") else f"{_side(left)}$"), re.compile(r"\.?" * right.startswith(" ") + _side(right) + ("" if right[-1:] in ("9", "-", "/") else r"(?!\w)"))
+        self.left, self.right = re.compile(f"(?<!\\w){_side(left)}$" if left[:1].isalnum() else f"{_side(left)}$"), re.compile(r"\.?" * right.startswith(" ") + _side(right) + ("" if right[-1:] in ("9", "-", "/") else r"(?!\w)"))
 
     def holds(self,
         text:str, start:int, end:int, # the abbreviation is text[start:end]
@@ -78,6 +78,7 @@ class Entry:
         self.default = next((words for words, contexts in lines if not contexts), None)
         self.lines = [(words, [Context(c) for c in contexts.split("|")]) for words, contexts in lines if contexts]
         self.all_words = tuple(dict.fromkeys(words for words, _ in lines))
+        self.unsure = len([words for words in self.all_words if " " in words]) > 1 # one that is read by its letters somewhere is no second reading
 
     def choose(self,
         text:str, start:int, end:int, # the abbreviation is text[start:end]
@@ -87,27 +88,28 @@ class Entry:
         for words, contexts in self.lines:
             if any(context.holds(text, start, end) for context in contexts): return words
         if bound or self.default is None: return None
-        return unsure(self.default, *self.all_words) if self.lines else self.default
+        return unsure(self.default, *self.all_words) if self.unsure else self.default
 
-# %% ../../nbs/text/08_abbreviations.ipynb #9ed945a8
-DOCUMENT = re.compile(rf"(?P<kind>(?i:thông tư|nghị định|quyết định|nghị quyết|chỉ thị|luật|công văn|kế hoạch|báo cáo|thông báo|hướng dẫn)\s+(?i:số\s*:?\s*)?)?(?<![\w/])(?P<n>\d{{1,5}})(?:/(?P<year>[12]\d{{3}}))?/(?P<code>[{CAPITALS}]{{2,}}\w*\d*(?:[-–][{CAPITALS}][\w&]*)*)(?![\w/])")
+# %% ../../nbs/text/08_abbreviations.ipynb #3cd78e0a
+DOCUMENT = re.compile(rf"(?P<kind>(?i:thông tư|nghị định|quyết định|nghị quyết|chỉ thị|luật|công văn|kế hoạch|báo cáo|thông báo|hướng dẫn)\s+(?i:số\s*:?\s*)?)?(?<![\w/])(?P<n>\d{{1,5}})(?P<letter>[a-z]?)(?:/(?P<year>[12]\d{{3}}))?(?P<sign>[/-])(?P<code>[{CAPITALS}]{{2,}}\w*\d*(?:[-–/][{CAPITALS}][\w&]*)*)(?![\w/])")
 
 def _read_document(m, table)->str:
     "A document's number in words."
-    parts = re.split("[-–]", m["code"])
+    parts = re.split("[-–/]", m["code"])
+    if m["sign"] == "-" and ("/" not in m["code"] or not m["kind"]): return m[0][len(m["kind"] or ""):]
     names = []
     for i, part in enumerate(parts):
         letters, number = re.fullmatch(r"(\D+)(\d*)", part).groups() if re.fullmatch(r"\D+\d*", part) else (part, "")
         entry, sign = table.entries.get(letters), "-/"[i == 0]
         words = entry and entry.choose(f"{sign}{letters}-", 1, 1 + len(letters), bound=bool(entry.lines)) or entry and entry.default
         names.append((words or letters) + (f" {cardinal(int(number))}" if number else ""))
-    number, year, said = cardinal(int(m["n"])), m["year"] and cardinal(int(m["year"])), (m["kind"] or "").lower()
+    number, year, said = f"{cardinal(int(m['n']))} {m['letter']}".strip(), m["year"] and cardinal(int(m["year"])), (m["kind"] or "").lower()
     literal = " ".join([number, *([year] if year else []), *names])
     over = " trên ".join([number, *([year] if year else []), " ".join(names)])
     if len(names) > 1 and said.startswith(names[0]): return either(f"{number}{f' năm {year}' if year else ''} của {' '.join(names[1:])}", over, literal)
     return either(over, literal)
 
-# %% ../../nbs/text/08_abbreviations.ipynb #70eaa52f
+# %% ../../nbs/text/08_abbreviations.ipynb #001b360d
 def _normalise_word(word:str)->str: return place_tone(compose_marks(word))
 
 class Abbreviations(dict):
@@ -154,7 +156,7 @@ class Abbreviations(dict):
             if text[max(start - 1, 0):start].isalnum(): return m[0]
             left, right = re.search(r"(\w+)[-–&]$", text[max(0, start - 20):start]), re.match(r"[-–&](\w+)", text[end:end + 20])
             bound = text[end:end+1].isdigit() or left and not self._is_part(left[1]) or right and not self._is_part(right[1])
-            if len(m[0]) == 2 and m[0][1] == "." and PERSONS.search(text[max(0, start - 40):start]) and not text[:start].rstrip().endswith(","): return m[0]
+            if len(m[0]) == 2 and m[0][1] == "." and not text[end:].lstrip()[:1].isdigit() and PERSONS.search(text[max(0, start - 40):start]) and not text[:start].rstrip().endswith(","): return m[0]
             found = self.entries["".join(m[0].split())].choose(text, start, end, bound)
             if found is None: return m[0]
             if trail:

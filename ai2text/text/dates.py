@@ -7,13 +7,14 @@ __all__ = ['ALONE', 'CODE_END', 'RESULTS', 'SCORES', 'COUNTED', 'RATIOS', 'DAY',
            'PARTS', 'QUANTITIES', 'STREETS', 'DOCUMENTS', 'JOINT', 'QUARTER', 'Q', 'HOUR', 'MINUTE', 'TIME', 'WHEN',
            'PART_OF_DAY', 'BOOKS', 'score', 'formation', 'ratio', 'month', 'date', 'day_month_year', 'year_month_day',
            'short_year', 'school_class', 'day_and_month', 'announced_day', 'range_of_days', 'quarter', 'month_year',
-           'april', 'open_years', 'time', 'verse', 'southern_hour', 'time_of_day', 'minutes_seconds']
+           'month_then_year', 'april', 'months_of_year', 'open_years', 'time', 'verse', 'southern_hour', 'time_of_day',
+           'seconds_within', 'minutes_seconds']
 
-# %% ../../nbs/text/02_dates.ipynb #03f4850f
+# %% ../../nbs/text/02_dates.ipynb #dfdb1d75
 import re
-from .numbers import any_of, apply_rules, around, before, behind, between_names, cardinal, digits, either, rule, unsure
+from .numbers import PLAIN_NUMBER, apply_rules, around, before, behind, between_names, cardinal, either, read_number, rule, unsure
 
-# %% ../../nbs/text/02_dates.ipynb #c7970a3e
+# %% ../../nbs/text/02_dates.ipynb #daa05aca
 ALONE, CODE_END = r"(?<![\w])(?<!\d[.,/:-])", r"(?![\w]|[.,/:-]\d|\s?[%‰°])"
 RESULTS = "tỷ_số tỉ_số chung_cuộc kết_quả vượt_lên dẫn dẫn_trước bị_dẫn thắng thua hòa hoà"
 SCORES = RESULTS + " thất_bại đánh_bại hạ gỡ gỡ_hòa gỡ_hoà đè_bẹp vùi_dập cầm_hòa cầm_hoà cầm_chân quật_ngã hạ_gục ngược_dòng thắng_lợi chiến_thắng trận_thắng trận_thua trận_hòa trận_hoà hiệp set ván luân_lưu penalty"
@@ -29,19 +30,19 @@ def score(m):
     if ":" in m[0] or m["a"][0] == "0" != m["a"] or behind(m, COUNTED): return None
     if behind(m, "chung_cuộc sau_hiệp nghiêng_về sau_90_phút ngay_trong_hiệp sau_hai_hiệp"): return words
     if between_names(m) and not before(m, "từ khoảng ngày tháng lớp thứ chương điều khoản trang năm tầng số"):
-        return unsure(words, f"{cardinal(int(m['a']))} đến {cardinal(int(m['b']))}")
+        return unsure(words, f"{cardinal(int(m['a']))} đến {cardinal(int(m['b']))}") if int(m["a"]) < int(m["b"]) else words
 
 @rule(fr"{ALONE}\d(?:[-–]\d){{2,4}}{CODE_END}", needs="-–")
 def formation(m):
     "4-4-2"
     return None if before(m, "thứ") else " ".join(cardinal(int(n)) for n in re.findall(r"\d", m[0]))
 
-@rule(fr"{ALONE}\d{{1,9}}(?:\s?:\s?\d{{1,9}})+(?![\w]|[.,:]\d)", needs=":")
+@rule(fr"{ALONE}{PLAIN_NUMBER}(?:\s?:\s?{PLAIN_NUMBER})+(?![\w]|[.,:]\d)", needs=":")
 def ratio(m):
     "tỷ lệ 1:10"
-    return " trên ".join(cardinal(int(n)) for n in re.findall(r"\d+", m[0])) if before(m, RATIOS) else None
+    return " trên ".join(map(read_number, re.split(r"\s?:\s?", m[0]))) if before(m, RATIOS) else None
 
-# %% ../../nbs/text/02_dates.ipynb #0bd88ad6
+# %% ../../nbs/text/02_dates.ipynb #bf3c43dc
 DAY, MONTH, YEAR = r"(?:0?[1-9]|[12]\d|3[01])", r"(?:0?[1-9]|1[0-2])", r"[12]\d{3}"
 DAYS = """ngày sáng trưa chiều tối đêm khuya hôm hôm_nay hôm_qua hôm_trước sáng_nay chiều_nay tối_nay trưa_nay đêm_nay đêm_qua tối_qua chiều_qua sáng_qua ngày_mai sáng_mai lễ dịp dịp_lễ nghỉ_lễ kỳ_nghỉ kì_nghỉ nghỉ mùng mồng rằm tết giỗ_tổ quốc_khánh
     quốc_tế_lao_động quốc_tế_thiếu_nhi quốc_tế_phụ_nữ phụ_nữ_việt_nam nhà_giáo_việt_nam phụ_nữ thiếu_nhi thương_binh_liệt_sĩ chủ_nhật thứ_hai thứ_ba thứ_tư thứ_năm thứ_sáu thứ_bảy thứ_2 thứ_3 thứ_4 thứ_5 thứ_6 thứ_7 giao_thừa noel valentine
@@ -85,7 +86,7 @@ def short_year(m):
     "2/9/45; not a house"
     return None if before(m, STREETS, gap=1) or behind(m, "đường phố") else date(m[1], m[2], m[3])
 
-# %% ../../nbs/text/02_dates.ipynb #f79450f3
+# %% ../../nbs/text/02_dates.ipynb #ef773a3d
 JOINT = r"(?:\s*(?:[-–,&]|đến|tới|và|hoặc|hay)\s*(?:ngày\s+)?)"
 
 def _dates(text:str)->str:
@@ -94,7 +95,7 @@ def _dates(text:str)->str:
 
 def _fraction(a:int, b:int)->str: return f"{cardinal(a)} phần {'tư' if b == 4 else cardinal(b)}"
 
-@rule(fr"(?<!\w)((?i:lớp|khối)\s+)(\d{{1,2}})([/-])(\d{{1,2}})(?![\w]|[.,/:-]\d)", needs="/-")
+@rule(r"(?<!\w)((?i:lớp|khối)\s+)(\d{1,2})([/-])(\d{1,2})(?![\w]|[.,/:-]\d)", needs="/-")
 def school_class(m):
     "lớp 10/3, lớp 6-9"
     a, b = cardinal(int(m[2])), cardinal(int(m[4]))
@@ -107,7 +108,7 @@ def day_and_month(m):
     pairs = [(int(a), int(b)) for a, b in re.findall(r"(\d+)/(\d+)", m[0])]
     (a, b), alone = pairs[0], len(pairs) == 1
     words, house = _dates(m[0]), " trên ".join(map(cardinal, pairs[0]))
-    if m[0] == "24/7" or before(m, DOCUMENTS): return None
+    if m[0] == "24/7" or before(m, DOCUMENTS + " vòng âm") or re.search(r"(?<![\w.,/])\d{1,3} $", m.string[:m.start()]): return None
     if before(m, DAYS): return words
     if alone and (before(m, STREETS) or (behind(m, "đường phố quốc_lộ") and b > 1)): return either(house, house.replace("trên", "xuyệt"), words)
     if alone and (behind(m, COUNTED) or a < b and behind(m, PARTS) or before(m, "điểm đạt chấm trình_độ văn_hóa")): return None
@@ -121,7 +122,7 @@ def announced_day(m):
     "ngày 12-3, chiều 24.3, lễ 30-4, 1-5"
     if before(m, DAYS) and not before(m, "đường phố cầu nghỉ tết sinh" if m["sign"] == "-" and not before(m, "đường_30-4") else "đường phố cầu tết"): return _dates(m[0])
     days = [int(re.match(r"\d+", a)[0]) for a in re.findall(r"\d+[.-]\d+", m[0])]
-    if m["sign"] == "-" and max(days) > 12 and not before(m, SCORES, gap=6) and not before(m, "từ khoảng"): return unsure(_dates(m[0]), m[0].replace("-", " "))
+    if (m["sign"] == "-" or len(days) > 1 and " - " in m[0]) and max(days) > 12 and not before(m, SCORES, gap=6) and not before(m, "từ khoảng"): return unsure(_dates(m[0]), m[0].replace("-", " "))
 
 @rule(fr"{ALONE}({DAY})\s?[-–]\s?({DAY})([/.])({MONTH}){CODE_END}", needs="/.")
 def range_of_days(m):
@@ -129,7 +130,7 @@ def range_of_days(m):
     if m[3] == "." and not before(m, DAYS): return None
     return f"{cardinal(int(m[1]))} đến {date(m[2], m[4])}"
 
-# %% ../../nbs/text/02_dates.ipynb #3300ec22
+# %% ../../nbs/text/02_dates.ipynb #4656f5da
 QUARTER = {"I": 1, "II": 2, "III": 3, "IV": 4}
 Q = r"(?:[1-4]|I{1,3}|IV)"
 
@@ -154,17 +155,27 @@ def month_year(m):
     words += f"{month(m['month'])} năm {cardinal(int(m['year']))}"
     return f"{words} đến {month(m['month2'])} năm {cardinal(int(m['year2']))}" if m["month2"] else words
 
+@rule(fr"(?<!\w)(?i:tháng)\s+({MONTH})\s+((?:19|20)\d\d)(?!\w|[.,/:-]\d)")
+def month_then_year(m):
+    "tháng 12 2023"
+    return f"{month(m[1])} năm {cardinal(int(m[2]))}"
+
 @rule(fr"(?<!\w)((?i:tháng))\s+0?4(?:\s?([-–])\s?(?=\d\d?(?!\d))|{CODE_END})", needs="4")
 def april(m):
     "tháng 4, tháng 4-6"
     return f"{m[1]} tư đến" if m[2] else f"{m[1]} tư"
+
+@rule(fr"{ALONE}(\d{{1,2}})T/?({YEAR})(?!\w)", needs="T")
+def months_of_year(m):
+    "6T/2023"
+    return f"{cardinal(int(m[1]))} tháng năm {cardinal(int(m[2]))}"
 
 @rule(fr"{ALONE}({YEAR})(?:s(?!\w)|\s?[-–]\s?nay(?!\w))")
 def open_years(m):
     "1990s, 2015-nay"
     return cardinal(int(m[1])) + (" đến nay" if m[0][-1] == "y" else "")
 
-# %% ../../nbs/text/02_dates.ipynb #5ea4c14a
+# %% ../../nbs/text/02_dates.ipynb #8f997eed
 HOUR, MINUTE = r"(?:[01]?\d|2[0-4])", r"[0-5]\d"
 TIME = fr"{HOUR}(?::{MINUTE}(?::{MINUTE})?|\s?[hHg]\s?{MINUTE}(?:\s?(?:phút|ph|p|m|['′]))?|\s?[hH])(?!\w)"
 WHEN = "lúc hồi từ đến tới trước sau khoảng vào mở_cửa"
@@ -175,8 +186,8 @@ BOOKS = """gioan giăng luca lu-ca mátthêu mát-thêu ma-thi-ơ mác máccô m
 def time(hours:str, minutes:str="", seconds:str="")->str:
     "Hours, minutes and seconds; a full hour needs no minutes."
     words = f"{cardinal(int(hours))} giờ"
-    if minutes and (int(minutes) or seconds): words += f" {cardinal(int(minutes))} phút"
-    return words + (f" {cardinal(int(seconds))} giây" if seconds else "")
+    if minutes and (int(minutes) or seconds and int(seconds)): words += f" {cardinal(int(minutes))} phút"
+    return words + (f" {cardinal(int(seconds))} giây" if seconds and int(seconds) else "")
 
 @rule(r"(?<!\w)(\d{1,3}):(\d{1,3})(?:\s?[-–]\s?(\d{1,3}))?(?!\w|[.,:]\d)", needs=":")
 def verse(m):
@@ -196,7 +207,12 @@ def time_of_day(m):
     times = ([cardinal(int(m["from"]))] if m["from"] else []) + [time(*re.findall(r"\d+", o)) for o in (m["a"], m["b"]) if o]
     return " đến ".join(times)
 
-@rule(r"(?<![\w.,])(\d{1,3})['′](\d{1,2})(?:''|\"|″|′′|’’)?(?!\w)", needs="'′")
+@rule(r"(?<![\w.,])(\d{1,3})(?:''|″)(\d{1,3})(?!\w)", needs="'″")
+def seconds_within(m):
+    "10''85"
+    return f"{cardinal(int(m[1]))} giây {cardinal(int(m[2]))}"
+
+@rule(r"(?<![\w.,])(\d{1,3})(?:['′]|(?:p|ph)(?=\d+s))(\d{1,2})(?:''|\"|″|′′|’’|s)?(?!\w)", needs="'′p")
 def minutes_seconds(m):
-    "1'30''"
+    "1'30'', 3p20s"
     return f"{cardinal(int(m[1]))} phút {cardinal(int(m[2]))}" + (" giây" if not m[0][-1].isdigit() else "")

@@ -8,7 +8,7 @@ __all__ = ['NORMALISER_VERSION', 'KNOWN', 'APOSTROPHE', 'FOREIGN_POLICIES', 'LET
            'wrong_script', 'normalise_word', 'spell', 'spell_foreign', 'foreign_words', 'Reading', 'Normaliser',
            'normalise', 'read_abbreviations', 'read_readings', 'make_normaliser']
 
-# %% ../../nbs/text/10_normalise.ipynb #8b29551a
+# %% ../../nbs/text/10_normalise.ipynb #bdb26fb2
 import hashlib, json, re, unicodedata
 from collections import Counter
 from dataclasses import dataclass, field, fields
@@ -24,7 +24,7 @@ from .signs import CHARACTER_MAP, D_BARS, drop_signs, read_web, split_tags, symb
 from .syllables import ALPHABET, FOREIGN, TONED, VOWELS, compose_marks, from_old_encoding, place_tone
 from .abbreviations import CAPITALS, Abbreviations, lower_capitals
 
-# %% ../../nbs/text/10_normalise.ipynb #347cd2bb
+# %% ../../nbs/text/10_normalise.ipynb #0b947e3f
 NORMALISER_VERSION = "vi-3" # part of each tokenizer's fingerprint: change it with any change of `normalise`
 
 KNOWN = frozenset(ALPHABET + " ")
@@ -56,7 +56,7 @@ def wrong_script(
     "The scripts other than Latin that the letters of a text are in."
     return [] if KNOWN.issuperset(text) else sorted({script_of(char) for char in text} - {"", "Latin"})
 
-# %% ../../nbs/text/10_normalise.ipynb #5d4f2414
+# %% ../../nbs/text/10_normalise.ipynb #482f8ed4
 APOSTROPHE = re.compile(r"(?<=[^\W\d_])['’ʼ](?=[^\W\d_])")
 
 @lru_cache(maxsize=1 << 16)
@@ -64,7 +64,7 @@ def normalise_word(word:str)->str:
     "Compose marks, then place the tone."
     return place_tone(compose_marks(word))
 
-# %% ../../nbs/text/10_normalise.ipynb #acba094f
+# %% ../../nbs/text/10_normalise.ipynb #4bf8702e
 FOREIGN_POLICIES = ("keep", "spell", "reject")
 LETTER_NAMES = dict(zip("abcdđeghiklmnopqrstuvxyfjwz", """a,bê,xê,dê,đê,e,giê,hát,i,ca,e lờ,em mờ,en nờ,o,pê,quy,e rờ,ét sì,tê,u,vê,ích xì,i dài,ép,gi,vê kép,dét""".split(",")))
 FOREIGN_CAPITALS = re.compile(r"(?<![^\W_])(?=[A-ZĐ]*[FJWZ])[A-ZĐ]+(?![^\W_])")
@@ -90,9 +90,9 @@ def foreign_words(
     "The words of a text that have a foreign letter."
     return [word for word in text.split() if not set(FOREIGN).isdisjoint(word)]
 
-# %% ../../nbs/text/10_normalise.ipynb #22316744
+# %% ../../nbs/text/10_normalise.ipynb #420300cf
 D_BAR_LETTERS = re.compile(f"[{D_BARS}]")
-SPECIAL = re.compile(rf"[\d_@#/&<>\[\](){{}}*^~=+$₫-]|[{CAPITALS}]{{2}}|[^\W\d_][.][^\W\d_]|(?<!\w)[IVX](?!\w)|(?<!\w)[{CAPITALS}]\w{{0,3}}\.|[²³]|[:;][-']?[DPpvOo](?!\w)|[^\W0-9_](?<=\d)")
+SPECIAL = re.compile(rf"[\d_@#/&<>\[\](){{}}*^~=+$₫-]|[{CAPITALS}]{{2}}|[^\W\d_][.][^\W\d_]|(?<!\w)[IVX](?!\w)|(?<!\w)[ivx]{{2}}|(?<!\w)[{CAPITALS}]\w{{0,3}}\.|[²³]|[:;][-']?[DPpvOo](?!\w)|[^\W0-9_](?<=\d)")
 TAG_POLICIES = ("drop", "keep")
 
 @dataclass(frozen=True)
@@ -125,17 +125,17 @@ class Normaliser:
 
     def _in_words(self, text:str, trail:Trail|None)->str:
         "What needs capitals and punctuation, read; still with both."
-        text = drop_signs(read_web(text))
+        text = drop_signs(read_web(text), trail)
         text, capitals = lower_capitals(text, self.abbreviations.entries, self.capitals, trail)
         text = read_numbers(self.abbreviations.expand(text, trail), trail)
         return FOREIGN_CAPITALS.sub(lambda m: f" {spell(m[0].lower())} ", text) if self.foreign == "spell" and not capitals else text
 
     def _piece(self, text:str, trail:Trail|None)->str:
         "A text without tags."
-        if trail: trail.dropped += symbols(text)
         if SPECIAL.search(text) or self.capitals or self.abbreviations.hint and self.abbreviations.hint.search(text): text = self._in_words(text, trail)
         text = text.lower()
         if "'" in text or "’" in text or "ʼ" in text: text = APOSTROPHE.sub("", text)
+        if trail: trail.dropped += symbols(text)
         text = text.translate(CHARACTER_MAP)
         if self.foreign == "spell" and foreign_words(text): text = " ".join(map(spell_foreign, text.split()))
         words = map(normalise_word, text.split())
@@ -149,7 +149,7 @@ class Normaliser:
             if trail: trail.encoding = encoding
             text = D_BAR_LETTERS.sub(lambda m: "đ" if m[0].islower() else "Đ", write_out(text))
         if self._own: text = self._own.sub(lambda m: f" {self.readings[m[0]]} ", text)
-        parts = split_tags(text) if any(map(text.__contains__, "[<({*!+")) else [text]
+        parts = split_tags(text) if any(map(text.__contains__, "[<({*!+♪♫")) else [text]
         if len(parts) == 1: return self._piece(text, trail)
         if trail: trail.dropped += [f"[{tag}]" for tag in parts[1::2]]
         said = [self._piece(part, trail) if i % 2 == 0 else f"[{part}]" if self.tags == "keep" else "" for i, part in enumerate(parts)]
@@ -205,7 +205,7 @@ class Normaliser:
             raise ConfigError(f"{path}: made with normaliser {version}, this code has {NORMALISER_VERSION}; run the prepare stage again")
         return cls(Abbreviations(state.pop("abbreviations")), **state)
 
-# %% ../../nbs/text/10_normalise.ipynb #c3782394
+# %% ../../nbs/text/10_normalise.ipynb #1aaf16b2
 _NO_ABBREVIATIONS = Abbreviations()
 
 def normalise(
@@ -217,7 +217,7 @@ def normalise(
     "Bring a Vietnamese transcript to the one form that this project trains and scores on; whoever has tables of their own makes a `Normaliser`."
     return Normaliser(_NO_ABBREVIATIONS if abbreviations is None else abbreviations, foreign=foreign)(text)
 
-# %% ../../nbs/text/10_normalise.ipynb #2199f816
+# %% ../../nbs/text/10_normalise.ipynb #3b0d7825
 def _lines(path:Path, what:str):
     "(number, columns) of a table; raises `ConfigError` if it cannot be read or has no tab."
     try: lines = path.read_text("utf-8-sig").splitlines()

@@ -6,7 +6,7 @@
 __all__ = ['DIGITS', 'BILLION', 'PLAIN_NUMBER', 'NUMBER', 'THOUSANDS', 'LONG', 'MANNERS', 'RULES', 'OPENING', 'CLOSING', 'NAME',
            'CALLS', 'CALLED', 'IDS', 'GAP', 'SUM', 'below_thousand', 'cardinal', 'digits', 'value_of', 'read_number',
            'Options', 'either', 'unsure', 'around', 'Trail', 'rule', 'apply_rules', 'any_of', 'before', 'behind',
-           'between_names', 'phone', 'hotline', 'emergency', 'called', 'identity', 'plate', 'flight', 'gold']
+           'between_names', 'phone', 'hotline', 'emergency', 'called', 'card', 'identity', 'plate', 'flight', 'gold']
 
 # %% ../../nbs/text/00_numbers.ipynb #1beb3a3b
 import re
@@ -117,7 +117,111 @@ MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
     ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
     ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
 
-# %% ../../nbs/text/00_numbers.ipynb #d0b7764e
+# %% ../../nbs/text/00_numbers.ipynb #3b9244ad
+_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
+MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
+    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
+    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
+    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
+    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
+    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
+    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
+    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
+    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
+    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
+
+# %% ../../nbs/text/00_numbers.ipynb #ae24d3a8
+_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
+MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
+    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
+    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
+    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
+    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
+    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
+    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
+    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
+    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
+    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
+
+# %% ../../nbs/text/00_numbers.ipynb #a78a4e88
+_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
+MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
+    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
+    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
+    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
+    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
+    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
+    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
+    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
+    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
+    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
+
+# %% ../../nbs/text/00_numbers.ipynb #97b1242a
+_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
+MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
+    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
+    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
+    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
+    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
+    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
+    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
+    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
+    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
+    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
+
+# %% ../../nbs/text/00_numbers.ipynb #28a58005
+_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
+MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
+    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
+    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
+    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
+    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
+    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
+    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
+    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
+    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
+    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
+
+# %% ../../nbs/text/00_numbers.ipynb #92d2d2a7
+_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
+MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
+    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
+    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
+    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
+    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
+    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
+    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
+    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
+    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
+    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
+
+# %% ../../nbs/text/00_numbers.ipynb #b0051869
+_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
+MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
+    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
+    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
+    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
+    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
+    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
+    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
+    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
+    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
+    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
+
+# %% ../../nbs/text/00_numbers.ipynb #70140ad9
+_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
+MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
+    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
+    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
+    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
+    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
+    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
+    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
+    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
+    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
+    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
+
+# %% ../../nbs/text/00_numbers.ipynb #0294c331
 class Options(str):
     "Words, with others that may be right."
     others, unsure = (), False
@@ -162,7 +266,7 @@ class Trail:
         for n in self.manners: words = MANNERS[n][0].sub(MANNERS[n][1], words)
         return words
 
-# %% ../../nbs/text/00_numbers.ipynb #3ff99cc2
+# %% ../../nbs/text/00_numbers.ipynb #8cf4453e
 RULES = []
 OPENING, CLOSING = "([{\"“‘«/", "/.,;:!?)]}\"”’»…" # next to words without a space
 
@@ -200,12 +304,12 @@ def any_of(words:str)->str:
     "A group for any of the words, a longer one first, whatever its case; `_` stands for a space."
     return f"(?i:{'|'.join(re.escape(o).replace('_', ' ') for o in sorted(words.split(), key=len, reverse=True))})"
 
-# %% ../../nbs/text/00_numbers.ipynb #11bd8fe9
+# %% ../../nbs/text/00_numbers.ipynb #435b0a93
 @lru_cache(maxsize=None)
 def _cues_before(words:str, gap:int): return re.compile(rf"(?<!\w){any_of(words)}(?!\w)(?:[\s,(“\"]+[^\s.;!?()]+){{0,{gap}}}[\s,:(“\"'-]*$")
 
 @lru_cache(maxsize=None)
-def _cues_behind(words:str, gap:int): return re.compile(rf"[\s,]*(?:[^\s.;!?()]+[\s,]+){{0,{gap}}}{any_of(words)}(?!\w)")
+def _cues_behind(words:str, gap:int): return re.compile(rf"\s*(?:[^\s.;!?()]+[\s,]+){{0,{gap}}}{any_of(words)}(?!\w)")
 
 def before(match, words:str, gap:int=0)->bool:
     "Whether one of the words stands before a match, with at most so many others between."
@@ -215,7 +319,7 @@ def behind(match, words:str, gap:int=0)->bool:
     "Whether one of the words stands behind a match, with at most so many others between."
     return bool(_cues_behind(words, gap).match(match.string, match.end()))
 
-NAME = re.compile(r"[\s,]*(?:[\"“(]?)([^\W\d_a-z]\w+)")
+NAME = re.compile(r"\s*[\"“(]?([^\W\d_a-z]\w+)")
 
 def between_names(match)->bool:
     "Whether a word with a capital stands on both sides of a match."
@@ -223,13 +327,13 @@ def between_names(match)->bool:
     following = NAME.match(match.string, match.end())
     return bool(last and following and last[1][0].isupper() and following[1][0].isupper())
 
-# %% ../../nbs/text/00_numbers.ipynb #c71113ef
+# %% ../../nbs/text/00_numbers.ipynb #7b5d6581
 CALLS = """gọi gọi_số gọi_cho gọi_ngay bấm quay alo tổng_đài hotline cảnh_sát cứu_hỏa cứu_hoả cấp_cứu cứu_thương liên_hệ đường_dây_nóng nhắn_tin số_khẩn_cấp cskh"""
-CALLED = CALLS + """ điện_thoại số_điện_thoại đt đtdđ sđt fax zalo di_động gửi_đến đầu_số"""
+CALLED = CALLS + """ điện_thoại số_điện_thoại đt đtdđ sđt fax zalo di_động gửi gửi_đến đầu_số"""
 IDS = """mã_số mã_số_thuế mst mã_bưu_chính mã_vùng mã_otp otp mã_xác_nhận mã_pin mã_đơn mã_đơn_hàng mã_vận_đơn mã_giao_dịch mã_sinh_viên mssv mã_hồ_sơ mã_lớp mã_đề mật_khẩu số_tài_khoản tài_khoản stk tk số_thẻ
     số_hiệu số_seri seri số_sê_ri imei cccd căn_cước căn_cước_công_dân cmnd cmt chứng_minh_thư chứng_minh_nhân_dân số_chứng_minh hộ_chiếu số_bảo_hiểm biển_số biển_kiểm_soát số_máy số_khung"""
 GAP = r"(?:\s*[:.]\s*|\s+)(?:(?:số|là|số là)\s*:?\s+)?"
-SUM = r"(?!\w|[.,/:%]\d|\s?(?:đồng|đ|%|triệu|tỷ|tỉ|nghìn|ngàn|trăm|người|cuộc)(?!\w))" # what would follow a sum
+SUM = r"(?!\w|[.,/:%]\d|\s?(?:đồng|đ|%|triệu|tỷ|tỉ|nghìn|ngàn|trăm|người|cuộc|usd|đô|vnđ|vnd|k|tr)(?!\w))" # what would follow a sum
 
 @rule(r"(?<![\w.,])(?:\(?(?:\+|00)84\)?(?:[ .-]?\(0\))?|\(?0[1-9]\d{0,3}\)?)(?:[ .-]?\d){7,10}(?!\w|[.,]\d)")
 def phone(m):
@@ -253,21 +357,27 @@ def emergency(m):
 @rule(rf"(?<!\w)(?P<name>{any_of(CALLED)}{GAP})(?P<n>\d(?:[ .-]?\d){{3,}}){SUM}")
 def called(m):
     "tổng đài 1900 1234"
-    return None if THOUSANDS.fullmatch(m["n"]) else f"{m['name']}{digits(m['n'])}"
+    if THOUSANDS.fullmatch(m["n"]) or m["name"].strip().lower() == "gửi" and not before(m, "nhắn nhắn_tin soạn soạn_tin", gap=5): return None
+    return f"{m['name']}{digits(m['n'])}"
+
+@rule(r"(?<![\w.,])\d{4}(?:[ -]\d{4}){2,3}(?!\w|[.,]\d)")
+def card(m):
+    "9704 1234 5678 9012"
+    return digits(m[0])
 
 @rule(rf"(?<!\w)(?P<name>{any_of(IDS)}{GAP}(?:[A-ZĐ]{{1,4}}-?)?)(?P<n>\d(?:[ .-]?\d){{2,}}){SUM}")
 def identity(m):
     "mã số 001234, STK 1903 4567 8901"
     return f"{m['name'].rstrip('-')}{' ' * m['name'][-1].isalpha()}{digits(m['n'])}"
 
-# %% ../../nbs/text/00_numbers.ipynb #9cf81a42
+# %% ../../nbs/text/00_numbers.ipynb #2e89b43a
 @rule(r"(?<![\w.,])(\d{2})(\s?-?\s?)([A-ZĐ]{1,2}\d?|[A-ZĐ]\d)([\s.-]{1,3})(\d{3}\.?\d{2}|\d{4})(?!\w|[.,/-]?\d)", needs="0123456789")
 def plate(m):
     "29A-123.45, 51F-1234"
     if not ("-" in m[2] + m[4] or "." in m[5] or before(m, "biển biển_số xe biển_kiểm_soát bks", gap=2)): return None
     return f"{cardinal(int(m[1]))} {m[3][:-1]} {cardinal(int(m[3][-1]))} {digits(m[5])}" if m[3][-1].isdigit() else f"{cardinal(int(m[1]))} {m[3]} {digits(m[5])}"
 
-@rule(rf"(?<!\w)(?P<name>{any_of('chuyến_bay chuyến số_hiệu máy_bay boeing airbus tàu_hỏa mã chứng_khoán')}\s+(?:[A-Z]{{1,3}}\s?)?)(?P<n>\d{{3,4}}(?:-\d{{3,4}})?)(?!\w|[.,/]\d|\s?(?:người|khách|ghế|cổ))")
+@rule(rf"(?<!\w)(?P<name>{any_of('chuyến_bay chuyến số_hiệu máy_bay boeing airbus tàu_hỏa mã chứng_khoán')}\s+(?:[A-Z]{{1,3}}\s?)?)(?P<n>\d{{3,4}}(?:-\d{{1,4}})?)(?!\w|[.,/]\d|\s?(?:người|khách|ghế|cổ))")
 def flight(m):
     "chuyến bay VN 1234, Boeing 737-800"
     return f"{m['name'].rstrip()} {' '.join(map(digits, m['n'].split('-')))}"

@@ -6,15 +6,15 @@
 __all__ = ['MONEY', 'PREFIXES', 'UNITS', 'LONG_UNIT', 'UNIT', 'SIGN', 'LARGE', 'SHORT', 'MATHEMATICS', 'COMPARED', 'MARKS', 'PER',
            'SHORT_PER', 'PER_WORDS', 'PRODUCTS', 'name_of', 'amount', 'minus', 'compared', 'taken_away', 'house',
            'fraction', 'between', 'sign_first', 'range_of_numbers', 'mathematics', 'unit_within', 'per', 'quantity',
-           'per_unit', 'per_number', 'unit_alone']
+           'per_unit', 'per_number', 'milestone', 'unit_alone']
 
-# %% ../../nbs/text/04_quantities.ipynb #4fa7a6c0
+# %% ../../nbs/text/04_quantities.ipynb #d5f634e1
 import re
-from ai2text.text.numbers import (DIGITS, NUMBER, PLAIN_NUMBER, THOUSANDS, any_of, apply_rules, around, before, behind, cardinal, either, read_number, rule, unsure,
+from ai2text.text.numbers import (DIGITS, NUMBER, PLAIN_NUMBER, any_of, apply_rules, around, before, behind, cardinal, either, read_number, rule,
     value_of)
 from .dates import COUNTED, STREETS
 
-# %% ../../nbs/text/04_quantities.ipynb #591273a8
+# %% ../../nbs/text/04_quantities.ipynb #a1efad35
 MONEY = {sign: name for name, signs in {"đồng": "đ đồng ₫ vnd vnđ", "đô la": "$", "đô la mỹ": "usd us$", "ơ rô": "€ eur", "bảng anh": "£ gbp", "yên": "¥ jpy", "nhân dân tệ": "cny rmb ndt", "uôn": "₩ krw", "bạt": "฿ thb",
     "đô la singapore": "sgd s$", "đô la úc": "aud a$", "đô la canada": "cad", "đô la hồng kông": "hkd", "đô la đài loan": "twd", "đô la new zealand": "nzd", "rúp": "rub ₽", "ru pi": "inr ₹", "ringgit": "myr", "rupiah": "idr",
     "phơ răng thụy sĩ": "chf", "kíp": "lak", "riên": "khr"}.items() for sign in signs.split()} | {"đô la": "đô la"}
@@ -22,9 +22,9 @@ PREFIXES = {"k": "ki lô", "h": "héc tô", "d": "đề xi", "c": "xen ti", "m":
 UNITS = {prefix + sign: f"{PREFIXES[prefix]} {name}" for sign, name, prefixes in (("m", "mét", "khdcmµμn"), ("g", "gam", "kmµμ"), ("l", "lít", "mcd"), ("Hz", "héc", "kMG"), ("W", "oát", "kMG"), ("B", "bai", "kMGT"), ("V", "vôn", "km"),
     ("Wh", "oát giờ", "kM"), ("A", "am pe", "m"), ("Ah", "am pe giờ", "m"), ("cal", "ca lo", "k"), ("Pa", "pát can", "khM"), ("J", "giun", "k"), ("s", "giây", "m"), ("b", "bít", "M"), ("bps", "bít trên giây", "kMG"), ("mol", "mon", "m"),
     ("Ω", "ôm", "k")) for prefix in prefixes}
-UNITS |= {sign: name for name, signs in {"mét": "m", "gam": "g gr gram", "lít": "l L", "héc": "Hz", "oát": "W", "vôn": "V", "giờ": "h", "phút": "p ph ' ′", "giây": "s ″", "nghìn": "k K", "triệu": "tr", "héc ta": "ha", "xê xê": "cc", "ca lo": "cal", "mon": "mol",
+UNITS |= {sign: name for name, signs in {"mét": "m", "gam": "g gr gram", "lít": "l L", "héc": "Hz", "oát": "W", "vôn": "V", "giờ": "h", "phút": "p ph ' ′ min", "giây": "s ″", "nghìn": "k K", "triệu": "tr", "héc ta": "ha", "xê xê": "cc", "ca lo": "cal", "mon": "mol",
     "mi li lít": "mL", "đề xi lít": "dL", "đề xi ben": "dB", "mi li mét thủy ngân": "mmHg", "độ c": "°C ºC oC °c ºc", "độ f": "°F ºF", "độ": "° º", "phần trăm": "%", "phần nghìn": "‰", "mã lực": "hp", "in": "inch ″", "ôm": "Ω",
-    "phần triệu": "ppm", "đơn vị quốc tế": "IU", "đề xi mét": "dm", "ki lô oát giờ": "KWh"}.items() for sign in signs.split()}
+    "phần triệu": "ppm", "sao": "★ ⭐", "đơn vị quốc tế": "IU", "đề xi mét": "dm", "ki lô oát giờ": "KWh"}.items() for sign in signs.split()}
 for length in ("km", "hm", "m", "dm", "cm", "mm"):
     for sign in "2²": UNITS[length + sign] = f"{UNITS[length]} vuông"
     for sign in "3³": UNITS[length + sign] = f"{UNITS[length]} khối"
@@ -47,20 +47,20 @@ def amount(number:str, sign:str)->str:
     if sign not in UNITS and re.fullmatch(r"[1-9]\d{0,2},\d{3}", number): number = number.replace(",", ".")
     return read_number(number, quantity=True)
 
-# %% ../../nbs/text/04_quantities.ipynb #ece99696
-MATHEMATICS = {"+": "cộng", "=": "bằng", "x": "nhân", "*": "nhân", "×": "nhân", "÷": "chia", "±": "cộng trừ", "^": "mũ", "≠": "khác"}
+# %% ../../nbs/text/04_quantities.ipynb #40fae6ce
+MATHEMATICS = {"+": "cộng", "=": "bằng", "x": "nhân", "*": "nhân", "×": "nhân", "÷": "chia", "±": "cộng trừ", "^": "mũ", "-": "âm", "−": "âm", "≠": "khác"}
 COMPARED = {">": either("lớn hơn", "trên", "hơn"), "<": either("nhỏ hơn", "dưới"), "≥": either("lớn hơn hoặc bằng", "từ"), "≤": either("nhỏ hơn hoặc bằng", "không quá"), "~": "khoảng", "≈": "khoảng", "#": "số"}
 
 @rule(r"(?<![^\s(\[])(?<!\d\s)[-−–](?=\d)", needs="-−–")
 def minus(m):
     "-5, –5°C"
-    return None if re.search(r"(?:\d\S{0,4}|[A-Z]{2,})\s$", m.string[max(0, m.start() - 8):m.start()]) else "âm"
+    return None if re.search(rf"(?:\d\S{{0,4}}|[A-Z]{{2,}}|{'|'.join(DIGITS)}|mươi|trăm|nghìn|triệu|tỷ)\s$", m.string[max(0, m.start() - 8):m.start()]) else "âm"
 
 @rule(r"(?:[<>]\s?=|[<>≥≤~≈#])\s?(?=[-−]?\d)", needs="<>≥≤~≈#")
 def compared(m):
     ">80%, ≥12, ~100"
     if m[0][0] == ">" and re.search(r"<[^<>]*$", m.string[:m.start()]): return None # the end of a tag of markup
-    if m[0].strip()[0] in "~≈" and before(m, "khoảng chừng tầm cỡ gần"): return ""
+    if before(m, "khoảng chừng tầm cỡ gần" if m[0][0] in "~≈" else "dưới trên hơn lớn_hơn nhỏ_hơn ít_hơn từ tối_thiểu tối_đa"): return ""
     if m[0].strip()[0] in "~≈" and re.search(r"\d\S{0,3}\s?$", m.string[:m.start()]): return None
     return COMPARED[{"<=": "≤", ">=": "≥"}.get(re.sub(r"\s", "", m[0]), m[0].strip())]
 
@@ -69,27 +69,31 @@ def taken_away(m):
     "5 - 3 = 2, 10 : 2 = 5"
     return "chia" if ":" in m[0] else "trừ"
 
-# %% ../../nbs/text/04_quantities.ipynb #38b686eb
+# %% ../../nbs/text/04_quantities.ipynb #a1d4f987
 MARKS = "điểm đạt chấm ielts toefl toeic điểm_số thang_điểm đánh_giá xếp_hạng"
 
-@rule(rf"(?<![\w.,-])(?<!\d/)\d{{1,5}}[A-Z]?(?:/\d{{1,5}}[A-Z]?)+(?!\w|[.,/]\d)", needs="/")
+@rule(r"(?<![\w.,-])(?<!\d/)\d{1,5}[A-Z]?(?:/\d{1,5}[A-Z]?)+(?!\w|[.,/]\d)", needs="/")
 def house(m):
     "số 12/3, hẻm 123/45/6"
     if m[0].count("/") < 2 and not before(m, STREETS) or m[0] in ("24/7", "24/24"): return None
     words = [read_number(n) if n.isdigit() else f"{read_number(n[:-1])} {n[-1]}" for n in m[0].split("/")]
     return either(" trên ".join(words), " xuyệt ".join(words))
 
-@rule(rf"(?<!\w)(?<!\d[.,/])({PLAIN_NUMBER})/({PLAIN_NUMBER})(?:\s?({SIGN})(?!\w)|(?!\w|[.,/]\d))", needs="/")
+@rule(rf"(?<!\w)(?<!\d[.,/])(?:(?P<whole>[1-9]\d{{0,2}}) )?({PLAIN_NUMBER})/({PLAIN_NUMBER})(?:\s?({SIGN})(?!\w)|(?!\w|[.,/]\d))", needs="/")
 def fraction(m):
-    "1/2, 2/3 dân số, 120/80 mmHg, 8,75/10"
-    above, below, unit = value_of(m[1]), value_of(m[2]), f" {name_of(m[3])}" if m[3] else ""
-    over = f"{read_number(m[1])} trên {read_number(m[2])}{unit}"
-    if not (m[1].isdigit() and below == int(below)) or above >= below: return over
-    part = f"{read_number(m[1])} phần {'tư' if below == 4 else read_number(m[2])}{unit}"
+    "1/2, 2/3 dân số, 120/80 mmHg, 8,75/10, 5 1/2"
+    top, under = m[2], m[3]
+    above, below, unit = value_of(top), value_of(under), f" {name_of(m[4])}" if m[4] else ""
+    over = f"{read_number(top)} trên {read_number(under)}{unit}"
+    if m["whole"]:
+        if above < below <= 10: return f"{read_number(m['whole'])} và {read_number(top)} phần {'tư' if below == 4 else read_number(under)}{unit}"
+        over = f"{read_number(m['whole'])} {over}"
+    if not (top.isdigit() and below == int(below)) or above >= below or m["whole"]: return over
+    part = f"{read_number(top)} phần {'tư' if below == 4 else read_number(under)}{unit}"
     if below > 4 and above > 1 and below < 1000 and (before(m, MARKS) or behind(m, COUNTED)): return either(over, part)
-    return part if below <= 10 or re.fullmatch("10+", m[2]) or above == 1 else over
+    return part if below <= 10 or re.fullmatch("10+", under) or above == 1 else over
 
-# %% ../../nbs/text/04_quantities.ipynb #cdd2cb90
+# %% ../../nbs/text/04_quantities.ipynb #cdc4d123
 def between(a:str, b:str)->str:
     "What is said for the dash between two numbers."
     return " đến " if value_of(a) < value_of(b) or (len(a) == 4 and len(b) == 2) else " "
@@ -107,23 +111,26 @@ def range_of_numbers(m):
     unit = f" {name_of(m['unit'])}" if m["unit"] else ""
     return f"{read_number(m['a'], quantity=bool(unit))}{unit}{between(m['a'], m['b'])}{m['b']}"
 
-@rule(r"\s?[+=×÷±≠](?=\s?\d)|(?<=\d)\s?[+=](?!\w)|(?<=\d)\s?[x*](?=\s?\d)|(?<=\w)\s?\^\s?(?=\w)", needs="+=x*×÷±≠^")
+@rule(r"\s?[+=×÷±≠](?=\s?\d)|(?<=\d)\s?[+=](?!\w)|(?<=\d)\s?[x*](?=\s?\d)|(?<=\w)\s[x*×]\s(?=\d)|(?<=\w)\s?\^\s?[-−]?(?=\w)", needs="+=x*×÷±≠^")
 def mathematics(m):
     "2 + 3 = 5, 3x4, 2^10"
-    return MATHEMATICS[m[0].strip()]
+    return " ".join(MATHEMATICS[sign] for sign in m[0] if sign.strip())
 
-@rule(r"(?<![\w.,])(\d{1,9})\s?(m|kg|tr|l|tỷ|tỉ|triệu|lít|mét|cân|°)(?!(?<=m)[23](?!\d))(\d{1,3})(?!\w|[.,]\d)")
+@rule(r"(?<![\w.,])(\d{1,9})\s?(m|kg|tr|l|tỷ|tỉ|triệu|lít|mét|cân|°)(?!(?<=m)[23](?!\d))(\d{1,3})(?!\w|[.,]\d)(?:\s?((?i:đồng|đ|vnđ|vnd)(?!\w)))?")
 def unit_within(m):
-    "1m75, 2tr5, 37°5"
-    return f"{cardinal(int(m[1]))} {UNITS.get(m[2], m[2])} {cardinal(int(m[3]))}"
+    "1m75, 2tr5, 1tr5 VND, 37°5"
+    words = f"{cardinal(int(m[1]))} {UNITS.get(m[2], m[2])} "
+    if m[2] != "tr": return words + cardinal(int(m[3])) + (" đồng" if m[4] else "")
+    full = f"{words}{cardinal(int(m[3]) * 10 ** (3 - len(m[3])))} nghìn"
+    return f"{full} đồng" if m[4] else either(words + cardinal(int(m[3])), full)
 
-# %% ../../nbs/text/04_quantities.ipynb #26734d03
+# %% ../../nbs/text/04_quantities.ipynb #ec492015
 PER = """năm tháng tuần ngày ngày_đêm đêm giờ tiếng phút giây quý buổi lần người cái chiếc con suất vé khách hộ gia_đình lớp ca trận bữa vụ chuyến lượt sào công mẫu thùng bao tấn tạ yến lượng chỉ cây phòng căn phần tô bát đĩa ly cốc chai lon hộp gói
     bộ đôi cặp cuốn quyển tờ bài học_sinh sinh_viên học_kỳ kỳ tiết hồ_sơ tài_khoản giao_dịch cuộc tin tin_nhắn lít ký cân mét ounce cổ_phiếu đơn xe tầng ngôi_nhà nhà đầu_người em bé cháu mùa trứng quả set combo sản_phẩm đơn_vị"""
 SHORT_PER = {"cp": "cổ phiếu", "ng": "người", "hs": "học sinh", "sv": "sinh viên", "th": "tháng"}
 PER_WORDS = rf"(?:{any_of(PER)}|{any_of('cp ng hs sv th')})"
 PRODUCTS = "iphone ipad galaxy samsung xiaomi redmi oppo vivo nokia vàng mạng sóng công_nghệ 4g lte" # a letter behind their number is a name
-_COUNTED_BEFORE = re.compile(rf"(?:\d|%|(?<!\w)(?:mấy|vài|mươi|mười|trăm|nghìn|ngàn|triệu|tỷ|tỉ|đồng|{'|'.join(DIGITS)}))[^\s/]*(?:\s+[^\s.;!?]+){{0,3}}$")
+_COUNTED_BEFORE = re.compile(rf"(?:\d|%|(?<!\w)(?:mấy|vài|mươi|mười|trăm|nghìn|ngàn|triệu|tỷ|tỉ|đồng|{'|'.join(DIGITS)}))[^\s/]*(?:\s+[^\s.;!?]+){{0,6}}$")
 
 def per(what:str)->str:
     "A rate's unit or word behind its slash."
@@ -146,14 +153,18 @@ def quantity(m):
 def per_unit(m):
     "người/km2, lần/ngày, behind a word that is counted"
     long_unit = len(m["what"]) > 1 and (m["what"] in UNITS or m["what"].lower() in _ANY_CASE) and m["what"][0].islower() and not re.fullmatch(PER_WORDS, m["what"])
-    if not long_unit and not _COUNTED_BEFORE.search(m.string[max(0, m.start() - 40):m.start()]): return None
-    if not long_unit and not re.fullmatch(PER_WORDS, m["what"]) and m["what"] not in UNITS and m["what"].lower() not in SHORT_PER: return unsure(f"trên {m['what']}", m["what"])
+    if not long_unit and not _COUNTED_BEFORE.search(m.string[max(0, m.start() - 60):m.start()]): return None
     return per(m["what"])
 
 @rule(r"(?<=[^\W\d_])\s?/\s?(?=\d)", needs="/")
 def per_number(m):
     "8 lít/100km, 1 viên/8 giờ"
-    return "trên" if _COUNTED_BEFORE.search(m.string[max(0, m.start() - 40):m.start()]) else None
+    return "trên" if _COUNTED_BEFORE.search(m.string[max(0, m.start() - 60):m.start()]) else None
+
+@rule(r"(?<!\w)[Kk][Mm]\.?\s?(?=\d)")
+def milestone(m):
+    "km 12, Km1954"
+    return "ki lô mét "
 
 @rule(r"(?<!\w)(?:(?:k|h|d|c|m)?m[23²³]|USD|VN[DĐ]|EUR|GBP|SGD|AUD|JPY|CNY|KRW|THB|HKD)(?!\w)")
 def unit_alone(m):

@@ -7,12 +7,12 @@ __all__ = ['D_BARS', 'READ', 'QUOTES', 'FILLERS', 'NUMBER_SIGNS', 'BRACKETS', 'C
            'EMOTICON', 'MARKUP', 'is_invisible', 'is_symbol', 'symbols', 'CharacterMap', 'write_out', 'read_web',
            'split_tags', 'drop_signs']
 
-# %% ../../nbs/text/06_signs.ipynb #4dc063e2
+# %% ../../nbs/text/06_signs.ipynb #935dbb93
 import re, unicodedata
 
 from .numbers import any_of, cardinal, digits
 
-# %% ../../nbs/text/06_signs.ipynb #c385d1ac
+# %% ../../nbs/text/06_signs.ipynb #fbed2089
 D_BARS = "ÐðĐɖƉ"          # eth and African d: they look like Đ and đ
 READ = {"%": "phần trăm", "‰": "phần nghìn", "½": "một phần hai", "¼": "một phần tư", "¾": "ba phần tư", "⅓": "một phần ba", "⅔": "hai phần ba", "&": "và", "@": "a còng", "+": "cộng", "=": "bằng", "×": "nhân", "÷": "chia", "±": "cộng trừ",
     "°": "độ", "$": "đô la", "€": "ơ rô", "£": "bảng", "¥": "yên", "₫": "đồng", "№": "số", "√": "căn", "∞": "vô cùng", "≥": "lớn hơn hoặc bằng", "≤": "nhỏ hơn hoặc bằng", "≈": "khoảng", "α": "an pha", "β": "bê ta", "γ": "gam ma", "π": "pi", "µ": "mi crô", "Ω": "ôm", "ω": "ô mê ga"}
@@ -54,20 +54,20 @@ class CharacterMap(dict):
 
 CHARACTER_MAP = CharacterMap()
 
-# %% ../../nbs/text/06_signs.ipynb #877135da
-COMPATIBLE = re.compile("[ªº\u2100-\u2115\u2117-\u211f\u2123-\u214f\u2160-\u217f\u2460-\u24ff\u3300-\u33ff\ufb00-\ufb06\uff01-\uff5e]")
+# %% ../../nbs/text/06_signs.ipynb #57fd4b9b
+COMPATIBLE = re.compile("[ªº\u2080-\u2089\u2100-\u2115\u2117-\u211f\u2123-\u214f\u2160-\u217f\u2460-\u24ff\u3300-\u33ff\ufb00-\ufb06\uff01-\uff5e]")
 
 def write_out(
     text:str, # NFC
 )->str:
     "The text with compatibility characters in plain ones; `º` is a degree behind a digit."
-    return COMPATIBLE.sub(lambda m: "°" if m[0] == "º" else unicodedata.normalize("NFKC", m[0]), text)
+    return COMPATIBLE.sub(lambda m: "°" if m[0] == "º" else f" {unicodedata.normalize('NFKC', m[0])} " if "\u2460" <= m[0] < "\u2500" else unicodedata.normalize("NFKC", m[0]), text)
 
-# %% ../../nbs/text/06_signs.ipynb #109a5c0d
+# %% ../../nbs/text/06_signs.ipynb #8f0699d2
 _ENDS = "com net org vn edu gov info io tv app shop asia biz xyz site online"
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
 WEB = re.compile(rf"""(?<![\w@.])(?:(?P<scheme>https?://)|(?P<user>[A-Za-z0-9][\w.+-]*)@|(?=www\.))(?P<host>{_LABEL}(?:\.{_LABEL})+|localhost)(?P<path>[/?#][^\s<>"”)\],;]*)?
-    |(?<![\w@.])(?P<bare>(?:{_LABEL}\.)+(?:{"|".join(_ENDS.split())}))(?![\w@-]|\.\w)(?P<way>/[^\s<>"”)\],;]*)?""", re.X)
+    |(?<![\w@.])(?P<bare>(?:{_LABEL}\.)+(?:{"|".join(_ENDS.split())}|[a-z]{{2,3}}(?=/[\w@-]{{3}})))(?![\w@-]|\.\w)(?P<way>/[^\s<>"”)\],;]*)?""", re.X)
 _SIGNS = {".": "chấm", "@": "a còng", "/": "xuyệt", "_": "gạch dưới", "-": "gạch ngang", "=": "bằng", "+": "cộng", "&": "và"}
 
 def _spelled(text:str, signs:dict)->str:
@@ -85,12 +85,12 @@ def read_web(
         return f" {user}{_spelled(host, _SIGNS)} {_spelled(path, {**_SIGNS, '-': '', '?': ''})} "
     return WEB.sub(words, text) if "." in text else text
 
-# %% ../../nbs/text/06_signs.ipynb #ac4fc74e
+# %% ../../nbs/text/06_signs.ipynb #4a313e83
 TAGS = """noise noises noisy background_noise laugh laughs laughing laughter breath breathing breathe inhale exhale cough coughing sneeze sigh cry crying sob music song singing applause clap clapping silence sil sp spn nsn unk unknown oov eps
     inaudible unintelligible unclear crosstalk overlap hesitation filler um uh pause click lipsmack lip_smack noise_background speech_noise spk int sta fil beep ring phone_ringing static garbage foreign blank_audio
     cười cười_lớn cười_to cười_nhẹ cười_rộ tiếng_cười vỗ_tay tiếng_vỗ_tay ho tiếng_ho hắt_hơi thở_dài tiếng_thở thở khóc tiếng_khóc nhạc âm_nhạc tiếng_nhạc nhạc_nền nhạc_dạo ồn tiếng_ồn tạp_âm nhiễu im_lặng khoảng_lặng ngập_ngừng
     không_nghe_rõ không_rõ nghe_không_rõ không_nghe_được tiếng_động tiếng_chuông chuông_reo tiếng_xe tiếng_nước reo_hò hò_reo hát tiếng_hát tiếng_nước_ngoài nói_chen nói_chồng hắng_giọng tặc_lưỡi"""
-TAG = re.compile(rf"[\[<{{(*]+\s*[/!]?\s*(?P<tag>{any_of(TAGS)})(?:[\s:_-]*[\d.:,s]+)?\s*/?[\]>}})*]+|(?<!\w)(?:!SIL|\+\+?(?P<plus>{any_of(TAGS)})\+\+?)(?!\w)")
+TAG = re.compile(rf"[\[<{{(*♪♫]+\s*[/!]?\s*(?P<tag>{any_of(TAGS)})(?:[\s:_-]*[\d.:,s]+)?\s*/?[\]>}})*♪♫]+|(?<!\w)(?:!SIL|\+\+?(?P<plus>{any_of(TAGS)})\+\+?)(?!\w)")
 EMOTICON = re.compile(r"(?<!\w)(?:[:;=]['-]?(?:[DPpvOo](?!\w)|[)(\]*|/\\]+)|<3+(?!\d)|\^[_.-]*\^|[xX]D+(?!\w)|T_T|[=-]+>+|<[=-]+(?!\d)|>{2,}|<{2,})")
 MARKUP = re.compile(r"<[/!?]?[A-Za-z][^<>]*>|<!--|&(?:#\d+|#[xX][0-9A-Fa-f]+|[A-Za-z]{2,8});")
 
@@ -106,8 +106,10 @@ def split_tags(
 
 def drop_signs(
     text:str,
+    trail=None, # where emoticons are noted
 )->str:
     "The text without emoticons, underscores of word segmentation and the bullets of a list; brackets that are no markup go too."
+    if trail: trail.dropped += EMOTICON.findall(text)
     text = EMOTICON.sub(" ", text).replace("_", " ")
     if text.lstrip()[:1] in ("+", "*", "-") and text.lstrip()[1:2] == " ": text = text.lstrip()[1:]
     return text if MARKUP.search(text) else re.sub(r"[<>](?!\s?=?\s?[-−]?\d)", " ", text)

@@ -7,11 +7,11 @@ __all__ = ['VOWELS', 'CONSONANTS', 'FOREIGN', 'TONES', 'SHAPES', 'TONED', 'ALPHA
            'ONLY_UNICODE', 'TCVN3', 'ENCODINGS', 'compose_marks', 'tone_position', 'place_tone', 'is_syllable',
            'from_old_encoding']
 
-# %% ../../nbs/text/07_syllables.ipynb #15be8de9
+# %% ../../nbs/text/07_syllables.ipynb #f10155d3
 import re, unicodedata
 from functools import lru_cache
 
-# %% ../../nbs/text/07_syllables.ipynb #6dffcb57
+# %% ../../nbs/text/07_syllables.ipynb #5222db9e
 VOWELS = "aăâeêioôơuưy"
 CONSONANTS = "bcdđghklmnpqrstvx"
 FOREIGN = "fjwz"
@@ -22,7 +22,7 @@ SHAPES = "\u0302\u0306\u031b"            # circumflex, breve, horn
 TONED = {unicodedata.normalize("NFC", v + t): (v, t) for v in VOWELS for t in TONES}
 ALPHABET = "".join(sorted([*VOWELS, *TONED, *CONSONANTS, *FOREIGN]))
 
-# %% ../../nbs/text/07_syllables.ipynb #992877f8
+# %% ../../nbs/text/07_syllables.ipynb #26071d34
 def compose_marks(
     word:str, # one word in lower case
 )->str:       # the same in NFC
@@ -36,7 +36,7 @@ def compose_marks(
     letters = [letter[0] + "".join(sorted(letter[1:], key=lambda mark: mark not in SHAPES)) for letter in letters]
     return unicodedata.normalize("NFC", "".join(letters))
 
-# %% ../../nbs/text/07_syllables.ipynb #8be5e070
+# %% ../../nbs/text/07_syllables.ipynb #5273af12
 ONSETS = "ngh ng gh gi kh nh ph qu th tr ch b c d đ g h k l m n p r s t v x".split()
 NUCLEI = """iêu yêu oai oao oay oeo uây uôi uya uyê uyu ươi ươu ai ao au ay âu ây eo êu ia iê iu oa oă oe oi oo ôi ôô ơi ua uâ ui
     uê uô uơ uy ưa ưi ươ ưu yê a ă â e ê i o ô ơ u ư y""".split()
@@ -67,7 +67,7 @@ def place_tone(
     if place is None: return word
     return plain[:place] + unicodedata.normalize("NFC", plain[place] + tone) + plain[place+1:]
 
-# %% ../../nbs/text/07_syllables.ipynb #9d26215b
+# %% ../../nbs/text/07_syllables.ipynb #98fc8ec2
 @lru_cache(maxsize=1 << 16)
 def is_syllable(
     word:str, # small letters, NFC
@@ -81,13 +81,15 @@ def is_syllable(
     if not match or match[3] in ("c", "ch", "p", "t") and tone not in (TONES[3], TONES[4]): return False
     return not toned or toned[0] == tone_position(plain) or match[2] in ("oa", "oe", "uy") and toned[0] == match.start(2) + 1
 
-# %% ../../nbs/text/07_syllables.ipynb #1284e5f3
+# %% ../../nbs/text/07_syllables.ipynb #afab36c4
 ONLY_UNICODE = re.compile("[ĂăĐđĨĩŨũƠơƯư\u1ea0-\u1ef9]")
 TCVN3 = str.maketrans("µ¸¶·¹¨»¾¼½Æ©ÇÊÈÉË®ÌÐÎÏÑªÒÕÓÔÖ×ÝØÜÞßãáâä«åèæçé¬êíëìîïóñòô\u00adõøö÷ùúýûüþ¡¢§£¤¥¦", "àáảãạăằắẳẵặâầấẩẫậđèéẻẽẹêềếểễệìíỉĩịòóỏõọôồốổỗộơờớởỡợùúủũụưừứửữựỳýỷỹỵĂÂĐÊÔƠƯ")
 _VNI_MARKS = dict(zip("øûõùïâàåãáäêèúüéë", ["\u0300", "\u0309", "\u0303", "\u0301", "\u0323", "\u0302", "\u0302\u0300", "\u0302\u0309", "\u0302\u0303", "\u0302\u0301", "\u0302\u0323", "\u0306", "\u0306\u0300", "\u0306\u0309", "\u0306\u0303", "\u0306\u0301", "\u0306\u0323"]))
 _VNI_ALONE = str.maketrans("ñôöæóòîÑÔÖÆÓÒÎ", "đơưỉĩịỵĐƠƯỈĨỊỴ")
 _VNI = re.compile(f"([aeiouyôöAEIOUYÔÖ])([{''.join(_VNI_MARKS)}{''.join(_VNI_MARKS).upper()}])")
 _BYTES = {bytes([b]).decode("cp1252", "replace"): b for b in range(128, 160)}
+
+_INSIDE = re.compile(r"(?<![\W\d_])[µ¸¶·¹¨¾¼½©®ª¬\u00ad](?![\d])") # signs that stand in no word but there
 
 def _from_vni(text:str)->str:
     return unicodedata.normalize("NFC", _VNI.sub(lambda m: m[1].translate(_VNI_ALONE) + _VNI_MARKS[m[2].lower()], text).translate(_VNI_ALONE))
@@ -112,5 +114,5 @@ def from_old_encoding(
         after = convert(text)
         if after == text: continue
         good = sum(is_syllable(word) for word in _words(after) if not word.isascii())
-        if good > best and good >= 0.8 * len(words) and (good > 1 or len(_words(text)) == 1): best, name, new = good, encoding, after
+        if good > best and good >= 0.8 * len(words) and (good > 1 or len(re.findall(r"[^\W\d_]\S*", text)) == 1 or encoding == "TCVN3" and _INSIDE.search(text)): best, name, new = good, encoding, after
     return new, name
