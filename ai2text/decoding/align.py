@@ -19,10 +19,12 @@ from tqdm import tqdm
 from ..core.batch import SAMPLE_RATE, collate
 from ..core.files import atomic_folder, write_json, write_jsonl
 from ..core.params import ConfigError
-from ..audio.io import AUDIO_SUFFIXES, AudioError, Recording, encode, read_blocks
+from ..audio.decoders import AUDIO_SUFFIXES, AudioError
+from ..audio.io import Recording, encode, read_blocks
 from ..audio.segment import find_edges, frame_powers
 from ..models.store import load_model
-from ..text.normalise import normalise, unknown_characters
+from ..text.normalise import unknown_characters
+from ..text.normalisers import NORMALISER, for_corpus
 from ..text.sentences import split_sentences
 from .alignment import LEAST, SKIP, align_sentences, align_texts
 
@@ -89,14 +91,16 @@ class Sentence:
     score:float=None # see `Placed`
 
 def read_sentences(
-    path:Path,            # a text file, UTF-8
-    reads=normalise,      # text -> normalised text
+    path:Path,             # a text file, UTF-8
+    normaliser=NORMALISER, # of the model
 )->list[Sentence]:
     "The sentences of a text; `ConfigError` for a file that has none."
     try: text = Path(path).read_text("utf-8-sig")
     except FileNotFoundError: raise ConfigError(f"{path}: no such file; write what is said in the recording into it") from None
     except UnicodeDecodeError as e: raise ConfigError(f"{path}: not UTF-8 at byte {e.start}; save the file as UTF-8") from None
-    found = [Sentence(written, reads(written), ends) for written,ends in split_sentences(text)]
+    parts = split_sentences(text)
+    reads = for_corpus(normaliser, [written for written,_ in parts])
+    found = [Sentence(written, reads(written), ends) for written,ends in parts]
     for s in found:
         if not s.text: s.reason = "nothing to say"
         elif unknown := unknown_characters(s.text): s.reason, s.detail = "unknown characters", " ".join(sorted(unknown))
@@ -199,7 +203,7 @@ def align_recording(
     window:float=WINDOW,
 )->tuple:               # rows of the manifest; sentences, with the reasons of those that were dropped; seconds
     "Cut a recording into utterances; `ConfigError` when none of the text is in it."
-    sentences = read_sentences(text)
+    sentences = read_sentences(text, model.tokenizer.normaliser)
     with Recording(recording) as r: says = r.seconds
     with _bar(f"{recording.name}: listening", says) as bar: heard = hear(model, recording, window, bar.update)
     with _bar(f"{recording.name}: searching", heard.seconds) as bar: place(sentences, heard, model, tolerance, bar.update)

@@ -8,7 +8,7 @@ __all__ = ['MOST', 'split_sentences']
 # %% ../../nbs/text/50_sentences.ipynb #c9b4031d
 import re, unicodedata
 
-from .normalise import TONES, tone_position
+from .syllables import TONES, tone_position
 
 # %% ../../nbs/text/50_sentences.ipynb #81d2ddf4
 _OPEN, _CLOSE = "\"'“‘«([–—-", "\"'”’»)]"
