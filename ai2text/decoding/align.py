@@ -231,16 +231,17 @@ def align_recording(
     if (wrong := score_of_wrong_text(sentences, heard, model)) is not None and wrong >= -tolerance:
         raise ConfigError(f"{recording}: the model cannot tell which text is said: sentences of other places score {wrong:.1f}, and what is above {-tolerance:.1f} counts as right; train it longer, or on speech like this, or lower the tolerance")
     pieces, stem = cut_sentences(sentences, heard), re.sub(r"[^\w-]", "_", recording.stem)
-    if not pieces: raise ConfigError(_why_nothing(sentences, heard, model, recording, text, tolerance))
+    if max(len(pieces)/len(sentences), sum(p.end - p.start for p in pieces)/heard.seconds) < _CHANCE: raise ConfigError(_why_nothing(sentences, heard, model, recording, text))
     with _bar(f"{recording.name}: cutting", heard.seconds) as bar: rows = list(_write(pieces, recording, folder, stem, speaker or recording.stem, lambda at: bar.update(at - bar.n)))
     return rows, sentences, heard.seconds
 
-def _why_nothing(sentences, heard:HeardRecording, model, recording, text, tolerance:float)->str:
+_CHANCE = 0.05 # of the text and of the sound: less may be found where nothing is
+
+def _why_nothing(sentences, heard:HeardRecording, model, recording, text)->str:
     "What was heard, beside what is written."
-    ids = heard.log_probs_NV.argmax(1)
-    said = model.tokenizer.decode([i for i,before in zip(ids.tolist(), [0, *ids.tolist()]) if i and i != before])
-    best = max((s.score for s in sentences if s.score is not None), default=None)
-    return (f"{recording}: none of the {len(sentences)} sentences of {text} is in it" + (f" (the best score is {best:.1f}, and the tolerance {tolerance:g})" if best is not None else "") +
+    ids, kept = heard.log_probs_NV.argmax(1).tolist(), sum(not s.reason for s in sentences)
+    said = model.tokenizer.decode([i for i,before in zip(ids, [0, *ids]) if i and i != before])
+    return (f"{recording}: {kept or 'none'} of the {len(sentences)} sentences of {text} is in it" + (", which may be chance" if kept else "") +
             f"; it begins with {said[:60]!r}, the text with {next(s.text for s in sentences if s.text)[:60]!r}: give the text of this recording, in Vietnamese, or a model that understands it")
 
 # %% ../../nbs/decoding/20_align.ipynb #943e3885
