@@ -25,7 +25,7 @@ from ..audio.segment import find_edges, frame_powers
 from ..models.store import load_model
 from ..text.normalise import unknown_characters
 from ..text.normalisers import NORMALISER, for_corpus
-from ..text.sentences import split_sentences
+from .sentences import split_sentences
 from .alignment import LEAST, SKIP, align_sentences, align_texts
 
 # %% ../../nbs/decoding/20_align.ipynb #1efb2f3b
