@@ -1,4 +1,5 @@
 "From a long recording to a corpus that trains, and what the commands refuse."
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,12 +7,13 @@ import pytest
 
 from ai2text.audio.io import encode
 from ai2text.core.batch import SAMPLE_RATE
-from ai2text.core.files import read_json, read_jsonl
+from ai2text.core.files import read_json, read_jsonl, write_jsonl
 from ai2text.core.layout import Layout
 from ai2text.core.sections import CorpusConfig, PrepareConfig
 from ai2text.corpora.corpus import make_corpus
 from ai2text.corpora.prepare import prepare
 from ai2text.decoding.align import align_pairs
+from ai2text.decoding.readings import listen_to_readings
 from ai2text.models.store import build_model, save_model
 from ai2text.pipeline.cli import main
 from ai2text.testing.tone_model import ToneModel, say_in_tones
@@ -89,3 +91,27 @@ def test_a_model_that_writes_text_by_itself_is_refused(monkeypatch):
     from ai2text.decoding import align
     monkeypatch.setattr(align, "load_model", lambda folder: type("Whisper", (), {})())
     with pytest.raises(ConfigError, match="models/w: Whisper writes text by itself and has no scores for each moment; take a model of a CTC family"): align.load_ctc_model(Path("models/w"))
+
+
+def test_the_reading_that_was_spoken_is_trained_on(tmp_path, capsys):
+    "prepare keeps the readings, a model listens, and the next prepare takes what it found; a text that changed since has its first reading again."
+    rng, layout, folder = np.random.default_rng(0), Layout(tmp_path), tmp_path/"data/corpus/lessons"
+    folder.mkdir(parents=True)
+    said = {"Nhà có 105 cây": "nhà có một trăm lẻ năm cây", "Lúc 24 giờ": "lúc hai mươi bốn giờ", "Giá 2.000 đồng": "giá hai ngàn đồng", "Trang 35": "trang ba mươi lăm"} | {text: text for text in TEXTS[:4]}
+    rows = [dict(id=f"u{n}", audio_filepath=f"{n}.wav", text_raw=written, speaker=f"s{n}", split="dev" if n == 6 else "test" if n == 7 else "train") for n, written in enumerate(said)]
+    for n, text in enumerate(said.values()): (folder/f"{n}.wav").write_bytes(encode(say_in_tones(text, rng), SAMPLE_RATE, "wav"))
+    write_jsonl(folder/"manifest.jsonl", rows)
+    cfg = PrepareConfig(tokenizer="char", processes=1)
+    assert prepare(cfg, layout.corpora, layout.prepared, root=tmp_path)["spoken"]["several"] == 4
+    found = list(listen_to_readings(ToneModel().eval(), read_jsonl(layout.manifest("train")), layout.prepared))
+    assert {f["id"]: f["text"] for f in found} == {f"u{n}": text for n, text in enumerate(said.values()) if n < 4}
+    assert [f["first"] for f in sorted(found, key=lambda f: f["id"])] == [False, True, False, True]
+    write_jsonl(tmp_path/"spoken.jsonl", found)
+    cfg = replace(cfg, spoken="spoken.jsonl")
+    assert prepare(cfg, layout.corpora, layout.prepared, root=tmp_path)["spoken"] == dict(several=4, chosen=4, other_than_first=2, stale=0, stale_ids=[])
+    assert {row["id"]: row["text"] for row in read_jsonl(layout.manifest("train"))} == {f"u{n}": text for n, text in enumerate(said.values()) if n < 6}
+    again = {f["id"]: f["text"] for f in listen_to_readings(ToneModel().eval(), read_jsonl(layout.manifest("train")), layout.prepared)}
+    assert again == {f["id"]: f["text"] for f in found}
+    write_jsonl(folder/"manifest.jsonl", [dict(row, text_raw="Nhà có 106 cây") if row["id"] == "u0" else row for row in rows])
+    assert prepare(cfg, layout.corpora, layout.prepared, root=tmp_path)["spoken"]["stale_ids"] == ["u0"]
+    assert next(row["text"] for row in read_jsonl(layout.manifest("train")) if row["id"] == "u0").startswith("nhà có một trăm linh sáu")
