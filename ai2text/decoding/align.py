@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from ..core.batch import SAMPLE_RATE, collate
@@ -183,6 +184,7 @@ class Piece:
 def cut_sentences(
     sentences:list[Sentence], # with their places
     heard:HeardRecording,
+    margin:float=0.2,         # s of a pause that an utterance keeps, at most
 )->list[Piece]:   # in their order, none overlapping
     "The utterances of a recording; a sentence that is too short for one gets its reason."
     kept = [k for k,s in enumerate(sentences) if not s.reason]
@@ -191,7 +193,7 @@ def cut_sentences(
         s = sentences[k]
         before = sentences[kept[n-1]].end if n else 0.
         after = sentences[kept[n+1]].start if n + 1 < len(kept) else heard.seconds
-        start, end, pause_before, pause_behind = find_edges(heard.power_F, s.start, s.end, before, after)
+        start, end, pause_before, pause_behind = find_edges(heard.power_F, s.start, s.end, before, after, margin)
         last = pieces[-1] if pieces else None
         if last and open_after == k - 1 and not pause_before and end - last.start <= LONGEST_JOINED: pieces[-1] = Piece(f"{last.text} {s.said}", last.start, end, min(last.score, s.score))
         elif end - (start := max(start, last.end if last else 0.)) < SHORTEST: s.reason, s.detail = "too short", f"{end - start:.2f} s"; continue
@@ -205,10 +207,11 @@ def _write(pieces:list[Piece], path, folder:Path, stem:str, speaker:str, progres
     held_T, start, blocks = np.zeros(0, np.float32), 0, read_blocks(path) # `held_T` begins at sample `start`
     for number,p in enumerate(pieces, 1):
         first, after = round(p.start*SAMPLE_RATE), round(p.end*SAMPLE_RATE)
-        while start + len(held_T) < after and (block := next(blocks, None)) is not None: held_T = np.concatenate([held_T, block])
-        held_T, start = held_T[first - start:], first
+        while start + len(held_T) < after and (block := next(blocks, None)) is not None:
+            past = max(0, min(first - start, len(held_T))) # nothing needs it any more
+            held_T, start = np.concatenate([held_T[past:], block]), start + past
         name = f"{stem}-{number:05d}"
-        (folder/f"{name}.flac").write_bytes(encode(wave_T := held_T[:after - first], SAMPLE_RATE, "flac"))
+        (folder/f"{name}.flac").write_bytes(encode(wave_T := held_T[first - start:after - start], SAMPLE_RATE, "flac"))
         if progress: progress(after/SAMPLE_RATE)
         yield dict(id=name, audio_filepath=f"{folder.name}/{name}.flac", duration=round(len(wave_T)/SAMPLE_RATE, 4), text=p.text, speaker=speaker, score=round(p.score, 3), source=Path(path).name, source_start=p.start)
 
@@ -222,6 +225,7 @@ def align_recording(
     speaker:str="",     # by default the recording's name
     tolerance:float=-LEAST,
     window:float=WINDOW_SECONDS,
+    margin:float=0.2,
 )->tuple:               # rows of the manifest; sentences, with the reasons of those that were dropped; seconds
     "Cut a recording into utterances; `ConfigError` when none of the text is in it."
     sentences = read_sentences(text, model.tokenizer.normaliser)
@@ -230,7 +234,7 @@ def align_recording(
     with _bar(f"{recording.name}: searching", heard.seconds) as bar: place_sentences(sentences, heard, model, tolerance, bar.update)
     if (wrong := score_of_wrong_text(sentences, heard, model)) is not None and wrong >= -tolerance:
         raise ConfigError(f"{recording}: the model cannot tell which text is said: sentences of other places score {wrong:.1f}, and what is above {-tolerance:.1f} counts as right; train it longer, or on speech like this, or lower the tolerance")
-    pieces, stem = cut_sentences(sentences, heard), re.sub(r"[^\w-]", "_", recording.stem)
+    pieces, stem = cut_sentences(sentences, heard, margin), re.sub(r"[^\w-]", "_", recording.stem)
     if max(len(pieces)/len(sentences), sum(p.end - p.start for p in pieces)/heard.seconds) < _CHANCE: raise ConfigError(_why_nothing(sentences, heard, model, recording, text))
     with _bar(f"{recording.name}: cutting", heard.seconds) as bar: rows = list(_write(pieces, recording, folder, stem, speaker or recording.stem, lambda at: bar.update(at - bar.n)))
     return rows, sentences, heard.seconds
@@ -261,7 +265,7 @@ def load_ctc_model(
     "A model whose scores can be aligned; `ConfigError` for one that writes text by itself."
     model = load_model(folder)
     if not hasattr(model, "log_probs") or not hasattr(model, "frame_seconds"): raise ConfigError(f"{folder}: {type(model).__name__} writes text by itself and has no scores for each moment; take a model of a CTC family, as conformer or wav2vec")
-    return model
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 def _told(name:str, rows:list, sentences:list, seconds:float)->str:
     "A line for people."
@@ -273,7 +277,7 @@ def align_pairs(
     model,               # has `log_probs`, `frame_seconds` and `tokenizer`
     pairs:list[tuple],   # (recording, its text)
     out:Path,            # folder to write
-    **how,               # `speaker`, `tolerance` and `window` of `align_recording`
+    **how,               # `speaker`, `tolerance`, `window` and `margin` of `align_recording`
 )->list[str]:            # what was wrong with the recordings that could not be used
     "Write a corpus of long recordings; `ConfigError` if none could be used."
     rows, dropped, told, errors = [], [], [], []
@@ -306,10 +310,12 @@ def align_recordings(
     speaker:str="",      # who speaks in all of it; by default each recording is a speaker of its own
     tolerance:float=-LEAST, # natural logs a token that a sentence may be below what the model hears, in its worst 8 tokens; less is stricter
     window:float=WINDOW_SECONDS, # s that the model hears at once; best no longer than the recordings that it was trained on
+    margin:float=0.2,    # s of the pauses around it that an utterance keeps, at most
 )->int:                  # exit status: 1 when one of several recordings could not be used
     "Cut long recordings into utterances by their text, and write a corpus."
     if not tolerance > 0: raise ConfigError(f"--tolerance {tolerance:g}: give more than 0; {-LEAST:g} is usual")
     if not 3*OVERLAP <= window <= 120: raise ConfigError(f"--window {window:g}: give {3*OVERLAP:g} to 120 seconds")
+    if not 0 <= margin <= 0.5: raise ConfigError(f"--margin {margin:g}: give 0 to 0.5 seconds")
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ConfigError(f"{out}: is there already; name another folder, or delete it")
     pairs = _pairs(recording, text)
-    return int(bool(align_pairs(load_ctc_model(model), pairs, out, speaker=speaker, tolerance=tolerance, window=window)))
+    return int(bool(align_pairs(load_ctc_model(model), pairs, out, speaker=speaker, tolerance=tolerance, window=window, margin=margin)))
