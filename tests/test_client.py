@@ -108,7 +108,7 @@ def streamed(service, file, capsys, monkeypatch, token=TOKEN, given=b""):
     "What the command prints: the final text, and the partial ones."
     monkeypatch.setenv("AI2TEXT_TOKEN", token)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(given))))
-    text = stream(service.websocket, str(file), fast=True)
+    text = stream(service.websocket, [str(file)], fast=True)
     return text, capsys.readouterr().err.splitlines()
 
 

@@ -22,7 +22,7 @@ from ai2text.models.ctc import BLANK_ID, ctc_loss, greedy
 from ai2text.decoding.ngram_lm import UNKNOWN_WORD, build_lm, fit_lm, load_lm
 from ai2text.data.loader import create_webdataset_loader
 from ai2text.models.store import build_model
-from ai2text.text.normalisers import NORMALISER
+from ai2text.text.normalise import NORMALISER
 from ai2text.text.tokenizer import CharTokenizer, train_tokenizer
 from ai2text.testing.workspace import tiny_workspace
 

@@ -356,3 +356,21 @@ def test_pieces_that_are_none_are_counted(tmp_path):
     write_jsonl(tmp_path/"n/train_manifest.json", rows + [rows[0] | b | dict(text=f"hỏng {n}") for n, b in enumerate(bad)])
     assert make_corpus(CorpusConfig(source="nemo", path="n", processes=1), "n", tmp_path/"out", tmp_path) == (6, 5)
     assert [r["reason"] for r in sorted(read_jsonl(tmp_path/"out/rejects.jsonl"), key=lambda r: r["line"])] == ["outside of the recording", "outside of the recording", "no time", "no time", "piece of a recording"]
+
+
+# Beside every score
+
+def test_every_score_says_what_it_shares_with_train():
+    from ai2text.core.files import read_json, write_json
+    from ai2text.serving.model_card import _measured
+    from ai2text.testing.workspace import tiny_model, tiny_workspace
+    from ai2text.training.publish import summary
+    layout = Layout(tiny_workspace())
+    for split, seen in dict(dev=dict(speaker=1.), test=dict(text=0.5)).items(): write_json(layout.split_index(split), read_json(layout.split_index(split)) | dict(seen=seen))
+    tiny_model("m", layout, "evaluate")
+    assert read_json(layout.results("m")/"metrics.json")["seen"] == dict(speaker=1.) and read_json(layout.results("m-eval")/"eval.json")["seen"] == dict(text=0.5)
+    (layout.root/"params.yaml").touch()
+    said = summary(layout.root)
+    for line in ("but the speakers of 100% of the utterances of dev are in train too", "but the texts of 50% of the utterances of test are in train too"): assert line in said
+    speech = dict(utterances=1, minutes=1., corpora=["c"], synthetic=[], training_hours=1., training_corpora=["c"], caveats=["the texts of 50% of them are known"])
+    assert "**The texts of 50% of them are known.**" in _measured(dict(wer=dict(full=dict(wer=0.1, wer_low=0.1, wer_high=0.1)), speech=speech, normaliser="n"))

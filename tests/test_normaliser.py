@@ -19,9 +19,9 @@ from ai2text.evaluation.score_split import score_model, split_loader
 from ai2text.pipeline.cli import main
 from ai2text.testing.workspace import tiny_workspace
 from ai2text.text.normalise import Normaliser
-from ai2text.text.normalisers import NORMALISER, normaliser_name
+from ai2text.text.normalise import NORMALISER, normaliser_name
 from ai2text.text.tokenizer import CharTokenizer, load_tokenizer
-from ai2text.text.variants import read_variants
+from ai2text.evaluation.variants import read_variants
 
 WRITTEN, SPOKEN = "Chị Lan đến CTXH lúc HT45 mở cửa", "chị lan đến công tác xã hội lúc hầm thứ bốn lăm mở cửa"
 

@@ -7,8 +7,8 @@ __all__ = ['AUDIO_SUFFIXES', 'NOTES', 'MOST_CHANNELS', 'MP3_DELAY', 'AudioError'
            'Mpeg', 'walk_mpeg', 'Ogg', 'walk_ogg', 'missing_bytes', 'open_decoder']
 
 # %% ../../nbs/audio/00_decoders.ipynb #be0b93bd
-import io, itertools, mmap, os, re, stat
-from functools import lru_cache
+import io, itertools, mmap, os, re, stat, struct
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -95,8 +95,8 @@ class Chunk(NamedTuple):
 
     def goes_on(self, data)->bool:
         "Is there more sound behind its end?"
-        rest = data[(end := self.at + self.size):end + 4096]
-        if len(rest) < 9 or rest[:3] in (b"TAG", b"ID3") or not any(rest): return False
+        rest = data[(end := self.at + self.size):end + 64]
+        if len(rest) < 9 or rest[:3] in (b"TAG", b"ID3") or not any(data[at:at + (1 << 16)].strip(b"\0") for at in range(end, len(data), 1 << 16)): return False
         order, width = self.field[2], self.field[1]
         for at in (0, 1): # some writers leave out the byte after an odd chunk
             name, size = rest[at:at+4], int.from_bytes(rest[at+4:at+4+width], order)
@@ -108,12 +108,14 @@ _CHUNKED = { # by the start of a file: order and width of sizes, the head's leng
     b"RIFF": ("little", 4, 12, True, b"data"), b"FORM": ("big", 4, 12, True, b"SSND"), b"caff": ("big", 8, 8, False, b"data")}
 
 def find_sound(
-    data,         # bytes of a file
+    data,         # bytes of a file, or of its start
+    size:int=None,# bytes of the file
 )->Chunk|None:
-    "The sound of a WAV, AIFF, CAF or AU file; None of any other, or if there is none."
+    "The sound of a WAV, AIFF, CAF or AU file; None of any other, or if there is none in these bytes."
+    whole = len(data) if size is None else size
     if data[:4] == b".snd":
         at, size = int.from_bytes(data[4:8], "big"), int.from_bytes(data[8:12], "big")
-        return Chunk(at, size, len(data) - at, (8, 4, "big"), b"") if 24 <= at < len(data) else None
+        return Chunk(at, size, whole - at, (8, 4, "big"), b"") if 24 <= at < whole else None
     if (how := _CHUNKED.get(data[:4])) is None: return None
     order, width, at, even, wanted = how
     format = b""
@@ -121,7 +123,7 @@ def find_sound(
         name, field = data[at:at+4], (at + 4, width, order)
         if len(size := data[at+4:at+4+width]) < width: return None
         size, at = int.from_bytes(size, order), at + 4 + width
-        if name == wanted: return Chunk(at, size, len(data) - at, field, format)
+        if name == wanted: return Chunk(at, size, whole - at, field, format)
         if name == b"fmt ": format = data[at:at + min(size, 64)]
         at += size + (size % 2 if even else 0)
 
@@ -243,6 +245,24 @@ def missing_bytes(
         at += size
     return ""
 
+# %% ../../nbs/audio/00_decoders.ipynb #8503d730
+class _Part(io.RawIOBase):
+    "A part of a file as a file, perhaps with other numbers in its header."
+    def __init__(self, data, start:int=0, end:int=None, places:dict=None): self.data, self.start, self.end, self.places, self.pos = data, start, len(data) if end is None else end, places or {}, 0
+    def readable(self): return True
+    def seekable(self): return True
+    def tell(self): return self.pos
+    def seek(self, to, whence=0): self.pos = max(0, to + (0, self.pos, self.end - self.start)[whence]); return self.pos
+    def readinto(self, buffer):
+        at = min(self.start + self.pos, self.end)
+        block = self.data[at:min(at + len(buffer), self.end)]
+        buffer[:len(block)] = block
+        for place,value in self.places.items():
+            for i,byte in enumerate(value, place - self.pos):
+                if 0 <= i < len(block): buffer[i:i+1] = bytes([byte])
+        self.pos += len(block)
+        return len(block)
+
 # %% ../../nbs/audio/00_decoders.ipynb #175a98a7
 def _complaint(error)->str: return str(getattr(error, "error_string", None) or getattr(error, "strerror", None) or error).strip().rstrip(".")
 
@@ -259,7 +279,8 @@ class _Sndfile:
         lost:str="",     # what is known to be missing at the end
         notes=(),
     ):
-        self.file, self.at, self.lost, self.notes = sf.SoundFile(file), 0, lost, list(notes)
+        self.file, self.raw, self.at, self.lost, self.notes = sf.SoundFile(file), file, 0, lost, list(notes)
+        self.file.seekable = lambda: False # soundfile would seek after each read, which takes time, and in MP3 misses the place
         self.rate, self.channels, self.skip = self.file.samplerate, self.file.channels, skip
         self.frames = frames if frames is not None else self.file.frames - skip if self.file.frames < 1 << 62 else None
         self.about = (self.frames or 0)/self.rate
@@ -267,21 +288,27 @@ class _Sndfile:
 
     def read(self, count:int):
         "The next samples, (T, channels) float32; none at the end."
-        if self.frames is not None: count = min(count, self.frames - self.at) # libsndfile repeats old samples after a truncated MP3
-        try: block_TC = self.file.read(max(0, count), dtype="float32", always_2d=True)
+        if self.frames is not None and (count := min(count, self.frames - self.at)) <= 0: return np.zeros((0, self.channels), np.float32) # libsndfile repeats old samples after a truncated MP3
+        try: block_TC = self.file.read(count, dtype="float32", always_2d=True)
         except sf.SoundFileError as e: raise AudioError("", _complaint(e), "truncated") from e
         self.at += len(block_TC)
         return block_TC
 
     def seek(self, frame:int):
         "Go on with that sample."
-        self.at = frame
-        self.file.seek(frame + self.skip)
+        if self.file.subtype == "VORBIS": # where libsndfile misses the place near the end
+            while self.at < frame and len(self.read(min(1 << 16, frame - self.at))): pass
+        else:
+            self.file.seek(frame + self.skip)
+            self.at = frame
 
     def missing(self)->str:
         "What was decoded falls short of the header."
         got, whole = self.at/self.rate, (self.at if self.frames is None else self.frames)/self.rate
         if self.lost: return f"{got:.2f} s, {self.lost}"
+        if self.file.format == "FLAC" and got >= whole:
+            here, end = ((os.lseek(self.raw, 0, os.SEEK_CUR), os.fstat(self.raw).st_size) if isinstance(self.raw, int) else (self.raw.tell(), self.raw.seek(0, 2)))
+            if end > here: return f"{got:.2f} s, and {end - here} bytes follow that its header does not count"
         for says,there in _SIZES.findall(self.file.extra_info) if self.file.format in ("W64", "RF64") else ():
             if is_cut(int(says), int(there)): return f"{got:.2f} s, with {there} of {says} bytes"
         return f"{got:.2f} of {whole:.2f} s" if got < whole - _PADDING*(self.file.format not in _LOSSLESS) else ""
@@ -313,6 +340,7 @@ class _Ffmpeg:
             if not self.box.streams.audio: raise AudioError("", "has no sound track")
             self.track, tracks = self.box.streams.audio[0], len(self.box.streams.audio)
             if tracks > 1: self.notes.append(NOTES["tracks"])
+            if self.track.codec_context is None: raise AudioError("", "not readable as audio (its codec is not known)")
             if (codec := self.track.codec_context).name in ("wmav1", "wmav2"): # FFmpeg leaves out a frame too many
                 codec.flags2 |= _av().codec.context.Flags2.skip_manual
                 skip = 512 if codec.sample_rate <= 16_000 else 1024 if codec.sample_rate <= (22_050 if codec.name == "wmav2" else 32_000) else 2048
@@ -324,6 +352,7 @@ class _Ffmpeg:
         self.channels, about = first_TC.shape[1], self.track.duration and float(self.track.duration*self.track.time_base)
         self.about = about or (self.box.duration or 0)/1e6 # s by the header
         self.skip = len(first_TC) if self.track.codec_context.name == "aac" and self.packets == 1 else skip # the first frame of AAC is none yet; where a file says so, FFmpeg has left it out
+        self.lead = len(first_TC) - self.skip # of a first frame that is shorter than the others
         self.stop = round(about*self.rate) - self.skip if about and format == "mov" else frames # it knows what the encoder added
         self.coming, self.have = self._sound(itertools.chain([first], coming), 0, self.skip), 0
 
@@ -340,6 +369,7 @@ class _Ffmpeg:
                 now = frame.sample_rate, frame.layout.nb_channels
                 if shape not in (None, now): raise AudioError("", f"changes from {shape[0]} Hz and {shape[1]} channels to {now[0]} Hz and {now[1]}")
                 shape, self.rate = now, now[0]
+                if now[1] > (8 if frame.format.is_planar else MOST_CHANNELS): raise AudioError("", f"claims {now[1]} channels") # PyAV reads past the end of more
                 wave = frame.to_ndarray()
                 wave = wave.T if frame.format.is_planar else wave.reshape(-1, now[1])
                 if wave.dtype == np.uint8: wave = wave.astype(np.float32)/128 - 1
@@ -381,6 +411,8 @@ class _Ffmpeg:
             first = next(frames, None)
             if first is None or first[0] - self.start - self.skip > frame: raise AudioError("", f"has no sound at {frame/self.rate:.2f} s", "truncated")
             self.held, self.have, self.at = [], 0, first[0] - self.start - self.skip
+            whole = round((self.at - self.lead)/len(first[1]))*len(first[1]) + self.lead # Matroska rounds times to 1 ms
+            if abs(whole - self.at) <= 0.002*self.rate: self.at = whole
             self.coming = self._sound(itertools.chain([first], frames), self.at, 0)
         while self.at < frame and len(self.read(min(1 << 16, frame - self.at))): pass
 
@@ -392,6 +424,28 @@ class _Ffmpeg:
         return f"{got:.2f} of {wanted:.2f} s" if got < wanted - (_PADDING if self.stop else 5*_PADDING) else ""
 
     def close(self): self.box.close(); self.raw.close()
+
+class _Mp3:
+    "MP3 by whatever decodes it. Places are found by counting frames: libsndfile and FFmpeg guess where they are."
+    _AHEAD = 12 # frames that are decoded before a place, for what a frame borrows of its predecessors
+    def __init__(self, decoder, data, part:Mpeg): self.decoder, self.data, self.part, self.base = decoder, data, part, 0
+    def __getattr__(self, name): return getattr(self.decoder, name) # rate, channels, frames, about, notes, read, missing
+
+    def seek(self, frame:int):
+        "Go on with that sample."
+        first = (frame + self.part.skip)//self.part.spf - self._AHEAD
+        if first > 10*self._AHEAD and not self.lost:
+            get, at = _mpeg_sizes().get, self.part.start
+            while first > 0 and at < self.part.end: at, first = at + (size := get(self.data[at:at+3]) or 1), first - (size > 1) # a header of an encoder counts
+            number = (frame + self.part.skip)//self.part.spf - self._AHEAD - (self.part.claims > 0)
+            decoder = _Ffmpeg(_Part(self.data, at, self.part.end), "mp3", notes=self.notes)
+            drop = frame + self.part.skip - number*self.part.spf - decoder.start
+            if drop < 0: raise AudioError("", f"cannot be read from {frame/self.rate:.2f} s", "truncated")
+            decoder.stop = drop + self.frames - frame
+            decoder.frames, frame = self.frames, drop
+            self.decoder.close()
+            self.decoder = decoder
+        while frame > 0 and len(block := self.decoder.read(min(1 << 16, frame))): frame -= len(block)
 
 class _Joined:
     "Recordings that stand in one file, one after another."
@@ -434,48 +488,42 @@ _MPEG_TAGS = (0x50, 0x55)
 _RAW = (".raw", ".pcm", ".sln", ".ulaw", ".alaw", ".s16")
 _FFMPEG = ("mov", "matroska", "asf", "amr", "aac", "avi", "wv")
 
-class _Patched(io.RawIOBase):
-    "A file with another number in its header."
-    def __init__(self, data, places:dict): self.data, self.places, self.pos = data, places, 0
-    def readable(self): return True
-    def seekable(self): return True
-    def tell(self): return self.pos
-    def seek(self, to, whence=0): self.pos = max(0, to + (0, self.pos, len(self.data))[whence]); return self.pos
-    def readinto(self, buffer):
-        block = bytearray(self.data[self.pos:self.pos + len(buffer)])
-        for at,value in self.places.items():
-            for i,byte in enumerate(value, at - self.pos):
-                if 0 <= i < len(block): block[i] = byte
-        buffer[:len(block)] = block
-        self.pos += len(block)
-        return len(block)
+class _Memory(io.BytesIO):
+    "Bytes as a file that bears what libsndfile asks for by a broken header."
+    def seek(self, to, whence=0): return super().seek(max(0, to) if whence == 0 else to, whence)
 
 class _Source:
     "The bytes of a file, and the file once more for each decoder."
     def __init__(self, source):
         self.fd = None
-        if not isinstance(source, (str, os.PathLike)): self.data = source if isinstance(source, bytes) else bytes(source); return
+        if not isinstance(source, (str, os.PathLike)):
+            self.data = self.head = source if isinstance(source, bytes) else bytes(source)
+            self.size = len(self.data)
+            return
         try:
             self.fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC) # a named pipe would wait for its writer
             about = os.fstat(self.fd)
             if not stat.S_ISREG(about.st_mode): raise AudioError("", "cannot be opened (it is no file)")
-            self.data = mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ) if about.st_size else b""
+            self.size, self.head = about.st_size, os.pread(self.fd, 4096, 0)
         except FileNotFoundError as e: raise AudioError("", "no such file", "audio not found") from e
         except (OSError, ValueError) as e:
             self.close()
             if isinstance(e, AudioError): raise
             raise AudioError("", f"cannot be opened ({getattr(e, 'strerror', None) or e})") from e
 
+    @cached_property
+    def data(self):
+        "All bytes, which formats without an honest header need."
+        return os.pread(self.fd, self.size, 0) if self.size < 1 << 20 else mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ)
+
     def sndfile(self):
         "For libsndfile: a descriptor, which is the fastest, or a file in memory."
-        if self.fd is None: return io.BytesIO(self.data)
-        os.lseek(self.fd, 0, os.SEEK_SET)
-        return os.dup(self.fd)
+        return _Memory(self.data) if self.fd is None else os.dup(self.fd)
 
     def file(self):
         "For FFmpeg."
-        if self.fd is None: return io.BytesIO(self.data)
-        os.lseek(self.fd, 0, os.SEEK_SET)
+        if self.fd is None: return _Memory(self.data)
+        os.lseek(self.fd, 0, os.SEEK_SET) # where libsndfile has given up
         return os.fdopen(os.dup(self.fd), "rb", 0)
 
     def close(self):
@@ -488,14 +536,12 @@ def open_decoder(
     "Choose what decodes a recording by its bytes; `AudioError` without a name if nothing can."
     given, source = source if isinstance(source, (str, os.PathLike)) else "", _Source(source)
     try:
-        data = source.data
-        if not len(data): raise AudioError("", "not readable as audio (the file is empty)")
-        format = format_of(data)
-        if format == "mp3": return _open_mpeg(source, 0, len(data))
+        if not source.size: raise AudioError("", "not readable as audio (the file is empty)")
+        format = format_of(source.head if source.head[:1] != b"\xff" and source.head[:3] != b"ID3" else source.data)
+        if format == "mp3": return _open_mpeg(source, 0, source.size)
         if format == "ogg": return _open_ogg(source)
-        if format == "flac": return _open_flac(source)
         if format in _FFMPEG: return _open_ffmpeg(source, format)
-        if (sound := find_sound(data)): return _open_chunked(source, format, sound)
+        if format and (sound := find_sound(source.head, source.size) or (find_sound(source.data) if source.head[:4] in _CHUNKED else None)): return _open_chunked(source, format, sound)
         if not format and str(given).lower().endswith(_RAW): raise AudioError("", "raw samples, and nothing says their rate; write them as WAV, as `ffmpeg -f s16le -ar 8000 -ac 1 -i a.raw a.wav` does")
         return _either(source, format)
     finally: source.close()
@@ -507,28 +553,56 @@ def _either(source, format:str, file=None, **known):
         if format:
             try: return _Ffmpeg(source.file() if file is None else file(), format, **known)
             except AudioError: pass
+        if known.get("lost"): raise AudioError("", f"breaks off {known['lost']}", "truncated") from e
         raise AudioError("", f"not readable as audio ({_complaint(e)})") from e
 
 # %% ../../nbs/audio/00_decoders.ipynb #be690999
 def _open_chunked(source, format:str, sound:Chunk):
     "WAV, AIFF, CAF, AU: what the header says of its sound is compared with the bytes."
-    data, riff = source.data, source.data[:4] == b"RIFF"
-    end = sound.at + sound.size + sound.size % 2
-    if riff and data[end:end+4] == b"RIFF" and data[end+8:end+12] == b"WAVE": return _Joined([open_decoder(data[:end]), open_decoder(data[end:])])
-    cut = [(says, there) for says,there in ((sound.size, sound.there), *([(int.from_bytes(data[4:8], "little"), len(data) - 8)] if riff else [])) if is_cut(says, there)]
-    lost = f"with {cut[0][1]} of {cut[0][0]} bytes" if cut else ""
-    notes = [NOTES["short" if sound.size else "zero"]] if not lost and sound.size < sound.there and sound.goes_on(data) else []
-    places = {}
-    if notes or not riff and sound.size > sound.there and not lost:
+    riff, cut, notes, places = source.head[:4] == b"RIFF", "", [], {}
+    for says,there in ((sound.size, sound.there), *([(int.from_bytes(source.head[4:8], "little"), source.size - 8)] if riff else [])):
+        if is_cut(says, there): cut = cut or f"with {there} of {says} bytes"
+    if sound.size + sound.size % 2 < sound.there and not cut:
+        end = sound.at + sound.size + sound.size % 2
+        if riff and source.data[end:end+4] == b"RIFF" and source.data[end+8:end+12] == b"WAVE": return _Joined([open_decoder(source.data[:end]), open_decoder(source.data[end:])])
+        if sound.goes_on(source.data): notes = [NOTES["short" if sound.size else "zero"]]
+    size = sound.there if notes else min(sound.size, sound.there)
+    tag, channels, rate, _, _, bits = struct.unpack("<HHIIHH", sound.format[:16].ljust(16, b"\0")) if riff else (1, 0, 0, 0, 0, 0)
+    if tag == 0xfffe: tag = int.from_bytes(sound.format[24:26], "little")
+    if tag in _MPEG_TAGS: return _open_mpeg(source, sound.at, sound.at + size, cut, notes)
+    if (tag, bits) == (1, 16) and channels and rate: return _Pcm(source, sound.at, size//(2*channels), channels, rate, cut, notes)
+    if notes or not riff and sound.size > sound.there and not cut:
         at, width, order = sound.field
         places[at] = min(sound.there, (1 << 8*width) - 1).to_bytes(width, order)
-        if riff or data[:4] == b"FORM": places[4] = min(len(data) - 8, 0xffffffff).to_bytes(4, order)
-    file = (lambda: _Patched(data, places)) if places else None
-    tag = int.from_bytes(sound.format[:2], "little") if riff else 1
-    if tag == 0xfffe: tag = int.from_bytes(sound.format[24:26], "little")
-    if tag in _MPEG_TAGS: return _open_mpeg(source, sound.at, sound.at + (sound.there if notes else min(sound.size, sound.there)), lost, notes)
-    if tag in _SNDFILE_TAGS: return _either(source, format, file, lost=lost, notes=notes)
-    return _Ffmpeg(source.file() if file is None else file(), format, lost=lost, notes=notes)
+        if source.head[:4] in (b"RIFF", b"FORM"): places[4] = min(source.size - 8, 0xffffffff).to_bytes(4, order)
+    file = (lambda: _Part(source.data, places=places)) if places else None
+    if tag in _SNDFILE_TAGS: return _either(source, format, file, lost=cut, notes=notes)
+    return _Ffmpeg(source.file() if file is None else file(), format, lost=cut, notes=notes)
+
+class _Pcm:
+    "16-bit WAV: the samples are the bytes."
+    def __init__(self, source, start:int, frames:int, channels:int, rate:int, lost:str, notes:list):
+        self.fd, self.start, self.frames, self.channels, self.rate, self.about = None if source.fd is None else os.dup(source.fd), start, frames, channels, rate, frames/rate
+        self.lost, self.notes, self.at = lost, notes, 0
+        if self.fd is None: self.data = source.data
+
+    def read(self, count:int):
+        "The next samples, (T, channels) float32; none at the end."
+        size, at = 2*self.channels*min(count, self.frames - self.at), self.start + 2*self.channels*self.at
+        wave_TC = np.frombuffer(self.data[at:at + size] if self.fd is None else os.pread(self.fd, size, at), "<i2").reshape(-1, self.channels)
+        self.at += len(wave_TC)
+        return wave_TC*np.float32(1/32768)
+
+    def seek(self, frame:int):
+        "Go on with that sample."
+        self.at = min(frame, self.frames)
+
+    def missing(self)->str:
+        "What the header promises and the file lacks."
+        return f"{self.at/self.rate:.2f} s, {self.lost}" if self.lost else "" if self.at >= self.frames else f"{self.at/self.rate:.2f} of {self.frames/self.rate:.2f} s"
+
+    def close(self):
+        if self.fd is not None: os.close(self.fd); self.fd = None
 
 def _open_mpeg(source, at:int, end:int, lost="", notes=()):
     "MP3: as long as its frames."
@@ -537,15 +611,15 @@ def _open_mpeg(source, at:int, end:int, lost="", notes=()):
     if not parts: return _either(source, "mp3", lost=lost, notes=notes)
     whole = at == 0 and len(parts) == 1
     def one(part, notes):
-        file = source.sndfile if whole else lambda: io.BytesIO(data[part.start:part.end])
+        file = source.sndfile if whole else lambda: _Part(data, part.start, part.end)
         cut = lost or (f"with {part.frames} of {part.claims} frames" if part.claims > part.frames + 1 else "")
         skip = 0 if part.told else part.skip
         try: found = _Sndfile(file(), None if cut else part.samples, skip, cut, notes)
         except sf.LibsndfileError: found = None
-        if found and (cut or found.file.frames - skip >= part.samples): return found
+        if found and (cut or found.file.frames - skip >= part.samples): return _Mp3(found, data, part)
         if found: found.close()
         if part.claims: notes = [*notes, NOTES["count"]]
-        return _Ffmpeg(source.file() if whole else io.BytesIO(data[part.start:part.end]), "mp3", None if cut else part.samples, skip, cut, notes)
+        return _Mp3(_Ffmpeg(source.file() if whole else _Part(data, part.start, part.end), "mp3", None if cut else part.samples, skip, cut, notes), data, part)
     if len(parts) == 1: return one(parts[0], [*notes, *told])
     return _Joined([one(part, []) for part in parts], [*notes, *told])
 
@@ -558,18 +632,8 @@ def _open_ogg(source):
         if part.streams == 1 and part.first.startswith((b"OpusHead", b"\1vorbis", b"\x7fFLAC")): return _either(source, "ogg", file, lost=lost, notes=notes)
         return _Ffmpeg(file() if file else source.file(), "ogg", lost=lost, notes=notes)
     if len(parts) < 2: return one(parts[0], None, lost) if parts else _either(source, "ogg", lost=lost)
-    slice = lambda part: lambda: io.BytesIO(data[part.start:part.end])
+    slice = lambda part: lambda: _Part(data, part.start, part.end)
     return _Joined([one(part, slice(part), lost if part is parts[-1] else "") for part in parts])
-
-def _open_flac(source):
-    "FLAC, perhaps several."
-    data, starts = source.data, [0]
-    for head in (b"fLaC\0\0\0\x22", b"fLaC\x80\0\0\x22"):
-        at = data.find(head, 1)
-        while at > 0: starts.append(at); at = data.find(head, at + 1)
-    if len(starts) == 1: return _either(source, "flac")
-    starts.sort()
-    return _Joined([_Sndfile(io.BytesIO(data[a:b])) for a,b in zip(starts, [*starts[1:], len(data)])])
 
 def _open_ffmpeg(source, format:str):
     "What libsndfile does not know."

@@ -79,10 +79,11 @@ class Recording:
     def mix(self, block_TC):
         "The mean of the channels, (T,); where they cancel each other, the loudest one alone from there on. Give it all blocks, as `blocks` cuts them by default."
         if block_TC.shape[1] == 1: return block_TC[:,0]
-        mixed_T = block_TC.mean(1)
+        mixed_T = (block_TC[:,0] + block_TC[:,1])*np.float32(0.5) if block_TC.shape[1] == 2 else block_TC.mean(1)
         if self.alone is None:
-            powers_C = np.einsum("tc,tc->c", block_TC, block_TC)/len(block_TC)
-            if powers_C.mean() > _HEARD and mixed_T.dot(mixed_T)/len(block_TC) < _CANCELS*powers_C.mean(): self.alone = int(powers_C.argmax()); self.notes.append(NOTES["cancel"])
+            flat_T = block_TC.reshape(-1)
+            power = flat_T.dot(flat_T)/len(flat_T)
+            if power > _HEARD and mixed_T.dot(mixed_T)/len(mixed_T) < _CANCELS*power: self.alone = int(np.einsum("tc,tc->c", block_TC, block_TC).argmax()); self.notes.append(NOTES["cancel"])
         return mixed_T if self.alone is None else np.ascontiguousarray(block_TC[:,self.alone])
 
     def mono(self, frames:int=_BLOCK):

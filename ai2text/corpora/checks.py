@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'REASONS', 'signal_to_noise', 'probe', 'check_text', 'decib
            'outputs', 'needed', 'check_time', 'describe']
 
 # %% ../../nbs/corpora/40_checks.ipynb #3616b5c9
-import hashlib, os, re, unicodedata
+import hashlib, os, unicodedata
 from collections import Counter, defaultdict
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..core.sections import PrepareConfig
 from ..core.files import sha256
 from ..audio.io import AudioError, Recording
 from ..text.normalise import foreign_words, unknown_characters, unknown_report, wrong_script
+from ..text.signs import MARKUP, TAG
 from ..text.tokenizer import Tokenizer, min_frames
 
 # %% ../../nbs/corpora/40_checks.ipynb #64dd3996
@@ -105,11 +106,9 @@ REASONS = {
 }
 
 # %% ../../nbs/corpora/40_checks.ipynb #409da624
-_MARKUP = re.compile(r"<[/!?]?[A-Za-z][^<>]*>|<!--|&(?:#\d+|#[xX][0-9A-Fa-f]+|[A-Za-z]{2,8});")
-
 def check_text(row:dict, foreign:str="keep")->tuple|None:
     "Reject a text that cannot be learned, by the policy for foreign letters."
-    if found := _MARKUP.search(row["text_raw"]): return "markup", found[0]
+    if found := MARKUP.search(TAG.sub(" ", row["text_raw"])): return "markup", found[0]
     if not row["text"]: return "empty transcript", repr(row["text_raw"])
     if found := wrong_script(row["text"]): return "wrong script", ", ".join(found)
     if foreign == "reject" and (found := foreign_words(row["text"])): return "foreign letters", " ".join(found)

@@ -9,6 +9,7 @@ __all__ = ['IMPORTERS', 'IMPORT_REASONS', 'looks_like', 'place_of', 'as_reject',
 import math, os, re
 from concurrent.futures import Executor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from ..core.params import ConfigError
@@ -33,7 +34,8 @@ _SIGNS = dict(
 
 def looks_like(folder:Path)->str:
     "The source whose files a folder seems to have; empty if nothing gives it away."
-    return next((name for name,signs in _SIGNS.items() if any(next(folder.glob(sign), None) for sign in signs)), "") if folder.is_dir() else ""
+    def fits(name, path): return name != "folder" or any(path.with_suffix(end).exists() for end in AUDIO_SUFFIXES)
+    return next((name for name,signs in _SIGNS.items() for sign in signs if any(fits(name, path) for path in islice(folder.glob(sign), 20))), "") if folder.is_dir() else ""
 
 # %% ../../nbs/corpora/30_corpus.ipynb #98a41a91
 IMPORT_REASONS = {
@@ -179,7 +181,7 @@ def examine(entries:list[dict], folder:Path)->list[dict]:
     try:
         with Recording(path) as r: rate, channels, frames = r.rate, r.channels, r.count()
         digest, size = sha256(path), os.path.getsize(path)
-    except AudioError as e: return [dict(reason="unreadable audio", detail=e.why)]*len(entries)
+    except AudioError as e: return [dict(reason=e.reason if e.reason in IMPORT_REASONS else "unreadable audio", detail=e.why)]*len(entries)
     except OSError as e: return [dict(reason="unreadable audio", detail=str(e))]*len(entries)
     if not frames: return [dict(reason="unreadable audio", detail="holds no samples")]*len(entries)
     facts = made | dict(sample_rate=rate, channels=channels, sha256=digest, bytes=size)
@@ -210,7 +212,7 @@ def _lost(rows:list[dict], rejects:list[dict])->str:
 
 def _hint(cfg:CorpusConfig, source:Path|None)->str:
     "What the folder seems to be, if that is not what was said."
-    found = looks_like(source) if source else ""
+    found = looks_like(source) if source and not cfg.transcripts and not cfg.columns else ""
     return f"; this folder looks like source: {found}" if found and found != cfg.source else ""
 
 def _sought(cfg:CorpusConfig, rejects:list[dict])->str:

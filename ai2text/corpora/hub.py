@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..core.params import ConfigError
 from ..core.sections import CorpusConfig
-from .lists import fields, named, split_of
+from .lists import check_fields, fields, named, split_of
 
 # %% ../../nbs/corpora/26_hub.ipynb #d67da8da
 _URL = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/\s]*))?(?:/(\S*))?")
@@ -88,7 +88,7 @@ def _rows(name:str, source, columns)->list:
     names, classes = named(columns), _classes(schema)
     audio = _audio_column(schema, names["audio"], name)
     known = [column for column in schema.names if column != audio and any(column.lower() in theirs for theirs in names.values())]
-    if not any(column.lower() in names["text"] for column in known): raise ConfigError(f"{name}: which column is the transcript? It has: {', '.join(schema.names)}. Write into params.yaml, for this corpus: `source: huggingface` and `columns: {{text: NAME, speaker: NAME}}`")
+    check_fields(name, [column.lower() for column in schema.names], columns, ("transcript",))
     for batch in read([audio, *known]):
         for row in batch.to_pylist():
             sound = row.pop(audio)
@@ -110,8 +110,11 @@ def import_huggingface(cfg:CorpusConfig, source:Path|None):
     else: files = [(name, lambda path=path: _arrow().memory_map(str(path))) for name,path in _saved_files(source)] or [
         (name, lambda name=name: source/name) for name in _one_subset(sorted(p.relative_to(source).as_posix() for p in source.rglob("*.parquet")), str(source))]
     if not files: raise ConfigError(f"{source}: holds no parquet file, and nothing that save_to_disk wrote; path must name {import_huggingface.__doc__}")
-    taken, done = set(), 0
+    taken, done, said = set(), 0, any(split_of(*name.split("/")[::-1]) for name,_ in files)
     for name,opened in files:
+        if "invalidated" in name or said and not split_of(*name.split("/")[::-1]):
+            yield dict(file=name, reason="unknown split", detail="neither train, dev, valid nor test, as others are: left out, all of it")
+            continue
         with _network(f"{url}/{name}" if url else str(source/name)):
             for sound,cells in _rows(name, opened(), cfg.columns):
                 done += 1

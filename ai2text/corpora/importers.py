@@ -16,7 +16,7 @@ from ..core.params import ConfigError
 from ..core.sections import CorpusConfig
 from ..audio.decoders import AUDIO_SUFFIXES
 from .demo import SENTENCES, demo_sentences, plan_demo, record
-from .lists import SPLIT_NAMES, Files, fields, find_lists, json_lines, json_records, list_of, nfc, read_lines, read_table, split_of, text_of, told
+from .lists import SPLIT_NAMES, Files, check_fields, fields, find_lists, json_lines, json_records, list_of, nfc, read_lines, read_table, split_of, text_of, told
 
 # %% ../../nbs/corpora/22_importers.ipynb #7e7b1ca2
 def import_demo(cfg, source:Path|None):
@@ -53,6 +53,7 @@ def import_json(cfg:CorpusConfig, source:Path):
     "the folder of the recordings that the JSON file `transcripts` names"
     records = json_records(path := list_of(source, "", cfg.transcripts))
     if any("audio_filepath" in (*r, r.get("id")) for _,r in records): raise ConfigError(f"{path}: a manifest of NeMo's, with audio_filepath; set source to nemo")
+    check_fields(path, dict.fromkeys(key for _,cells in records for key in cells), cfg.columns)
     for where,cells in records: yield where | fields(cells, cfg.columns)
 
 # %% ../../nbs/corpora/22_importers.ipynb #e114dd74
@@ -79,11 +80,11 @@ def import_vits(cfg:CorpusConfig, source:Path):
 
 def import_fosd(cfg:CorpusConfig, source:Path):
     "the folder of FPT's Open Speech Dataset, with transcriptAll.txt of lines file|text|times, and mp3/"
-    yield from _tables(cfg, source, "transcriptAll.txt", layout={3: ("audio", "text", "_")})
+    yield from _tables(cfg, source, "transcriptAll.txt", layout={3: ("audio", "text", "#")})
 
 def import_fleurs(cfg:CorpusConfig, source:Path):
     "a language's folder of FLEURS, as vi_vn, with train.tsv, dev.tsv, test.tsv, and audio/train/ or train/ beside them"
-    theirs = "_", "audio", "raw_transcription", "_", "_", "_", "_" # sentence, file, as written, without punctuation, letters, samples, gender
+    theirs = "#", "audio", "raw_transcription", "_", "_", "#", "_" # sentence, file, as written, without punctuation, letters, samples, gender
     for entry in _tables(cfg, source, "train.tsv", "dev.tsv", "test.tsv", layout={7: theirs}):
         yield entry | dict(homes=(f"audio/{entry['split']}", entry["split"], "audio", ""))
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HOMES', 'SPLIT_NAMES', 'FIELDS', 'ENDS', 'nfc', 'list_of', 'text_of', 'read_list', 'read_lines', 'split_of',
-           'find_lists', 'told', 'named', 'fields', 'missing', 'only_numbers', 'read_table', 'json_lines',
-           'json_records', 'Files']
+           'find_lists', 'told', 'named', 'fields', 'missing', 'check_fields', 'only_numbers', 'read_table',
+           'json_lines', 'json_records', 'Files']
 
 # %% ../../nbs/corpora/20_lists.ipynb #028872c4
 import csv, gzip, json, os, re, unicodedata
@@ -105,6 +105,11 @@ def missing(names, columns=())->list[str]:
     known = named(columns or {})
     return [what for what,some in (("recording", known["audio"] + known["id"]), ("transcript", known["text"])) if not {*some} & {*names}]
 
+def check_fields(where, names, columns=(), wanted=("recording", "transcript")):
+    "Refuse records whose fields nobody knows, with what to write."
+    if names and (lost := [what for what in missing(names, columns) if what in wanted]):
+        raise ConfigError(f"{where}: which field is the {' and which the '.join(lost)}? It has: {', '.join(names)}. Write into params.yaml, for this corpus, ours and theirs: `columns: {{{', '.join(dict(recording='audio: NAME', transcript='text: NAME')[what] for what in lost)}, speaker: NAME}}`")
+
 # %% ../../nbs/corpora/20_lists.ipynb #a1c319f5
 _LINES = 20 # of a record with a quoted field, at most
 _NUMBER = re.compile(r"[\d\s.,:;/+-]*")
@@ -122,13 +127,17 @@ def only_numbers(texts)->bool:
     "Are there no letters in any of these? Then they are durations or times, and no transcripts."
     return all(isinstance(text, (int, float)) or _NUMBER.fullmatch(text) for text in texts)
 
-def _mapping(names:list[str], rows:list[list[str]])->str:
+def _advice(names:list[str], cells:list[str], rows:list[list[str]])->str:
     "What to write for a table whose columns nobody knows, with the columns that seem to be meant."
-    by_name = {ours: next((n for n in names if n in theirs), "") for ours,theirs in FIELDS.items()}
-    values = {name: [cells[i] for cells in rows if len(cells) == len(names)] for i,name in enumerate(names)}
-    audio = by_name["audio"] or next((n for n,some in values.items() if some and all(v.lower().endswith(AUDIO_SUFFIXES) for v in some)), "PATH")
-    words = {n: sum(len(v) for v in some) for n,some in values.items() if n != audio and not only_numbers(some)}
-    return f"{{audio: {audio}, text: {by_name['text'] or max(words, key=words.get, default='SENTENCE')}, speaker: {by_name['speaker'] or 'SPEAKER'}}}"
+    values = {name: [row[i] for row in rows if len(row) == len(names)] for i,name in enumerate(names)}
+    def meant(ours, fits, other): return next((n for n in names if n in FIELDS[ours]), None) or next((n for n,some in values.items() if some and all(map(fits, some))), other)
+    audio = meant("audio", lambda v: v.lower().endswith(AUDIO_SUFFIXES), "PATH")
+    words = {n: sum(map(len, some)) for n,some in values.items() if n != audio and not only_numbers(some)}
+    text = next((n for n in names if n in FIELDS["text"]), None) or max(words, key=words.get, default="SENTENCE")
+    order = ", ".join({audio: "audio", text: "text"}.get(n, "_") for n in names)
+    in_order = f"all columns in their order, as `columns: [{order if text in names and audio in names else 'audio, _, text'}]` (with `speaker` for who speaks, `_` for what is not needed), or a source that has no names: ljspeech, vits, fosd, fleurs"
+    if any(cell.lower().endswith(AUDIO_SUFFIXES) for cell in cells): return f"This line is no header. Write into params.yaml, for this corpus, {in_order}"
+    return f"Write into params.yaml, for this corpus: `source: csv` and `columns: {{audio: {audio}, text: {text}, speaker: {meant('speaker', lambda v: False, 'SPEAKER')}}}`; or, if this line is no header, {in_order}"
 
 def _header(path:Path, first:tuple, cells:list[str], following:list, columns, layout:dict)->tuple:
     "The names of a table's columns, and whether its first line is a record."
@@ -141,15 +150,16 @@ def _header(path:Path, first:tuple, cells:list[str], following:list, columns, la
         return [str(n + 1) for n in range(len(cells))], True
     if absent := [v for v in columns.values() if str(v).lower() not in names]: raise ConfigError(f"{where}: has no column {absent[0]}, which `columns` names; it has {', '.join(cells)}")
     if not (lost := missing(names, columns)): return names, False
-    if len(cells) in layout: return layout[len(cells)], True
+    if len(cells) in layout:
+        if strange := [cell for name,cell in zip(layout[len(cells)], cells) if name == "#" and not only_numbers([cell])]: raise ConfigError(f"{where}: {strange[0][:40]!r} stands where this format has numbers: is source right?")
+        return layout[len(cells)], True
     said = "; ".join(f"{n} columns are {'|'.join(some)}" for n,some in layout.items())
-    raise ConfigError(f"{where}: which column is the {' and which the '.join(lost)}? It has: {', '.join(c[:40] for c in cells)}. {said and f'Without names, {said}. '}"
-                      f"Write into params.yaml, for this corpus: `source: csv` and `columns: {_mapping(names, following)}`; or, if this line is no header, all columns in their order, as `columns: [audio, speaker, text]`, or a source that has none: ljspeech, vits, fosd, fleurs")
+    raise ConfigError(f"{where}: which column is the {' and which the '.join(lost)}? It has: {', '.join(c[:40] for c in cells)}. {said and f'Without names, {said}. '}{_advice(names, cells, following)}")
 
 def read_table(
     path:Path,      # of a table
     columns=(),     # the parameter of that name
-    layout:dict=None, # number of columns -> our names, of a format that has no header
+    layout:dict=None, # number of columns -> our names, of a format that has no header; `_` is not needed, `#` are numbers
 )->list:            # (dict(file, line), entry); a line that does not fit has a reason, and no more
     "The entries of a table; `ConfigError` if it cannot be told what its columns are, or the transcripts are numbers."
     found, columns = read_lines(path), columns or {}
@@ -218,6 +228,9 @@ class Files:
             if inside and not os.path.isfile(path := self.as_on_disk(path)): continue
             if inside and os.path.realpath(path).startswith(os.path.join(self.real, "")): return path, None
             reason = "outside of the folder"
+        own = f"/{os.path.basename(self.folder)}/" # a name from where the list was made, or from before the folder was moved
+        before, found, tail = f"/{names[-1]}".rpartition(own)
+        if found and (path := self.find(tail, ("",), ends)[0]): return path, None
         return None, reason
 
     def as_on_disk(self, path:str)->str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core.files import read_jsonl, write_jsonl
 from ..core.params import ConfigError
 from ..core.sections import CorpusConfig
-from .lists import Files, fields, find_lists, json_lines, read_lines, told
+from .lists import Files, check_fields, fields, find_lists, json_lines, read_lines, told
 
 # %% ../../nbs/corpora/24_manifests.ipynb #9750b0c5
 def tar_files(path:Path):
@@ -31,6 +31,7 @@ def import_nemo(cfg:CorpusConfig, source:Path):
     "the folder of the recordings, or of the tar files, that NeMo's manifests name; `transcripts` is where the manifests are, if not there"
     for path,about in find_lists(cfg, source, "*.json", "*.jsonl"):
         rows = json_lines(path)
+        check_fields(path, dict.fromkeys(key for _,row in rows for key in row), cfg.columns)
         entries = [told(where | fields(row, _PIECE | dict(cfg.columns or {})), about) for where,row in rows]
         if any("shard_id" in row for _,row in rows): yield from _tarred(entries, [str(row.get("shard_id", "")) for _,row in rows], [path.parent, source])
         else:

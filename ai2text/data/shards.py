@@ -28,8 +28,7 @@ from ..core.parallel import cluster, in_parallel
 from ..audio.decoders import AUDIO_SUFFIXES
 from ..audio.io import AudioError, Recording, encode, piece_of, read_plain, resample
 from .shard_index import COLUMNS, INDEX_FORMAT, Index, ShardError, load_index, member_audio, members, numbered, printable, reject_summary, save_index
-from ..text.normalise import Normaliser
-from ..text.normalisers import NORMALISER, NORMALISER_FILE, find_normaliser, for_corpus, normaliser_name
+from ..text.normalise import NORMALISER, NORMALISER_FILE, Normaliser, find_normaliser, for_corpus, normaliser_name
 
 # %% ../../nbs/data/10_shards.ipynb #d8683c7c
 def safe_key(id:str)->str:
@@ -53,7 +52,7 @@ def read_pcm(
     **piece,         # `channel`, `offset` and `duration` of `Recording`
 ):                   # samples (T,) int16, Hz the file has
     "A file, or a piece of one, as 16-bit mono; `AudioError` says why it cannot be, without naming it."
-    if "offset" not in piece and (plain := read_plain(path, 2*sample_rate*MAX_SECONDS)) and plain[1] == sample_rate: return plain
+    if piece.get("channel", "mix") == "mix" and piece.get("offset") is None and (plain := read_plain(path, 2*sample_rate*MAX_SECONDS)) and plain[1] == sample_rate: return plain
     with Recording(path, "", **piece) as r:
         parts = []
         for part_T in r.mono():

@@ -24,8 +24,7 @@ from ..audio.decoders import AUDIO_SUFFIXES, AudioError
 from ..audio.io import Recording, encode, read_blocks
 from ..audio.segment import find_edges, frame_powers
 from ..models.store import load_model
-from ..text.normalise import unknown_characters
-from ..text.normalisers import NORMALISER, for_corpus
+from ..text.normalise import NORMALISER, for_corpus, unknown_characters
 from .sentences import split_sentences
 from .alignment import LEAST, SKIP, align_sentences, align_texts
 

@@ -24,8 +24,7 @@ from ..models.ctc import BLANK_ID
 from .alignment import align_tokens
 from .ngram_lm import SENTENCE_END, LM, SPECIAL_WORDS, UNKNOWN_WORD, load_lm
 from ..core.parallel import in_parallel
-from ..text.normalise import Normaliser, unknown_characters
-from ..text.normalisers import NORMALISER, NORMALISER_FILE, check_normaliser
+from ..text.normalise import NORMALISER, NORMALISER_FILE, Normaliser, check_normaliser, unknown_characters
 from ..text.tokenizer import WORD_START, Tokenizer
 
 # %% ../../nbs/decoding/10_beam_search.ipynb #cfaa0c65

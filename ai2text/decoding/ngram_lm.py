@@ -19,8 +19,7 @@ from safetensors.numpy import load_file, save_file
 from ..core.files import atomic_folder, read_json, sha256, write_json
 from ..core.params import ConfigError
 from ..core.parallel import in_parallel
-from ..text.normalise import Normaliser, unknown_characters
-from ..text.normalisers import NORMALISER, check_normaliser, find_normaliser, for_corpus, normaliser_name
+from ..text.normalise import NORMALISER, Normaliser, check_normaliser, find_normaliser, for_corpus, normaliser_name, unknown_characters
 
 # %% ../../nbs/decoding/00_ngram_lm.ipynb #a8e0f5d9
 UNKNOWN_WORD, SENTENCE_START, SENTENCE_END = 0, 1, 2                # ids of the three words that are no syllables

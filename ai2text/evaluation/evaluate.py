@@ -17,7 +17,7 @@ from ..core.files import read_jsonl, write_json, write_jsonl
 from ..core.layout import Layout
 from ..core.environment import PeakMemory, _resident, environment
 from ..text.tokenizer import load_tokenizer
-from ..text.variants import read_variants
+from .variants import read_variants
 from ..models.store import load_model
 from .score_split import evenly, score_model, split_loader
 from .scorecard import LENGTHS, details, rates_beside, word_counts

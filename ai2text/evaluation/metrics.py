@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import jiwer
 import numpy as np
 
-from ..text.normalisers import NORMALISER, for_corpus, normaliser_name
+from ..text.normalise import NORMALISER, for_corpus, normaliser_name
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #a66c6980
 EDIT_KINDS = ("equal", "substitute", "delete", "insert")
@@ -76,7 +76,7 @@ def without_variants(
     references,    # N texts
     hypotheses,    # N texts
     errors_N,      # of each pair, strictly
-    variants,      # (class, what brings a text to the first forms of the class), as of `text.variants`
+    variants,      # (class, what brings a text to the first forms of the class), as of `variants`
 )->tuple:          # errors (N,) where the forms of a class are equal; class -> errors that it explains
     "What is wrong apart from spellings and readings that are both right."
     errors_N, used = np.array(errors_N), {}
@@ -85,10 +85,9 @@ def without_variants(
         for name,change in variants:
             if (pair := (change(said), change(heard))) == (said, heard): continue
             left = int(count_errors(*([t] for t in pair))[0,1:].sum())
-            if left > errors_N[n]: continue
-            (said, heard), spared = pair, int(errors_N[n]) - left
-            if spared: used[name], errors_N[n] = used.get(name, 0) + spared, left
-    return errors_N, used
+            if left >= errors_N[n]: continue
+            (said, heard), used[name], errors_N[n] = pair, used.get(name, 0) + int(errors_N[n]) - left, left
+    return errors_N, dict(sorted(used.items(), key=lambda x: (-x[1], x[0])))
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #150c62c6
 SCORE_RATES = ("wer", "wer_low", "wer_high", "cer") # what tables show of a score
@@ -157,7 +156,7 @@ def score(
     samples:int=1000,         # bootstrap draws
     seed:int=0,
     normaliser=NORMALISER,    # what both sides go through; None = nothing
-    variants=(),              # what is both right, as of `text.variants.read_variants`; empty = the strict rate alone
+    variants=(),              # what is both right, as of `variants.read_variants`; empty = the strict rate alone
 )->Score:
     "WER and CER of a set with a 95% bootstrap interval, by speaker where there are at least `MIN_SPEAKERS`."
     refs, hyps = _texts(references, hypotheses, normaliser)

@@ -15,8 +15,8 @@ from ..core.params import ConfigError
 from ..core.tables import columns
 from .metrics import Score, aligned, confusions, score_rows, utterance_rows, worst
 from .scorecard import error_kinds, groups
-from ..text.normalisers import find_normaliser
-from ..text.variants import read_variants
+from ..text.normalise import find_normaliser
+from .variants import read_variants
 
 # %% ../../nbs/evaluation/80_score_files.ipynb #073198b6
 KINDS_OF_FILE = ("lines", "ids", "manifest")
@@ -33,15 +33,17 @@ def _lines(path)->list[str]:
     if not lines: raise ConfigError(f"{path}: the file is empty; give an utterance a line")
     return lines
 
+def _ids(lines)->list: return [re.split(r"[\t ]", line.strip(), maxsplit=1)[0] for line in lines if line.strip()]
+
 def kind_of_file(
     lines:list[str],
 )->str:              # one of `KINDS_OF_FILE`
     "What the lines of a file are."
     lines = [line for line in lines if line.strip()]
     if lines and lines[0].lstrip()[0] == "{": return "manifest"
-    ids = [re.split(r"[\t ]", line, maxsplit=1)[0] for line in lines]
-    numbered = len(set(ids)) == len(ids) > 1 and (all("\t" in line for line in lines) or all(re.search(r"[\d_]", i) for i in ids))
-    return "ids" if numbered else "lines"
+    ids = _ids(lines)
+    like_ids = all("\t" in line for line in lines) or all(i.isascii() and re.search(r"\d" if len(ids) > 1 else r"\d.*[_-]|[_-].*\d", i) for i in ids)
+    return "ids" if ids and len(set(ids)) == len(ids) and like_ids else "lines"
 
 # %% ../../nbs/evaluation/80_score_files.ipynb #8ae7d537
 def _manifest(path, lines, side:str)->tuple:
@@ -74,7 +76,8 @@ def _name(sides:list, paths:list):
     for path,rows in zip(paths, sides):
         if lost := [n for n,r in enumerate(rows, 1) if not any(k in r for k in PATHS)]:
             raise ConfigError(f"{path}, row {lost[0]}: nothing that names the utterance; both manifests need id in all rows, or {' or '.join(PATHS)}")
-    named = [[next(r[k] for k in PATHS if k in r) for r in rows] for rows in sides]
+        if wrong := [n for n,r in enumerate(rows, 1) if not isinstance(r.get("offset") or 0, (int, float))]: raise ConfigError(f"{path}, row {wrong[0]}: offset is {rows[wrong[0] - 1]['offset']!r}; write a number of seconds")
+    named = [[str(next(r[k] for k in PATHS if k in r)) for r in rows] for rows in sides]
     if not {*named[0]} & {*named[1]}: named = [[re.split(r"[\\/]", n)[-1] for n in names] for names in named]
     for rows,names in zip(sides, named):
         for r,n in zip(rows, names): r["id"] = f"{n} at {r['offset']:g} s" if r.get("offset") else n
@@ -89,6 +92,9 @@ def read_sides(
     paths = [Path(reference), Path(hypothesis)]
     lines = [_lines(p) for p in paths]
     kinds = [kind_of_file(l) if kind == "auto" else kind for l in lines]
+    for path,found in zip(paths, kinds):
+        if kind == "auto" and path.suffix in (".json", ".jsonl") and found != "manifest": raise ConfigError(f"{path}: no manifest; write one JSON object a line, or say what it is with --kind lines or ids")
+    if kind == "auto" and {*kinds} == {"ids", "lines"} and {*_ids(lines[kinds.index("lines")])} <= {*_ids(lines[kinds.index("ids")])}: kinds = ["ids", "ids"] # of a short file
     if kinds[0] != kinds[1]:
         told = dict(lines="text line by line", ids="an id and a text in each line", manifest="a manifest (JSON Lines)")
         raise ConfigError(f"{paths[0]} is {told[kinds[0]]}, but {paths[1]} is {told[kinds[1]]}; write both in one way, or say what both are with --kind {' or '.join(KINDS_OF_FILE)}")

@@ -13,8 +13,7 @@ from ..core.params import ConfigError
 from ..core.layout import Layout
 from ..core.distributed import Ranks
 from ..data.loader import create_webdataset_loader
-from ..text.normalise import Normaliser
-from ..text.normalisers import NORMALISER, NORMALISER_FILE, check_normaliser
+from ..text.normalise import NORMALISER, NORMALISER_FILE, Normaliser, check_normaliser
 from .metrics import score_rows, utterance_rows
 
 # %% ../../nbs/evaluation/10_score_split.ipynb #a52b1fdd

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ..core.params import ConfigError
 from ..core.files import atomic_folder, read_json, write_json
-from ..text.normalisers import check_normaliser, normaliser_name
+from ..text.normalise import check_normaliser, normaliser_name
 from ..text.tokenizer import load_tokenizer
 from .registry import model_class
 

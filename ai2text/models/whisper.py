@@ -23,8 +23,7 @@ from ..audio.fbank import HOP, WINDOW
 from ..core.batch import SAMPLE_RATE, Batch, Hypothesis, Loss
 from ..core.files import read_json, sha256, write_json
 from ..core.params import ConfigError, make, opt
-from ..text.normalise import Normaliser, unknown_characters
-from ..text.normalisers import NORMALISER, NORMALISER_FILE
+from ..text.normalise import NORMALISER, NORMALISER_FILE, Normaliser, unknown_characters
 from ..text.tokenizer import load_tokenizer
 
 # %% ../../nbs/models/30_whisper.ipynb #54906465

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from ..core.params import ConfigError
 from ..core.files import atomic_write, read_json, sha256
-from ..text.normalise import Normaliser
-from ..text.normalisers import NORMALISER_FILE, OtherNormaliser, check_normaliser, normaliser_name
+from ..text.normalise import NORMALISER_FILE, Normaliser, OtherNormaliser, check_normaliser, normaliser_name
 
 # %% ../../nbs/serving/00_bundle.ipynb #b8b8aef8
 BUNDLE_FORMAT = 1  # of config.json

@@ -26,7 +26,7 @@ from ..core.code import identity
 from ..core.environment import environment
 from ..core.tables import caveats
 from ..core.batch import Batch, SAMPLE_RATE
-from ..text.normalisers import NORMALISER_FILE, normaliser_name
+from ..text.normalise import NORMALISER_FILE, normaliser_name
 from ..audio.fbank import HIGH_HZ, HOP, LEFT_EDGE, LOG_FLOOR, LOW_HZ, N_FFT, N_MELS, PCM_SCALE, PREEMPHASIS, RIGHT_EDGE, WINDOW, mel_filters, num_frames, povey_window
 from ..data.shard_index import load_index
 from ..models.ctc import greedy

@@ -16,7 +16,7 @@ from ..core.files import read_jsonl, write_json
 from ..core.params import ConfigError
 from ..core.tables import columns
 from .latency import figures, flicker, load, served, sessions
-from ..text.normalisers import NORMALISER
+from ..text.normalise import NORMALISER
 from ..evaluation.metrics import count_errors, bootstrap, score_rows, utterance_rows
 from ..evaluation.scorecard import paired_difference
 from .protocol import run

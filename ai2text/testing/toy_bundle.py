@@ -15,7 +15,7 @@ import torch
 from ..audio.fbank import Fbank
 from ..core.batch import SAMPLE_RATE
 from ..core.files import sha256
-from ..text.normalisers import NORMALISER, NORMALISER_FILE, normaliser_name
+from ..text.normalise import NORMALISER, NORMALISER_FILE, normaliser_name
 from ..text.tokenizer import BLANK
 
 # %% ../../nbs/testing/10_toy_bundle.ipynb #b532bcc4

@@ -24,12 +24,13 @@ RATIOS = "tỷ_lệ tỉ_lệ tỷ_lệ_là tỉ_lệ_là tỷ_lệ_vàng khung_
 
 @rule(fr"{ALONE}(?P<a>\d{{1,3}})\s?[-–:]\s?(?P<b>\d{{1,3}}){CODE_END}", needs="-–:")
 def score(m):
-    "thắng 2-1, Việt Nam 1-2 Iraq"
+    "thắng 2-1, Malaysia 1-2 Lào"
     words = f"{cardinal(int(m['a']))} {cardinal(int(m['b']))}"
     if before(m, RESULTS) or before(m, SCORES, gap=6) and ":" not in m[0] and not behind(m, COUNTED): return words
     if ":" in m[0] or m["a"][0] == "0" != m["a"] or behind(m, COUNTED): return None
     if behind(m, "chung_cuộc sau_hiệp nghiêng_về sau_90_phút ngay_trong_hiệp sau_hai_hiệp"): return words
-    if between_names(m) and not before(m, "từ khoảng ngày tháng lớp thứ chương điều khoản trang năm tầng số"):
+    facing = re.search(r"[^\W\d_a-z]\w*\s+[-–]\s+[^\W\d_a-z]\w*(?:\s+[^\W_a-z]\w*)*\s*:?\s*$", m.string[max(0, m.start() - 60):m.start()]) # Arsenal - Chelsea 1-2
+    if (between_names(m) or facing) and not before(m, "từ khoảng ngày tháng lớp thứ chương điều khoản trang năm tầng số"):
         return unsure(words, f"{cardinal(int(m['a']))} đến {cardinal(int(m['b']))}") if int(m["a"]) < int(m["b"]) else words
 
 @rule(fr"{ALONE}\d(?:[-–]\d){{2,4}}{CODE_END}", needs="-–")
@@ -47,11 +48,11 @@ DAY, MONTH, YEAR = r"(?:0?[1-9]|[12]\d|3[01])", r"(?:0?[1-9]|1[0-2])", r"[12]\d{
 DAYS = """ngày sáng trưa chiều tối đêm khuya hôm hôm_nay hôm_qua hôm_trước sáng_nay chiều_nay tối_nay trưa_nay đêm_nay đêm_qua tối_qua chiều_qua sáng_qua ngày_mai sáng_mai lễ dịp dịp_lễ nghỉ_lễ kỳ_nghỉ kì_nghỉ nghỉ mùng mồng rằm tết giỗ_tổ quốc_khánh
     quốc_tế_lao_động quốc_tế_thiếu_nhi quốc_tế_phụ_nữ phụ_nữ_việt_nam nhà_giáo_việt_nam phụ_nữ thiếu_nhi thương_binh_liệt_sĩ chủ_nhật thứ_hai thứ_ba thứ_tư thứ_năm thứ_sáu thứ_bảy thứ_2 thứ_3 thứ_4 thứ_5 thứ_6 thứ_7 giao_thừa noel valentine
     đường phố đại_lộ quảng_trường công_viên sân_vận_động bệnh_viện nhà_máy rạp_hát cầu thống_nhất giải_phóng sinh sinh_ngày mất_ngày""" # `đường 3/2` is a date too
-SPANS = "từ đến tới trước sau vào kể_từ tính_đến cho_đến lúc hồi và trong_ngày hạn hạn_chót chậm_nhất bắt_đầu khai_mạc bế_mạc khởi_chiếu"
+SPANS = "từ đến hết đến_hết tới trước sau vào kể_từ tính_đến cho_đến lúc hồi và trong_ngày hạn hạn_chót chậm_nhất bắt_đầu khai_mạc bế_mạc khởi_chiếu"
 YEARLY = "năm_nay năm_ngoái năm_trước năm_sau năm_tới hàng_năm hằng_năm âm_lịch dương_lịch âl dl vừa_qua sắp_tới tới_đây này vừa_rồi"
 PARTS = """dân_số diện_tích số tổng tổng_số quãng_đường chặng_đường thời_gian lượng giá giá_trị chén cốc bát thìa muỗng muỗng_cà_phê thìa_cà_phê ly trái quả củ kg ký cân lít sân thế_giới cuộc_đời đời mặt_bằng chiều_dài chiều_cao nước thể_tích
     khối_lượng chỉ_tiêu kế_hoạch tài_sản vốn phiếu ý_kiến trong_số trong_tổng giờ tiếng người"""
-QUANTITIES = "hơn gần khoảng chiếm bằng giảm tăng còn mất được chừng cỡ chưa_đầy quá có là chỉ tới_gần hết ít_nhất tối_thiểu tối_đa một hai ba bốn trong"
+QUANTITIES = "hơn gần khoảng chiếm bằng giảm tăng còn mất được chừng cỡ chưa_đầy quá có là chỉ tới_gần ít_nhất tối_thiểu tối_đa một hai ba bốn trong"
 STREETS = "số nhà số_nhà ngõ ngách hẻm kiệt địa_chỉ đ/c tại ở tổ thửa lô căn phòng" # what house numbers follow
 DOCUMENTS = "số nghị_định thông_tư quyết_định công_văn chỉ_thị nghị_quyết luật tỷ_lệ tỉ_lệ"
 
@@ -97,7 +98,7 @@ def _fraction(a:int, b:int)->str: return f"{cardinal(a)} phần {'tư' if b == 4
 
 @rule(r"(?<!\w)((?i:lớp|khối)\s+)(\d{1,2})([/-])(\d{1,2})(?![\w]|[.,/:-]\d)", needs="/-")
 def school_class(m):
-    "lớp 10/3, lớp 6-9"
+    "lớp 12/5, lớp 6-9"
     a, b = cardinal(int(m[2])), cardinal(int(m[4]))
     if m[3] == "-" and int(m[2]) < int(m[4]): return f"{m[1]}{a} đến {b}"
     return f"{m[1]}{a} {b}" if m[3] == "-" else around(m[1], either(f"{a} trên {b}", f"{a} {b}", f"{a} xuyệt {b}"))
@@ -110,7 +111,7 @@ def day_and_month(m):
     words, house = _dates(m[0]), " trên ".join(map(cardinal, pairs[0]))
     if m[0] == "24/7" or before(m, DOCUMENTS + " vòng âm") or re.search(r"(?<![\w.,/])\d{1,3} $", m.string[:m.start()]): return None
     if before(m, DAYS): return words
-    if alone and (before(m, STREETS) or (behind(m, "đường phố quốc_lộ") and b > 1)): return either(house, house.replace("trên", "xuyệt"), words)
+    if alone and (before(m, STREETS) or before(m, "lớp", gap=5) or (behind(m, "đường phố quốc_lộ") and b > 1)): return either(house, house.replace("trên", "xuyệt"), words)
     if alone and (behind(m, COUNTED) or a < b and behind(m, PARTS) or before(m, "điểm đạt chấm trình_độ văn_hóa")): return None
     if any(a > b for a, b in pairs) or before(m, SPANS) or behind(m, YEARLY) or m.string[m.start()-1:m.start()] == "(" and m.string[m.end():m.end()+1] == ")": return words
     likely = a == b or a < b and not (b <= 4 or b == 10) and not before(m, QUANTITIES) and not (re.match(r"\s+[^\W\d_A-Z]", m.string[m.end():]) and (a == 1 or b <= 5))
@@ -120,7 +121,8 @@ def day_and_month(m):
 @rule(fr"{ALONE}{DAY}(?P<sign>[.-]){MONTH}(?!\d)(?:{JOINT}{DAY}(?P=sign){MONTH}(?!\d))*{CODE_END}(?!\s?(?:trăm|nghìn|ngàn|triệu|tỷ|tỉ|kg|km|đồng|lần|USD)(?!\w))", needs=".-")
 def announced_day(m):
     "ngày 12-3, chiều 24.3, lễ 30-4, 1-5"
-    if before(m, DAYS) and not before(m, "đường phố cầu nghỉ tết sinh" if m["sign"] == "-" and not before(m, "đường_30-4") else "đường phố cầu tết"): return _dates(m[0])
+    if behind(m, COUNTED) and not behind(m, "năm tháng tuần"): return None
+    if before(m, DAYS) and not before(m, "đường phố cầu tết"): return _dates(m[0])
     days = [int(re.match(r"\d+", a)[0]) for a in re.findall(r"\d+[.-]\d+", m[0])]
     if (m["sign"] == "-" or len(days) > 1 and " - " in m[0]) and max(days) > 12 and not before(m, SCORES, gap=6) and not before(m, "từ khoảng"): return unsure(_dates(m[0]), m[0].replace("-", " "))
 
@@ -139,12 +141,12 @@ def _quarter(n:str)->str:
     n = QUARTER.get(n) or int(n)
     return either("bốn", "tư") if n == 4 else cardinal(n)
 
-@rule(fr"(?<!\w)(?:(?P<quý>(?i:quý)\s+)|Q)(?P<a>{Q})(?:\s?[-–]\s?(?:Q|(?i:quý)\s+)?(?P<b>{Q}))?(?:\s?[/-]\s?(?P<year>{YEAR}))?(?!\w|[.,/]\d)", needs="qQ")
+@rule(fr"(?<!\w)(?:(?P<quý>(?i:quý)\s+)|Q)(?P<a>{Q})(?:(?P<joint>\s?[-–]\s?|\s*,\s*|\s+(?:và|đến|tới)\s+)(?:Q|(?i:quý)\s+)?(?P<b>{Q}))?(?:\s?[/-]\s?(?P<year>{YEAR}))?(?!\w|[.,/]\d)", needs="qQ")
 def quarter(m):
     "quý 1/2024, quý III/2024, Q4/2023, Q1-Q2"
     if not (m["quý"] or m["b"] or m["year"]) and not behind(m, "năm"): return None
     words = around(m["quý"] or "quý ", _quarter(m["a"]))
-    if m["b"]: words = f"{words} đến {_quarter(m['b'])}"
+    if m["b"]: words = f"{words} {re.sub('[-–]', 'đến', m['joint'].strip())} {_quarter(m['b'])}"
     return around("", words, f" năm {cardinal(int(m['year']))}") if m["year"] else words
 
 @rule(fr"(?<!\w)(?P<tháng>(?i:tháng)\s+|T(?=\d))?(?<!\d[.,/:-])(?:(?P<first>{MONTH})\s?[-–]\s?)?(?P<month>{MONTH})(?P<sign>[/.-])(?P<year>{YEAR})(?:\s?[-–]\s?(?P<month2>{MONTH})(?P=sign)(?P<year2>{YEAR}))?{CODE_END}", needs="/-.")
@@ -191,7 +193,7 @@ def time(hours:str, minutes:str="", seconds:str="")->str:
 
 @rule(r"(?<!\w)(\d{1,3}):(\d{1,3})(?:\s?[-–]\s?(\d{1,3}))?(?!\w|[.,:]\d)", needs=":")
 def verse(m):
-    "Gioan 3:16"
+    "Luca 2:10"
     if not before(m, BOOKS): return None
     return f"{cardinal(int(m[1]))} {cardinal(int(m[2]))}" + (f" đến {cardinal(int(m[3]))}" if m[3] else "")
 

@@ -4,19 +4,24 @@
 
 # %% auto #0
 __all__ = ['NORMALISER_VERSION', 'KNOWN', 'APOSTROPHE', 'FOREIGN_POLICIES', 'LETTER_NAMES', 'FOREIGN_CAPITALS', 'FOREIGN_SOUND',
-           'D_BAR_LETTERS', 'SPECIAL', 'TAG_POLICIES', 'unknown_characters', 'unknown_report', 'script_of',
-           'wrong_script', 'normalise_word', 'spell', 'spell_foreign', 'foreign_words', 'Reading', 'Normaliser',
-           'normalise', 'read_abbreviations', 'read_readings', 'make_normaliser']
+           'D_BAR_LETTERS', 'SPECIAL', 'TAG_POLICIES', 'NORMALISER', 'NORMALISER_FILE', 'CAPITALS_SHARE',
+           'CAPITALS_WORDS', 'unknown_characters', 'unknown_report', 'script_of', 'wrong_script', 'normalise_word',
+           'spell', 'spell_foreign', 'foreign_words', 'Reading', 'Normaliser', 'normalise', 'read_abbreviations',
+           'read_readings', 'make_normaliser', 'normaliser_name', 'OtherNormaliser', 'check_normaliser',
+           'find_normaliser', 'share_of_capitals', 'for_corpus']
 
 # %% ../../nbs/text/10_normalise.ipynb #bdb26fb2
+import dataclasses
 import hashlib, json, re, unicodedata
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 from itertools import combinations
+from importlib.resources import files
 from pathlib import Path
 
 from ..core.files import read_json, write_json
+from ..core.layout import find_root
 from ..core.params import ConfigError
 from .numbers import Trail
 from .numerals import read_numbers
@@ -92,7 +97,7 @@ def foreign_words(
 
 # %% ../../nbs/text/10_normalise.ipynb #420300cf
 D_BAR_LETTERS = re.compile(f"[{D_BARS}]")
-SPECIAL = re.compile(rf"[\d_@#/&<>\[\](){{}}*^~=+$₫-]|[{CAPITALS}]{{2}}|[^\W\d_][.][^\W\d_]|(?<!\w)[IVX](?!\w)|(?<!\w)[ivx]{{2}}|(?<!\w)[{CAPITALS}]\w{{0,3}}\.|[²³]|[:;][-']?[DPpvOo](?!\w)|[^\W0-9_](?<=\d)")
+SPECIAL = re.compile(rf"[\d_@#/&<>\[\](){{}}*^~=+$₫-]|[{CAPITALS}]{{2}}|[^\W\d_][.][^\W\d_]|(?<!\w)[IVX](?!\w)|(?<!\w)[{CAPITALS}]\w{{0,3}}\.|[²³]|[:;][-']?[DPpvOo](?!\w)|[^\W0-9_](?<=\d)")
 TAG_POLICIES = ("drop", "keep")
 
 @dataclass(frozen=True)
@@ -280,3 +285,71 @@ def make_normaliser(
     where = lambda name: Path(root)/Path(name).expanduser()
     return Normaliser(read_abbreviations(where(cfg.abbreviations)) if cfg.abbreviations else Abbreviations(),
                       read_readings(where(cfg.readings)) if cfg.readings else {}, cfg.foreign, cfg.tags, capitals)
+
+# %% ../../nbs/text/10_normalise.ipynb #0b863f3b
+NORMALISER = Normaliser()            # the rules alone, without tables
+NORMALISER_FILE = "normaliser.json"
+
+def normaliser_name(
+    normaliser, # None = the text as it is
+)->str:         # version and tables: two normalisers of one name read alike
+    "How a normaliser is called in what was made with it."
+    return "none" if normaliser is None else f"{NORMALISER_VERSION} {normaliser.fingerprint[:16]}"
+
+class OtherNormaliser(ConfigError):
+    "Something was made with another normaliser than this."
+
+def check_normaliser(
+    name:str,    # that a file says it was made with
+    where,       # the file, for the message
+    mend:str,    # what to do if it was another
+    wanted=None, # the normaliser that it must be; None = any of this version
+):
+    "Raise `OtherNormaliser` for what was made with another one."
+    here = normaliser_name(wanted) if wanted else NORMALISER_VERSION
+    if name != here and (wanted or str(name).split(" ")[0] != here):
+        what = f"this code has {here}" if not wanted else f"this is read with {here}" + ("" if str(name).split(" ")[0] != NORMALISER_VERSION else ", which has other tables")
+        raise OtherNormaliser(f"{where}: made with normaliser {name}, {what}; {mend}")
+
+# %% ../../nbs/text/10_normalise.ipynb #76700dbb
+_INSIDE = ("", "tokenizer", "data/prepared") # of a folder that has a normaliser
+
+def _in_folder(folder:Path)->Path|None: return next((path for inner in _INSIDE if (path := folder/inner/NORMALISER_FILE).is_file()), None)
+
+def find_normaliser(
+    given="",   # a `Normaliser`, its file, or a folder that has it; none = the text as it is; empty = the project's, or that of the package
+)->tuple:       # `Normaliser` or None, where it comes from
+    "The normaliser to read a text with; raises `ConfigError` if there is none where it is asked for."
+    if isinstance(given, Normaliser): return given, "given"
+    if str(given) == "none": return None, "none"
+    if str(given):
+        path = Path(given)
+        found = path if path.is_file() else _in_folder(path)
+        if found is None: raise ConfigError(f"{path}: no normaliser there; name a {NORMALISER_FILE}, a folder that has one (of a model, a bundle, a tokenizer, shards, a prepared project), or none")
+        return Normaliser.load(found), str(found)
+    try: project = _in_folder(find_root())
+    except ConfigError: project = None
+    if project: return Normaliser.load(project), str(project)
+    table = files("ai2text")/"abbreviations.tsv"
+    return Normaliser(read_abbreviations(table)), "the package"
+
+# %% ../../nbs/text/10_normalise.ipynb #6db1d45a
+CAPITALS_SHARE, CAPITALS_WORDS = 0.7, 20 # share of the words in capitals from which on a corpus is written in them; fewer words say nothing
+
+def share_of_capitals(
+    texts,    # as they were typed
+)->tuple:     # share of the words of two letters and more that are in capitals, how many there are
+    "How much of a corpus is in capitals."
+    words = capitals = 0
+    for text in texts:
+        for word in text.split():
+            if sum(map(str.isalpha, word)) > 1: words += 1; capitals += word.isupper()
+    return capitals/max(1, words), words
+
+def for_corpus(
+    normaliser:Normaliser,
+    texts:list,   # of the corpus, as they were typed
+)->Normaliser:
+    "The normaliser with what it must know of a corpus."
+    share, words = share_of_capitals(texts)
+    return dataclasses.replace(normaliser, capitals=share >= CAPITALS_SHARE and words >= CAPITALS_WORDS)

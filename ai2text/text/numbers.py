@@ -329,26 +329,26 @@ def between_names(match)->bool:
 
 # %% ../../nbs/text/00_numbers.ipynb #7b5d6581
 CALLS = """gọi gọi_số gọi_cho gọi_ngay bấm quay alo tổng_đài hotline cảnh_sát cứu_hỏa cứu_hoả cấp_cứu cứu_thương liên_hệ đường_dây_nóng nhắn_tin số_khẩn_cấp cskh"""
-CALLED = CALLS + """ điện_thoại số_điện_thoại đt đtdđ sđt fax zalo di_động gửi gửi_đến đầu_số"""
-IDS = """mã_số mã_số_thuế mst mã_bưu_chính mã_vùng mã_otp otp mã_xác_nhận mã_pin mã_đơn mã_đơn_hàng mã_vận_đơn mã_giao_dịch mã_sinh_viên mssv mã_hồ_sơ mã_lớp mã_đề mật_khẩu số_tài_khoản tài_khoản stk tk số_thẻ
-    số_hiệu số_seri seri số_sê_ri imei cccd căn_cước căn_cước_công_dân cmnd cmt chứng_minh_thư chứng_minh_nhân_dân số_chứng_minh hộ_chiếu số_bảo_hiểm biển_số biển_kiểm_soát số_máy số_khung"""
+CALLED = CALLS + """ điện_thoại số_điện_thoại đt đtdđ sđt tel fax zalo di_động gửi gửi_đến đầu_số"""
+IDS = """mã_số mã_số_thuế mst mã_bưu_chính mã_bưu_điện số_báo_danh sbd mã_vùng mã_otp otp mã_xác_nhận mã_pin mã_đơn mã_đơn_hàng mã_vận_đơn mã_giao_dịch mã_sinh_viên mssv mã_hồ_sơ mã_lớp mã_đề mật_khẩu số_tài_khoản tài_khoản stk tk số_thẻ
+    số_hiệu số_seri seri số_sê_ri imei cccd căn_cước căn_cước_công_dân cmnd cmt chứng_minh_thư chứng_minh_nhân_dân số_chứng_minh hộ_chiếu gplx giấy_phép_lái_xe số_bảo_hiểm biển_số biển_kiểm_soát số_máy số_khung"""
 GAP = r"(?:\s*[:.]\s*|\s+)(?:(?:số|là|số là)\s*:?\s+)?"
 SUM = r"(?!\w|[.,/:%]\d|\s?(?:đồng|đ|%|triệu|tỷ|tỉ|nghìn|ngàn|trăm|người|cuộc|usd|đô|vnđ|vnd|k|tr)(?!\w))" # what would follow a sum
 
-@rule(r"(?<![\w.,])(?:\(?(?:\+|00)84\)?(?:[ .-]?\(0\))?|\(?0[1-9]\d{0,3}\)?)(?:[ .-]?\d){7,10}(?!\w|[.,]\d)")
+@rule(r"(?<![\w.,])(?:\(?(?:\+|00)84\)?(?:[ .-]?\(0\))?|\(84[ .-]\d{1,3}\)?|\(?0[1-9]\d{0,3}\)?)(?:[ .-]?\d){7,10}(?!\w|[.,]\d)")
 def phone(m):
-    "0912 345 678, (024) 3825 1234, +84 912 345 678, +84 (0)24 3936 2020"
+    "0912 345 678, (024) 3825 1234, +84 912 345 678, +84 (0)28 3822 1234"
     return ("cộng " if "+" in m[0] else "") + digits(m[0])
 
 @rule(r"(?<![\w.,])1[89]00(?:(?P<gap>[ .-]?)\d){2,6}(?!\w|[.,/-]\d)" + SUM)
 def hotline(m):
-    "1900 1560, 1800.1091; not 1900-1954"
+    "1900 2345, 1800.6789; not 1900-1954"
     number = re.sub(r"\D", "", m[0])
     if re.fullmatch(r"\d{4}[ -](1[5-9]|20)\d\d|\d{4}(\.000)+|\d{5,}0000", m[0]) and not before(m, CALLED): return None
     if before(m, "năm từ đến tới trước sau thế_kỷ khoảng") or (m[0] == number and len(number) < 8 and not before(m, CALLED, gap=1)): return None
     return digits(number)
 
-@rule(rf"(?<!\w)(?P<name>{any_of(CALLS + ' số')}{GAP})(?P<n>(?:11[1-9]|1022)(?:(?:,\s*|\s*[-/]\s*|\s+(?:và|hoặc|hay)\s+)11[1-9])*)(?!\w|[.,/:-]\d)")
+@rule(rf"(?<!\w)(?P<name>{any_of(CALLS + ' số')}{GAP})(?P<n>(?:11[1-9]|10[28]\d|911)(?:(?:,\s*|\s*[-/]\s*|\s+(?:và|hoặc|hay)\s+)11[1-9])*)(?!\w|[.,/:-]\d)")
 def emergency(m):
     "gọi 113, gọi 113 hoặc 114"
     if m["name"].strip().lower() == "số" and NAME.match(m.string, m.end()) or behind(m, "đường phố người cuộc"): return None
@@ -373,11 +373,11 @@ def identity(m):
 # %% ../../nbs/text/00_numbers.ipynb #2e89b43a
 @rule(r"(?<![\w.,])(\d{2})(\s?-?\s?)([A-ZĐ]{1,2}\d?|[A-ZĐ]\d)([\s.-]{1,3})(\d{3}\.?\d{2}|\d{4})(?!\w|[.,/-]?\d)", needs="0123456789")
 def plate(m):
-    "29A-123.45, 51F-1234"
+    "30E-567.89, 51F-1234"
     if not ("-" in m[2] + m[4] or "." in m[5] or before(m, "biển biển_số xe biển_kiểm_soát bks", gap=2)): return None
     return f"{cardinal(int(m[1]))} {m[3][:-1]} {cardinal(int(m[3][-1]))} {digits(m[5])}" if m[3][-1].isdigit() else f"{cardinal(int(m[1]))} {m[3]} {digits(m[5])}"
 
-@rule(rf"(?<!\w)(?P<name>{any_of('chuyến_bay chuyến số_hiệu máy_bay boeing airbus tàu_hỏa mã chứng_khoán')}\s+(?:[A-Z]{{1,3}}\s?)?)(?P<n>\d{{3,4}}(?:-\d{{1,4}})?)(?!\w|[.,/]\d|\s?(?:người|khách|ghế|cổ))")
+@rule(rf"(?<!\w)(?P<name>{any_of('chuyến_bay chuyến số_hiệu máy_bay boeing airbus tàu_hỏa mã chứng_khoán')}\s+(?:(?:[A-Z]{{1,3}}|[a-z]{{2}})\s*)?)(?P<n>\d{{3,4}}(?:-\d{{1,4}})?)(?!\w|[.,/]\d|\s?(?:người|khách|ghế|cổ))")
 def flight(m):
     "chuyến bay VN 1234, Boeing 737-800"
     return f"{m['name'].rstrip()} {' '.join(map(digits, m['n'].split('-')))}"

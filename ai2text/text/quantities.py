@@ -24,7 +24,7 @@ UNITS = {prefix + sign: f"{PREFIXES[prefix]} {name}" for sign, name, prefixes in
     ("Ω", "ôm", "k")) for prefix in prefixes}
 UNITS |= {sign: name for name, signs in {"mét": "m", "gam": "g gr gram", "lít": "l L", "héc": "Hz", "oát": "W", "vôn": "V", "giờ": "h", "phút": "p ph ' ′ min", "giây": "s ″", "nghìn": "k K", "triệu": "tr", "héc ta": "ha", "xê xê": "cc", "ca lo": "cal", "mon": "mol",
     "mi li lít": "mL", "đề xi lít": "dL", "đề xi ben": "dB", "mi li mét thủy ngân": "mmHg", "độ c": "°C ºC oC °c ºc", "độ f": "°F ºF", "độ": "° º", "phần trăm": "%", "phần nghìn": "‰", "mã lực": "hp", "in": "inch ″", "ôm": "Ω",
-    "phần triệu": "ppm", "sao": "★ ⭐", "đơn vị quốc tế": "IU", "đề xi mét": "dm", "ki lô oát giờ": "KWh"}.items() for sign in signs.split()}
+    "phần triệu": "ppm", "sao": "★ ⭐ *", "đơn vị quốc tế": "IU", "đề xi mét": "dm", "ki lô oát giờ": "KWh"}.items() for sign in signs.split()}
 for length in ("km", "hm", "m", "dm", "cm", "mm"):
     for sign in "2²": UNITS[length + sign] = f"{UNITS[length]} vuông"
     for sign in "3³": UNITS[length + sign] = f"{UNITS[length]} khối"
@@ -58,7 +58,7 @@ def minus(m):
 
 @rule(r"(?:[<>]\s?=|[<>≥≤~≈#])\s?(?=[-−]?\d)", needs="<>≥≤~≈#")
 def compared(m):
-    ">80%, ≥12, ~100"
+    ">60%, ≥16, ~50"
     if m[0][0] == ">" and re.search(r"<[^<>]*$", m.string[:m.start()]): return None # the end of a tag of markup
     if before(m, "khoảng chừng tầm cỡ gần" if m[0][0] in "~≈" else "dưới trên hơn lớn_hơn nhỏ_hơn ít_hơn từ tối_thiểu tối_đa"): return ""
     if m[0].strip()[0] in "~≈" and re.search(r"\d\S{0,3}\s?$", m.string[:m.start()]): return None
@@ -85,6 +85,7 @@ def fraction(m):
     top, under = m[2], m[3]
     above, below, unit = value_of(top), value_of(under), f" {name_of(m[4])}" if m[4] else ""
     over = f"{read_number(top)} trên {read_number(under)}{unit}"
+    if re.fullmatch(r"(1[89]|20)\d\d", top) and (below - above) % 100 == 1 and len(under) in (2, 4): return either(over.replace(" trên ", " "), over) # a season
     if m["whole"]:
         if above < below <= 10: return f"{read_number(m['whole'])} và {read_number(top)} phần {'tư' if below == 4 else read_number(under)}{unit}"
         over = f"{read_number(m['whole'])} {over}"
@@ -98,12 +99,13 @@ def between(a:str, b:str)->str:
     "What is said for the dash between two numbers."
     return " đến " if value_of(a) < value_of(b) or (len(a) == 4 and len(b) == 2) else " "
 
-@rule(fr"(?<!\w)(?P<sign>(?i:us\$|vnd|vnđ|usd|eur|[sa]\$)|[$€£¥₫₩])\s?(?P<n>{PLAIN_NUMBER})(?:\s?[-–]\s?[$€£¥]?(?P<to>{PLAIN_NUMBER}))?(?P<large>\s?{LARGE})?(?!\w)")
+@rule(fr"(?<!\w)(?P<sign>(?i:us\$|vnd|vnđ|usd|eur|[sa]\$)|[$€£¥₫₩])\s?(?P<n>{PLAIN_NUMBER})(?:\s?[-–]\s?[$€£¥]?(?P<to>{PLAIN_NUMBER}))?(?P<large>\s?(?:{LARGE}|[KMB]|bn))?(?!\w)")
 def sign_first(m):
     "$5, US$20, $2.5 triệu, $10-20"
     words = amount(m["n"], m["sign"])
     if m["to"]: words += between(m["n"], m["to"]) + amount(m["to"], m["sign"])
-    return f"{words}{' ' + m['large'].strip() if m['large'] else ''} {name_of(m['sign'])}"
+    large = (m["large"] or "").strip()
+    return " ".join(filter(None, (words, {"K": "nghìn", "M": "triệu", "B": "tỷ", "bn": "tỷ"}.get(large, large), name_of(m["sign"]))))
 
 @rule(fr"(?<!\d[-–—])(?P<a>{NUMBER})\s?(?P<unit>{SIGN})?\s?[-–—~]\s?(?={PLAIN_NUMBER}(?!\s?[-–—]\s?\d|:\d))(?P<b>{PLAIN_NUMBER})", needs="-–—~")
 def range_of_numbers(m):
@@ -113,7 +115,7 @@ def range_of_numbers(m):
 
 @rule(r"\s?[+=×÷±≠](?=\s?\d)|(?<=\d)\s?[+=](?!\w)|(?<=\d)\s?[x*](?=\s?\d)|(?<=\w)\s[x*×]\s(?=\d)|(?<=\w)\s?\^\s?[-−]?(?=\w)", needs="+=x*×÷±≠^")
 def mathematics(m):
-    "2 + 3 = 5, 3x4, 2^10"
+    "2 + 3 = 5, 3x4, 10^6"
     return " ".join(MATHEMATICS[sign] for sign in m[0] if sign.strip())
 
 @rule(r"(?<![\w.,])(\d{1,9})\s?(m|kg|tr|l|tỷ|tỉ|triệu|lít|mét|cân|°)(?!(?<=m)[23](?!\d))(\d{1,3})(?!\w|[.,]\d)(?:\s?((?i:đồng|đ|vnđ|vnd)(?!\w)))?")
@@ -149,7 +151,7 @@ def quantity(m):
     words = f"{amount(m['n'], unit)}{' ' + m['large'].strip() if m['large'] else ''} {name_of(unit)}"
     return around(words + " ", per(m["per"])) if m["per"] else words
 
-@rule(fr"(?<=[^\W\d_])\s?/\s?(?P<what>{PER_WORDS}|[^\W\d_]+[23²³]?)(?!\w)", needs="/")
+@rule(fr"(?<=[^\W_])\s?/\s?(?P<what>{PER_WORDS}|[^\W\d_]+[23²³]?)(?!\w)", needs="/")
 def per_unit(m):
     "người/km2, lần/ngày, behind a word that is counted"
     long_unit = len(m["what"]) > 1 and (m["what"] in UNITS or m["what"].lower() in _ANY_CASE) and m["what"][0].islower() and not re.fullmatch(PER_WORDS, m["what"])
@@ -159,6 +161,7 @@ def per_unit(m):
 @rule(r"(?<=[^\W\d_])\s?/\s?(?=\d)", needs="/")
 def per_number(m):
     "8 lít/100km, 1 viên/8 giờ"
+    if re.search(r"\d[A-Z]$", m.string[:m.start()]): return "" # 3G/4G
     return "trên" if _COUNTED_BEFORE.search(m.string[max(0, m.start() - 60):m.start()]) else None
 
 @rule(r"(?<!\w)[Kk][Mm]\.?\s?(?=\d)")

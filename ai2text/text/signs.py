@@ -15,7 +15,7 @@ from .numbers import any_of, cardinal, digits
 # %% ../../nbs/text/06_signs.ipynb #fbed2089
 D_BARS = "ÐðĐɖƉ"          # eth and African d: they look like Đ and đ
 READ = {"%": "phần trăm", "‰": "phần nghìn", "½": "một phần hai", "¼": "một phần tư", "¾": "ba phần tư", "⅓": "một phần ba", "⅔": "hai phần ba", "&": "và", "@": "a còng", "+": "cộng", "=": "bằng", "×": "nhân", "÷": "chia", "±": "cộng trừ",
-    "°": "độ", "$": "đô la", "€": "ơ rô", "£": "bảng", "¥": "yên", "₫": "đồng", "№": "số", "√": "căn", "∞": "vô cùng", "≥": "lớn hơn hoặc bằng", "≤": "nhỏ hơn hoặc bằng", "≈": "khoảng", "α": "an pha", "β": "bê ta", "γ": "gam ma", "π": "pi", "µ": "mi crô", "Ω": "ôm", "ω": "ô mê ga"}
+    "°": "độ", "$": "đô la", "€": "ơ rô", "£": "bảng", "¥": "yên", "₫": "đồng", "№": "số", "√": "căn", "∞": "vô cùng", "≥": "lớn hơn hoặc bằng", "≤": "nhỏ hơn hoặc bằng", "≈": "khoảng", "α": "an pha", "β": "bê ta", "γ": "gam ma", "π": "pi", "µ": "mi crô", "μ": "mi crô", "Ω": "ôm", "ω": "ô mê ga"}
 QUOTES = "`´ʹʼ|"          # Unicode calls them symbols or letters; writers use them as quotes and bars
 FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0" # invisible, but not of a category that says so
 NUMBER_SIGNS = "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd" # category Cf like the zero-width joiner, but drawn
@@ -66,8 +66,8 @@ def write_out(
 # %% ../../nbs/text/06_signs.ipynb #8f0699d2
 _ENDS = "com net org vn edu gov info io tv app shop asia biz xyz site online"
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
-WEB = re.compile(rf"""(?<![\w@.])(?:(?P<scheme>https?://)|(?P<user>[A-Za-z0-9][\w.+-]*)@|(?=www\.))(?P<host>{_LABEL}(?:\.{_LABEL})+|localhost)(?P<path>[/?#][^\s<>"”)\],;]*)?
-    |(?<![\w@.])(?P<bare>(?:{_LABEL}\.)+(?:{"|".join(_ENDS.split())}|[a-z]{{2,3}}(?=/[\w@-]{{3}})))(?![\w@-]|\.\w)(?P<way>/[^\s<>"”)\],;]*)?""", re.X)
+WEB = re.compile(rf"""(?<![\w@.-])(?:(?P<scheme>https?://)|(?P<user>[A-Za-z0-9][\w.+-]*)@|(?=www\.))(?P<host>{_LABEL}(?:\.{_LABEL})+|localhost)(?P<path>[/?#][^\s<>"”)\],;]*)?
+    |(?<![\w@.-])(?P<bare>(?:{_LABEL}\.)+(?:{"|".join(_ENDS.split())}|[a-z]{{2,3}}(?=/[\w@-]{{3}})))(?![\w@-]|\.\w)(?P<way>/[^\s<>"”)\],;]*)?""", re.X)
 _SIGNS = {".": "chấm", "@": "a còng", "/": "xuyệt", "_": "gạch dưới", "-": "gạch ngang", "=": "bằng", "+": "cộng", "&": "và"}
 
 def _spelled(text:str, signs:dict)->str:
@@ -90,7 +90,8 @@ TAGS = """noise noises noisy background_noise laugh laughs laughing laughter bre
     inaudible unintelligible unclear crosstalk overlap hesitation filler um uh pause click lipsmack lip_smack noise_background speech_noise spk int sta fil beep ring phone_ringing static garbage foreign blank_audio
     cười cười_lớn cười_to cười_nhẹ cười_rộ tiếng_cười vỗ_tay tiếng_vỗ_tay ho tiếng_ho hắt_hơi thở_dài tiếng_thở thở khóc tiếng_khóc nhạc âm_nhạc tiếng_nhạc nhạc_nền nhạc_dạo ồn tiếng_ồn tạp_âm nhiễu im_lặng khoảng_lặng ngập_ngừng
     không_nghe_rõ không_rõ nghe_không_rõ không_nghe_được tiếng_động tiếng_chuông chuông_reo tiếng_xe tiếng_nước reo_hò hò_reo hát tiếng_hát tiếng_nước_ngoài nói_chen nói_chồng hắng_giọng tặc_lưỡi"""
-TAG = re.compile(rf"[\[<{{(*♪♫]+\s*[/!]?\s*(?P<tag>{any_of(TAGS)})(?:[\s:_-]*[\d.:,s]+)?\s*/?[\]>}})*♪♫]+|(?<!\w)(?:!SIL|\+\+?(?P<plus>{any_of(TAGS)})\+\+?)(?!\w)")
+_TAG = any_of(TAGS).replace(" ", "[ _]")
+TAG = re.compile(rf"(?<![\[<{{(*♪♫])[\[<{{(*♪♫]{{1,3}}\s?[/!]?\s?(?P<tag>{_TAG})(?:[\s:_-]*[\d.:,s]+)?\s*/?[\]>}})*♪♫]+|\[(?P<sound>(?i:tiếng|âm thanh|nhạc)(?:[\s_][^\W_]+){{1,5}})\]|(?<!\w)(?:!SIL|\+\+?(?P<plus>{_TAG})\+\+?)(?!\w)")
 EMOTICON = re.compile(r"(?<!\w)(?:[:;=]['-]?(?:[DPpvOo](?!\w)|[)(\]*|/\\]+)|<3+(?!\d)|\^[_.-]*\^|[xX]D+(?!\w)|T_T|[=-]+>+|<[=-]+(?!\d)|>{2,}|<{2,})")
 MARKUP = re.compile(r"<[/!?]?[A-Za-z][^<>]*>|<!--|&(?:#\d+|#[xX][0-9A-Fa-f]+|[A-Za-z]{2,8});")
 
@@ -100,7 +101,7 @@ def split_tags(
     "A text at its tags; a tag is its words, joined with `_`."
     parts, end = [], 0
     for m in TAG.finditer(text):
-        parts += [text[end:m.start()], "_".join((m["tag"] or m["plus"] or "sil").lower().split())]
+        parts += [text[end:m.start()], "_".join((m["tag"] or m["sound"] or m["plus"] or "sil").lower().replace("_", " ").split())]
         end = m.end()
     return [*parts, text[end:]]
 

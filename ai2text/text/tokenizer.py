@@ -16,8 +16,7 @@ from fastcore.basics import patch
 
 from ..core.params import ConfigError
 from ..core.files import atomic_write, read_json, write_json
-from .normalise import Normaliser, unknown_characters
-from .normalisers import NORMALISER, NORMALISER_FILE, check_normaliser, normaliser_name
+from .normalise import NORMALISER, NORMALISER_FILE, Normaliser, check_normaliser, normaliser_name, unknown_characters
 from .syllables import ALPHABET
 
 # %% ../../nbs/text/20_tokenizer.ipynb #0b71774a

@@ -19,7 +19,7 @@ from ..core.files import read_json, sha256
 from ..core.layout import Layout, find_root
 from ..core.environment import NotePeak, environment
 from ..core.distributed import LostMachine, MINUTES, Ranks, launch
-from ..text.normalisers import normaliser_name
+from ..text.normalise import normaliser_name
 from ..text.tokenizer import load_tokenizer
 from ..data.dvc_files import CorruptObject, RemoteUnavailable, dvc_files, packed
 from ..models.store import load_model

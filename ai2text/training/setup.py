@@ -17,8 +17,7 @@ from ..core.layout import Layout
 from ..core.code import identity
 from ..core.distributed import Ranks
 from ..data.loader import create_webdataset_loader
-from ..text.normalise import Normaliser
-from ..text.normalisers import NORMALISER_FILE, check_normaliser
+from ..text.normalise import NORMALISER_FILE, Normaliser, check_normaliser
 from ..models.store import load_config
 from ..evaluation.score_split import score_model, split_loader
 from .budget import Budget, WarmupConstantDecay
