@@ -84,7 +84,7 @@ class Entry:
         return unsure(self.default, *self.all_words) if self.unsure else self.default
 
 # %% ../../nbs/text/08_abbreviations.ipynb #3cd78e0a
-DOCUMENT = re.compile(rf"(?P<kind>(?i:thông tư|nghị định|quyết định|nghị quyết|chỉ thị|luật|công văn|kế hoạch|báo cáo|thông báo|hướng dẫn)\s+(?i:số\s*:?\s*)?)?(?<![\w/])(?P<n>\d{{1,5}})(?P<letter>[a-z]?)(?:/(?P<year>[12]\d{{3}}))?(?P<sign>[/-])(?P<code>[{CAPITALS}]{{2,}}\w*\d*(?:[-–/][{CAPITALS}][\w&]*)*)(?![\w/])")
+DOCUMENT = re.compile(rf"(?P<kind>(?:NĐ|QĐ|TT|NQ|CT|(?i:thông tư|nghị định|quyết định|nghị quyết|chỉ thị|luật|công văn|kế hoạch|báo cáo|thông báo|hướng dẫn|số))\s+(?i:số\s*:?\s*)?)?(?<![\w/])(?P<n>\d{{1,5}})(?P<letter>[a-z]?)(?:/(?P<year>[12]\d{{3}}))?(?P<sign>[/-])(?P<code>[{CAPITALS}]{{2,}}\w*\d*(?:[-–/][{CAPITALS}][\w&]*)*)(?![\w/])")
 
 def _read_document(m, table)->str:
     "A document's number in words."
@@ -99,7 +99,7 @@ def _read_document(m, table)->str:
     number, year, said = f"{cardinal(int(m['n']))} {m['letter']}".strip(), m["year"] and cardinal(int(m["year"])), (m["kind"] or "").lower()
     literal = " ".join([number, *([year] if year else []), *names])
     over = " trên ".join([number, *([year] if year else []), " ".join(names)])
-    if len(names) > 1 and said.startswith(names[0]): return either(f"{number}{f' năm {year}' if year else ''} của {' '.join(names[1:])}", over, literal)
+    if len(names) > 1 and (said.startswith(names[0]) or said.split()[:1] == [parts[0].lower()]): return either(f"{number}{f' năm {year}' if year else ''} của {' '.join(names[1:])}", over, literal)
     return either(over, literal)
 
 # %% ../../nbs/text/08_abbreviations.ipynb #001b360d

@@ -12,7 +12,7 @@ __all__ = ['ALONE', 'CODE_END', 'RESULTS', 'SCORES', 'COUNTED', 'RATIOS', 'DAY',
 
 # %% ../../nbs/text/02_dates.ipynb #dfdb1d75
 import re
-from .numbers import PLAIN_NUMBER, apply_rules, around, before, behind, between_names, cardinal, either, read_number, rule, unsure
+from .numbers import PLAIN_NUMBER, around, before, behind, between_names, cardinal, either, read_number, rule, unsure
 
 # %% ../../nbs/text/02_dates.ipynb #daa05aca
 ALONE, CODE_END = r"(?<![\w])(?<!\d[.,/:-])", r"(?![\w]|[.,/:-]\d|\s?[%‰°])"
@@ -107,16 +107,17 @@ def school_class(m):
 def day_and_month(m):
     "30/4-1/5; 1/6 by its context; not 1/2, which is a half"
     pairs = [(int(a), int(b)) for a, b in re.findall(r"(\d+)/(\d+)", m[0])]
-    (a, b), alone = pairs[0], len(pairs) == 1
-    words, house = _dates(m[0]), " trên ".join(map(cardinal, pairs[0]))
-    if m[0] == "24/7" or before(m, DOCUMENTS + " vòng âm") or re.search(r"(?<![\w.,/])\d{1,3} $", m.string[:m.start()]): return None
+    (a, b), alone, left, right = pairs[0], len(pairs) == 1, m.string[:m.start()], m.string[m.end():]
+    words, house = _dates(m[0]), f"{cardinal(a)} trên {cardinal(b)}"
+    if m[0] == "24/7" or before(m, DOCUMENTS + " vòng âm") or re.search(r"(?<![\w.,/])\d{1,3} $", left): return None
     if before(m, DAYS): return words
-    if alone and (before(m, STREETS) or before(m, "lớp", gap=5) or (behind(m, "đường phố quốc_lộ") and b > 1)): return either(house, house.replace("trên", "xuyệt"), words)
-    if alone and (behind(m, COUNTED) or a < b and behind(m, PARTS) or before(m, "điểm đạt chấm trình_độ văn_hóa")): return None
-    if any(a > b for a, b in pairs) or before(m, SPANS) or behind(m, YEARLY) or m.string[m.start()-1:m.start()] == "(" and m.string[m.end():m.end()+1] == ")": return words
-    likely = a == b or a < b and not (b <= 4 or b == 10) and not before(m, QUANTITIES) and not (re.match(r"\s+[^\W\d_A-Z]", m.string[m.end():]) and (a == 1 or b <= 5))
-    starts = not m.string[:m.start()].strip(" \"“(") and re.match(r"\s*[,:]", m.string[m.end():])
-    if likely or starts or not alone and not any(b <= 4 or b == 10 for a, b in pairs): return unsure(words, _fraction(a, b) if a < b else house)
+    if alone and (before(m, STREETS) or before(m, "lớp", gap=5) or behind(m, "đường phố quốc_lộ") and b > 1): return either(house, house.replace("trên", "xuyệt"), words)
+    if alone and (before(m, "điểm đạt chấm trình_độ văn_hóa") or behind(m, COUNTED) or a < b and behind(m, PARTS)): return None
+    in_brackets, leads = left.endswith("(") and right.startswith(")"), not left.strip(" \"“(-") and re.match(r"\s*[,:]", right)
+    if any(a > b for a, b in pairs) or before(m, SPANS) or behind(m, YEARLY) or in_brackets: return words
+    usual = [b <= 4 or b == 10 for _, b in pairs] # halves, quarters, tenths
+    part_of = re.match(r"\s+[^\W\d_A-Z]", right) and (a == 1 or b <= 5) # 1/5 cổ đông
+    if leads or (a == b or not usual[0] and not part_of and not before(m, QUANTITIES) if alone else not any(usual)): return unsure(words, _fraction(a, b) if a < b else house)
 
 @rule(fr"{ALONE}{DAY}(?P<sign>[.-]){MONTH}(?!\d)(?:{JOINT}{DAY}(?P=sign){MONTH}(?!\d))*{CODE_END}(?!\s?(?:trăm|nghìn|ngàn|triệu|tỷ|tỉ|kg|km|đồng|lần|USD)(?!\w))", needs=".-")
 def announced_day(m):
@@ -179,7 +180,7 @@ def open_years(m):
 
 # %% ../../nbs/text/02_dates.ipynb #8f997eed
 HOUR, MINUTE = r"(?:[01]?\d|2[0-4])", r"[0-5]\d"
-TIME = fr"{HOUR}(?::{MINUTE}(?::{MINUTE})?|\s?[hHg]\s?{MINUTE}(?:\s?(?:phút|ph|p|m|['′]))?|\s?[hH])(?!\w)"
+TIME = fr"{HOUR}(?::{MINUTE}(?::{MINUTE})?|\s?[hHg]\s?{MINUTE}(?:\s?(?:phút|ph|p|m|['′]))?|\s?[hH])(?:(?!\w)|(?=[AaPp][Mm](?!\w)))"
 WHEN = "lúc hồi từ đến tới trước sau khoảng vào mở_cửa"
 PART_OF_DAY = "sáng trưa chiều tối đêm khuya ngày hôm"
 BOOKS = """gioan giăng luca lu-ca mátthêu mát-thêu ma-thi-ơ mác máccô mác-cô rôma rô-ma côrintô cô-rinh-tô galát ga-la-ti êphêsô ê-phê-sô thánh_vịnh tv thi_thiên sáng_thế sáng_thế_ký xuất_hành khải_huyền châm_ngôn isaia ê-sai timôthê phêrô
@@ -203,7 +204,7 @@ def southern_hour(m):
     if not (m[3] or before(m, WHEN) or behind(m, PART_OF_DAY)): return None
     return time(m[1]) + (f" đến {time(m[2], m[3] or '')}" if m[2] else "")
 
-@rule(fr"(?<!\w)(?<!\d[.,/:])(?:(?P<from>{HOUR})\s?[-–]\s?)?(?P<a>{TIME})(?:\s?[-–]\s?(?P<b>{TIME}))?(?![.,:]\d)", needs=":hHg")
+@rule(fr"(?<!\w)(?<!\d[.,/:])(?:(?P<from>{HOUR})\s?[-–]\s?)?(?P<a>{TIME})(?:\s?[-–]\s?(?P<b>{TIME}|{HOUR}g(?!\w)))?(?![.,:]\d)", needs=":hHg")
 def time_of_day(m):
     "8h30, 8:30, 6:05:09, 8-10h, 7:00-9:30"
     times = ([cardinal(int(m["from"]))] if m["from"] else []) + [time(*re.findall(r"\d+", o)) for o in (m["a"], m["b"]) if o]

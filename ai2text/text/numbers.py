@@ -91,136 +91,6 @@ MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
     ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
     ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
 
-# %% ../../nbs/text/00_numbers.ipynb #dc0448c6
-_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
-MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
-    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
-    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
-    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
-    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
-    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
-    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
-    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
-    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
-    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
-
-# %% ../../nbs/text/00_numbers.ipynb #8c9489c2
-_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
-MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
-    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
-    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
-    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
-    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
-    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
-    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
-    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
-    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
-    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
-
-# %% ../../nbs/text/00_numbers.ipynb #3b9244ad
-_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
-MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
-    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
-    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
-    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
-    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
-    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
-    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
-    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
-    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
-    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
-
-# %% ../../nbs/text/00_numbers.ipynb #ae24d3a8
-_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
-MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
-    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
-    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
-    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
-    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
-    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
-    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
-    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
-    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
-    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
-
-# %% ../../nbs/text/00_numbers.ipynb #a78a4e88
-_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
-MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
-    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
-    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
-    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
-    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
-    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
-    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
-    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
-    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
-    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
-
-# %% ../../nbs/text/00_numbers.ipynb #97b1242a
-_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
-MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
-    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
-    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
-    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
-    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
-    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
-    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
-    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
-    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
-    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
-
-# %% ../../nbs/text/00_numbers.ipynb #28a58005
-_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
-MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
-    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
-    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
-    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
-    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
-    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
-    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
-    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
-    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
-    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
-
-# %% ../../nbs/text/00_numbers.ipynb #92d2d2a7
-_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
-MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
-    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
-    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
-    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
-    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
-    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
-    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
-    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
-    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
-    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
-
-# %% ../../nbs/text/00_numbers.ipynb #b0051869
-_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
-MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
-    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
-    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
-    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
-    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
-    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
-    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
-    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
-    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
-    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
-
-# %% ../../nbs/text/00_numbers.ipynb #70140ad9
-_BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
-MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
-    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
-    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
-    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
-    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
-    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
-    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
-    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
-    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
-    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
-
 # %% ../../nbs/text/00_numbers.ipynb #0294c331
 class Options(str):
     "Words, with others that may be right."
@@ -331,7 +201,7 @@ def between_names(match)->bool:
 CALLS = """gọi gọi_số gọi_cho gọi_ngay bấm quay alo tổng_đài hotline cảnh_sát cứu_hỏa cứu_hoả cấp_cứu cứu_thương liên_hệ đường_dây_nóng nhắn_tin số_khẩn_cấp cskh"""
 CALLED = CALLS + """ điện_thoại số_điện_thoại đt đtdđ sđt tel fax zalo di_động gửi gửi_đến đầu_số"""
 IDS = """mã_số mã_số_thuế mst mã_bưu_chính mã_bưu_điện số_báo_danh sbd mã_vùng mã_otp otp mã_xác_nhận mã_pin mã_đơn mã_đơn_hàng mã_vận_đơn mã_giao_dịch mã_sinh_viên mssv mã_hồ_sơ mã_lớp mã_đề mật_khẩu số_tài_khoản tài_khoản stk tk số_thẻ
-    số_hiệu số_seri seri số_sê_ri imei cccd căn_cước căn_cước_công_dân cmnd cmt chứng_minh_thư chứng_minh_nhân_dân số_chứng_minh hộ_chiếu gplx giấy_phép_lái_xe số_bảo_hiểm biển_số biển_kiểm_soát số_máy số_khung"""
+    số_hiệu số_seri seri số_sê_ri imei cccd căn_cước căn_cước_công_dân cmnd cmt chứng_minh_thư chứng_minh_nhân_dân số_chứng_minh hộ_chiếu gplx giấy_phép_lái_xe số_bảo_hiểm biển_số biển_kiểm_soát số_máy số_khung isbn mã_vạch"""
 GAP = r"(?:\s*[:.]\s*|\s+)(?:(?:số|là|số là)\s*:?\s+)?"
 SUM = r"(?!\w|[.,/:%]\d|\s?(?:đồng|đ|%|triệu|tỷ|tỉ|nghìn|ngàn|trăm|người|cuộc|usd|đô|vnđ|vnd|k|tr)(?!\w))" # what would follow a sum
 
@@ -365,7 +235,7 @@ def card(m):
     "9704 1234 5678 9012"
     return digits(m[0])
 
-@rule(rf"(?<!\w)(?P<name>{any_of(IDS)}{GAP}(?:[A-ZĐ]{{1,4}}-?)?)(?P<n>\d(?:[ .-]?\d){{2,}}){SUM}")
+@rule(rf"(?<!\w)(?P<name>{any_of(IDS)}{GAP}(?:[A-ZĐ]{{1,4}}[- ]?)?)(?P<n>\d(?:[ .-]?\d){{2,}}){SUM}")
 def identity(m):
     "mã số 001234, STK 1903 4567 8901"
     return f"{m['name'].rstrip('-')}{' ' * m['name'][-1].isalpha()}{digits(m['n'])}"

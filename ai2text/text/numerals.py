@@ -9,8 +9,8 @@ __all__ = ['VERSIONS', 'ROMAN', 'PLACES', 'TITLES', 'KINGS', 'ONES', 'DYNASTIC',
 
 # %% ../../nbs/text/05_numerals.ipynb #a2f7c691
 import re, unicodedata
-from .numbers import LONG, NUMBER, THOUSANDS, Trail, any_of, apply_rules, before, behind, cardinal, digits, read_number, rule, unsure
-from . import quantities # its rules go before these  # noqa: F401
+from .numbers import LONG, NUMBER, THOUSANDS, Trail, any_of, apply_rules, behind, cardinal, digits, read_number, rule, unsure
+from .quantities import name_of # its rules go before these  # noqa: F401
 from .dates import COUNTED
 
 # %% ../../nbs/text/05_numerals.ipynb #d5f22936

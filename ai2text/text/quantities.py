@@ -10,8 +10,7 @@ __all__ = ['MONEY', 'PREFIXES', 'UNITS', 'LONG_UNIT', 'UNIT', 'SIGN', 'LARGE', '
 
 # %% ../../nbs/text/04_quantities.ipynb #d5f634e1
 import re
-from ai2text.text.numbers import (DIGITS, NUMBER, PLAIN_NUMBER, any_of, apply_rules, around, before, behind, cardinal, either, read_number, rule,
-    value_of)
+from .numbers import DIGITS, NUMBER, PLAIN_NUMBER, any_of, around, before, behind, cardinal, either, read_number, rule, value_of
 from .dates import COUNTED, STREETS
 
 # %% ../../nbs/text/04_quantities.ipynb #a1efad35
@@ -51,10 +50,13 @@ def amount(number:str, sign:str)->str:
 MATHEMATICS = {"+": "cộng", "=": "bằng", "x": "nhân", "*": "nhân", "×": "nhân", "÷": "chia", "±": "cộng trừ", "^": "mũ", "-": "âm", "−": "âm", "≠": "khác"}
 COMPARED = {">": either("lớn hơn", "trên", "hơn"), "<": either("nhỏ hơn", "dưới"), "≥": either("lớn hơn hoặc bằng", "từ"), "≤": either("nhỏ hơn hoặc bằng", "không quá"), "~": "khoảng", "≈": "khoảng", "#": "số"}
 
+_READ = DIGITS + "mươi trăm phần".split() + sorted({name.split()[-1] for name in (*UNITS.values(), *MONEY.values())} - {"độ"}) # how a number ends that has been read
+_BEFORE_MINUS = re.compile(rf"(?:\d\S{{0,4}}|[A-Z]{{2,}}|(?<!\w)(?:{'|'.join(_READ)}))\s$")
+
 @rule(r"(?<![^\s(\[])(?<!\d\s)[-−–](?=\d)", needs="-−–")
 def minus(m):
     "-5, –5°C"
-    return None if re.search(rf"(?:\d\S{{0,4}}|[A-Z]{{2,}}|{'|'.join(DIGITS)}|mươi|trăm|nghìn|triệu|tỷ)\s$", m.string[max(0, m.start() - 8):m.start()]) else "âm"
+    return None if _BEFORE_MINUS.search(m.string, max(0, m.start() - 12), m.start()) else "âm"
 
 @rule(r"(?:[<>]\s?=|[<>≥≤~≈#])\s?(?=[-−]?\d)", needs="<>≥≤~≈#")
 def compared(m):
@@ -132,7 +134,12 @@ PER = """năm tháng tuần ngày ngày_đêm đêm giờ tiếng phút giây qu
 SHORT_PER = {"cp": "cổ phiếu", "ng": "người", "hs": "học sinh", "sv": "sinh viên", "th": "tháng"}
 PER_WORDS = rf"(?:{any_of(PER)}|{any_of('cp ng hs sv th')})"
 PRODUCTS = "iphone ipad galaxy samsung xiaomi redmi oppo vivo nokia vàng mạng sóng công_nghệ 4g lte" # a letter behind their number is a name
-_COUNTED_BEFORE = re.compile(rf"(?:\d|%|(?<!\w)(?:mấy|vài|mươi|mười|trăm|nghìn|ngàn|triệu|tỷ|tỉ|đồng|{'|'.join(DIGITS)}))[^\s/]*(?:\s+[^\s.;!?]+){{0,6}}$")
+_NEAR = re.compile(r"\d[^\s/]*(?:\s+[^\s.;!?]+){0,2}$")
+_COUNTED = re.compile(rf"(?:\d|%|(?<!\w)(?:mấy|vài|mươi|mười|trăm|nghìn|ngàn|triệu|tỷ|tỉ|đồng|gam|lít|mét|{'|'.join(o for o in DIGITS if o not in ('một', 'năm'))}))[^\s/]*(?:\s+[^\s.;!?]+){{0,6}}$")
+
+def _counted(m, near:bool=False)->bool:
+    "Whether a number is a few words before, which another rule may have read."
+    return bool((_NEAR if near else _COUNTED).search(m.string, max(0, m.start() - 60), m.start()))
 
 def per(what:str)->str:
     "A rate's unit or word behind its slash."
@@ -154,15 +161,15 @@ def quantity(m):
 @rule(fr"(?<=[^\W_])\s?/\s?(?P<what>{PER_WORDS}|[^\W\d_]+[23²³]?)(?!\w)", needs="/")
 def per_unit(m):
     "người/km2, lần/ngày, behind a word that is counted"
-    long_unit = len(m["what"]) > 1 and (m["what"] in UNITS or m["what"].lower() in _ANY_CASE) and m["what"][0].islower() and not re.fullmatch(PER_WORDS, m["what"])
-    if not long_unit and not _COUNTED_BEFORE.search(m.string[max(0, m.start() - 60):m.start()]): return None
-    return per(m["what"])
+    what, one_of = m["what"], re.fullmatch(PER_WORDS, m["what"])
+    measure = not one_of and what in UNITS and len(what) > 1 and what.islower()
+    return per(what) if measure or _counted(m, near=not one_of and what not in UNITS) else None
 
 @rule(r"(?<=[^\W\d_])\s?/\s?(?=\d)", needs="/")
 def per_number(m):
     "8 lít/100km, 1 viên/8 giờ"
     if re.search(r"\d[A-Z]$", m.string[:m.start()]): return "" # 3G/4G
-    return "trên" if _COUNTED_BEFORE.search(m.string[max(0, m.start() - 60):m.start()]) else None
+    return "trên" if _counted(m) else None
 
 @rule(r"(?<!\w)[Kk][Mm]\.?\s?(?=\d)")
 def milestone(m):

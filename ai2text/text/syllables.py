@@ -111,8 +111,8 @@ def from_old_encoding(
     if not words or all(map(is_syllable, words)): return text, ""
     best, name, new = sum(map(is_syllable, words)), "", text
     for encoding, convert in ENCODINGS.items():
-        after = convert(text)
-        if after == text: continue
-        good = sum(is_syllable(word) for word in _words(after) if not word.isascii())
-        if good > best and good >= 0.8 * len(words) and (good > 1 or len(re.findall(r"[^\W\d_]\S*", text)) == 1 or encoding == "TCVN3" and _INSIDE.search(text)): best, name, new = good, encoding, after
+        after = [word for word in _words(convert(text)) if not word.isascii()]
+        good, mended = sum(map(is_syllable, after)), sum(is_syllable(word) and word not in words for word in after)
+        sure = mended > 1 or len(re.findall(r"[^\W\d_]\S*", text)) == 1 or encoding == "TCVN3" and _INSIDE.search(text)
+        if sure and good > best and good >= 0.8 * len(words): best, name, new = good, encoding, convert(text)
     return new, name
