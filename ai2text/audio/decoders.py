@@ -16,7 +16,7 @@ import soundfile as sf
 
 # %% ../../nbs/audio/00_decoders.ipynb #750c85e7
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".m4a", ".mp4", ".aac", ".3gp", ".amr", ".webm", ".mkv", ".mka", ".wma", ".caf", ".aif", ".aiff", ".aifc", ".au",
-                  ".m4b", ".m4v", ".mov", ".3g2", ".3gpp", ".awb", ".weba", ".mp2", ".mpga", ".adts", ".asf", ".wmv", ".avi", ".w64", ".wv") # of recordings in folders, and of members of shards
+                  ".m4b", ".m4v", ".mov", ".3g2", ".3gpp", ".awb", ".weba", ".mp2", ".mpga", ".adts", ".asf", ".wmv", ".avi", ".flv", ".mpg", ".w64", ".wv") # of recordings in folders, and of members of shards
 
 class AudioError(ValueError):
     "A recording that cannot be used; the text names it and says why."
@@ -32,7 +32,7 @@ class AudioError(ValueError):
 _MAGIC = ( # place, bytes, FFmpeg's name of the format
     (4, b"ftyp", "mov"), (4, b"moov", "mov"), (4, b"mdat", "mov"), (4, b"wide", "mov"), (4, b"free", "mov"), (0, b"\x1aE\xdf\xa3", "matroska"), (0, b"0&\xb2u\x8ef\xcf\x11", "asf"),
     (0, b"#!AMR", "amr"), (8, b"WAVE", "wav"), (8, b"AVI ", "avi"), (0, b"OggS", "ogg"), (0, b"fLaC", "flac"), (8, b"AIFF", "aiff"), (8, b"AIFC", "aiff"), (0, b"caff", "caf"),
-    (0, b".snd", "au"), (0, b"wvpk", "wv"), (0, b"riff.\x91\xcf\x11", "w64"))
+    (0, b".snd", "au"), (0, b"wvpk", "wv"), (0, b"FLV\1", "flv"), (0, b"\0\0\1\xba", "mpeg"), (0, b"riff.\x91\xcf\x11", "w64"))
 
 @lru_cache(1)
 def _mpeg_sizes()->dict:
@@ -60,6 +60,7 @@ def format_of(
     head = data[(at := _after_id3(data)):at + 16]
     for place,magic,name in _MAGIC:
         if head[place:place + len(magic)] == magic: return name
+    if data[:565:188] == b"GGGG": return "mpegts"
     if head[:3] in _mpeg_sizes() or _adts_size(head): # a second frame where the first one ends, or nothing
         end = at + (_mpeg_sizes().get(head[:3]) or _adts_size(head))
         if end >= len(data) or data[end:end+2] == head[:2] or data[end:end+3] in _mpeg_sizes(): return "aac" if _adts_size(head) else "mp3"
@@ -163,6 +164,14 @@ def walk_mpeg(
 )->tuple[list, list]: # of `Mpeg`; of what a reader should know
     "The recordings in MPEG sound of layers II and III."
     get, end, parts, notes, headers, part, count = _mpeg_sizes().get, len(data) if end is None else end, [], set(), set(), None, 0
+    first = _after_id3(data, at)
+    if size := get(data[first:first+3]): # an honest header of all there is spares the search for more
+        part, header = _mpeg_begins(data, first)
+        if header and part.claims:
+            here = first + size
+            while size := get(data[here:here+3]): here, count = here + size, count + 1
+            if count == part.claims and here <= end <= max(here, _after_tag(data, here)): return [part._replace(frames=count, end=here)], []
+        part, count = None, 0
     for name in (b"Xing", b"Info"): # the frame of a header begins so many bytes before
         found = data.find(name, at, end)
         while found >= 0: headers.update(found - before for before in (13, 21, 36)); found = data.find(name, found + 1, end)
@@ -225,6 +234,7 @@ def missing_bytes(
 )->str:         # "" if nothing is missing, or nobody says how much there should be
     "What the outermost boxes of a file lack."
     end, at = len(data), 0
+    if format == "avi" and is_cut(size := int.from_bytes(data[4:8], "little"), end - 8): return f"with {end} of {size + 8} bytes"
     while at < end:
         if format == "mov":
             size, name = int.from_bytes(data[at:at+4], "big"), data[at+4:at+8]
@@ -316,8 +326,8 @@ class _Sndfile:
     def close(self): self.file.close()
 
 # %% ../../nbs/audio/00_decoders.ipynb #49180064
-_CODECS = ("aac,aac_latm,ac3,adpcm_g722,adpcm_g726,adpcm_g726le,adpcm_ima_qt,adpcm_ima_wav,adpcm_ms,adpcm_swf,adpcm_yamaha,alac,amrnb,amrwb,ape,eac3,flac,g722,g723_1,g726,g726le,g729,gsm,gsm_ms,mp1,mp1float,mp2,mp2float,mp3,mp3float,"
-           "opus,libopus,pcm_alaw,pcm_mulaw,pcm_f32be,pcm_f32le,pcm_f64be,pcm_f64le,pcm_s16be,pcm_s16le,pcm_s24be,pcm_s24le,pcm_s32be,pcm_s32le,pcm_s8,pcm_u8,qdm2,speex,libspeex,truespeech,vorbis,wavpack,wmav1,wmav2,wmapro,wmalossless,wmavoice")
+_CODECS = ("aac,aac_latm,ac3,adpcm_g722,adpcm_g726,adpcm_g726le,adpcm_ima_qt,adpcm_ima_wav,adpcm_ms,adpcm_swf,adpcm_yamaha,alac,amrnb,amrwb,ape,dca,eac3,flac,g722,g723_1,g726,g726le,g729,gsm,gsm_ms,mp1,mp1float,mp2,mp2float,mp3,mp3float,"
+           "opus,libopus,pcm_alaw,pcm_mulaw,pcm_f32be,pcm_f32le,pcm_f64be,pcm_f64le,pcm_s16be,pcm_s16le,pcm_s24be,pcm_s24le,pcm_s32be,pcm_s32le,pcm_bluray,pcm_dvd,pcm_s8,pcm_u8,qdm2,speex,libspeex,truehd,truespeech,vorbis,wavpack,wmav1,wmav2,wmapro,wmalossless,wmavoice")
 _TIMED, _PREROLL = ("mov", "matroska"), 1. # formats whose packets have times to seek by; s that are decoded before the place
 _TRAILING = 4096                           # samples that a codec may add at the end
 
@@ -351,15 +361,21 @@ class _Ffmpeg:
         self.start, first_TC = first
         self.channels, about = first_TC.shape[1], self.track.duration and float(self.track.duration*self.track.time_base)
         self.about = about or (self.box.duration or 0)/1e6 # s by the header
-        self.skip = len(first_TC) if self.track.codec_context.name == "aac" and self.packets == 1 else skip # the first frame of AAC is none yet; where a file says so, FFmpeg has left it out
-        self.lead = len(first_TC) - self.skip # of a first frame that is shorter than the others
+        told = self.packets > 1 or len(first_TC) < codec.frame_size # FFmpeg has left out what the file says
+        self.skip = skip if skip or told or format == "mp3" else len(first_TC) if codec.name == "aac" else 0 if self.lead[:3] not in _mpeg_sizes() else _mpeg_begins(self.lead, 0)[0].skip
+        self.short = len(first_TC) - self.skip # of a first frame that is shorter than the others
         self.stop = round(about*self.rate) - self.skip if about and format == "mov" else frames # it knows what the encoder added
         self.coming, self.have = self._sound(itertools.chain([first], coming), 0, self.skip), 0
 
     def _frames(self):
         "(time in samples, (T, channels) float32) of each frame of the track."
-        av, self.rate, self.packets, shape = _av(), None, 0, None
-        for packet in self.box.demux(self.track):
+        av, self.rate, self.packets, self.lead, shape = _av(), None, 0, b"", None
+        packets = self.box.demux(self.track)
+        while True:
+            try: packet = next(packets, None)
+            except IndexError as e: raise AudioError("", "begins another track in the middle", "truncated") from e # PyAV counts tracks at the start
+            if packet is None: return
+            if not self.packets: self.lead = bytes(packet)
             self.packets += 1
             try: found = packet.decode()
             except av.error.InvalidDataError:
@@ -411,7 +427,7 @@ class _Ffmpeg:
             first = next(frames, None)
             if first is None or first[0] - self.start - self.skip > frame: raise AudioError("", f"has no sound at {frame/self.rate:.2f} s", "truncated")
             self.held, self.have, self.at = [], 0, first[0] - self.start - self.skip
-            whole = round((self.at - self.lead)/len(first[1]))*len(first[1]) + self.lead # Matroska rounds times to 1 ms
+            whole = round((self.at - self.short)/len(first[1]))*len(first[1]) + self.short # Matroska rounds times to 1 ms
             if abs(whole - self.at) <= 0.002*self.rate: self.at = whole
             self.coming = self._sound(itertools.chain([first], frames), self.at, 0)
         while self.at < frame and len(self.read(min(1 << 16, frame - self.at))): pass
@@ -420,7 +436,7 @@ class _Ffmpeg:
         "What was decoded falls short of the header."
         got = self.at/self.rate
         if self.lost: return f"{got:.2f} s, {self.lost}"
-        wanted = self.stop/self.rate if self.stop else self.about if self.format == "asf" else 0
+        wanted = self.stop/self.rate if self.stop else self.about if self.format in ("asf", "avi", "flv") else 0
         return f"{got:.2f} of {wanted:.2f} s" if got < wanted - (_PADDING if self.stop else 5*_PADDING) else ""
 
     def close(self): self.box.close(); self.raw.close()
@@ -486,7 +502,7 @@ class _Joined:
 _SNDFILE_TAGS = (1, 2, 3, 6, 7, 0x11, 0x31, 0x40, 0xfffe) # of WAV: PCM, ADPCM, float, laws, GSM, which libsndfile has
 _MPEG_TAGS = (0x50, 0x55)
 _RAW = (".raw", ".pcm", ".sln", ".ulaw", ".alaw", ".s16")
-_FFMPEG = ("mov", "matroska", "asf", "amr", "aac", "avi", "wv")
+_FFMPEG = ("mov", "matroska", "asf", "amr", "aac", "avi", "wv", "flv", "mpeg", "mpegts")
 
 class _Memory(io.BytesIO):
     "Bytes as a file that bears what libsndfile asks for by a broken header."

@@ -20,7 +20,7 @@ from .decoders import MOST_CHANNELS, NOTES, AudioError, find_sound, is_cut, open
 _BLOCK = 1 << 18 # samples decoded at a time, of all channels together
 _LATE  = 0.1     # s that a piece may reach over the recording's end: lists round their times
 _SIDES = dict(left=0, right=1)
-_CANCELS, _HEARD = 0.05, 1e-9 # power of a mix against its channels' below which it is no mix of them; power of a channel that counts
+_CANCELS, _HEARD = 0.05, 1e-7 # power of a mix against its channels' below which it is no mix of them; power of channels that are no silence
 
 class Recording:
     "An open recording, or a piece of one: what its header says, and its samples, which are counted as they are decoded."

@@ -7,7 +7,7 @@ __all__ = ['MAX_SECONDS', 'safe_key', 'read_pcm', 'tar_end', 'versions', 'ShardT
            'collect_shards', 'write_shards', 'create_shards', 'Problem', 'verify', 'check_shards']
 
 # %% ../../nbs/data/10_shards.ipynb #31d6b7ab
-import contextlib, fcntl, hashlib, json, marshal, os, re, shutil, socket, tarfile, time, zlib
+import contextlib, fcntl, hashlib, json, marshal, os, re, shutil, socket, sys, tarfile, time, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -49,6 +49,7 @@ MAX_SECONDS = 300 # of an utterance; bounds the memory that one file can take
 def read_pcm(
     path,            # an audio file
     sample_rate:int, # Hz wanted
+    notes:list=None, # gets what was mended
     **piece,         # `channel`, `offset` and `duration` of `Recording`
 ):                   # samples (T,) int16, Hz the file has
     "A file, or a piece of one, as 16-bit mono; `AudioError` says why it cannot be, without naming it."
@@ -59,6 +60,7 @@ def read_pcm(
             parts.append(part_T)
             if r.decoded > MAX_SECONDS*r.rate: raise AudioError("", f"is longer than {MAX_SECONDS} s; cut it into utterances")
         wave_T = resample(np.concatenate(parts), r.rate, sample_rate)
+        if notes is not None: notes += r.notes
     return np.rint(wave_T*32768).clip(-32768, 32767).astype(np.int16), r.rate
 
 # %% ../../nbs/data/10_shards.ipynb #462466ba
@@ -81,9 +83,9 @@ def tar_end(size:int)->bytes:
 _NOT_IN_SHARD = ("audio_filepath", "offset", "channel", "notes", "split", "seen", "sha256", "bytes") # they tell where a file came from, not what it is
 _as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
-def _utterance_block(row:dict, root, sample_rate:int, codec:str):
+def _utterance_block(row:dict, root, sample_rate:int, codec:str, notes:list=None):
     "The tar members of one utterance as bytes, and its seconds; `ValueError` says why there are none."
-    pcm, rate = read_pcm(os.path.join(root, row["audio_filepath"]), sample_rate, **piece_of(row))
+    pcm, rate = read_pcm(os.path.join(root, row["audio_filepath"]), sample_rate, notes, **piece_of(row))
     seconds, key = len(pcm)/sample_rate, safe_key(row["id"])
     about = {k: v for k,v in row.items() if k not in _NOT_IN_SHARD} | dict(duration=seconds, sample_rate=rate)
     try: text = _as_json(about).encode("utf-8")
@@ -137,9 +139,9 @@ def write_shard(task:ShardTask)->dict:
 def _fill(task:ShardTask, write)->dict:
     "Give the bytes of a shard to `write`, an utterance at a time; the note, without its recipe."
     columns, rejected = {c: [] for c in ("key", *COLUMNS) if c != "shard"}, [] # the corpus by its name
-    digest, at = hashlib.sha256(), 0
+    digest, at, mended = hashlib.sha256(), 0, []
     for row in task.rows:
-        try: block, seconds = _utterance_block(row, task.root, task.sample_rate, task.codec)
+        try: block, seconds = _utterance_block(row, task.root, task.sample_rate, task.codec, mended)
         except ValueError as e:
             rejected.append(dict(id=row["id"], reason=str(e)))
             continue
@@ -151,7 +153,7 @@ def _fill(task:ShardTask, write)->dict:
     write(end); digest.update(end)
     shard = dict(file=Path(task.path).name, samples=len(columns["key"]), seconds=round(sum(columns["duration"]), 3),
                  bytes=at + len(end), sha256=digest.hexdigest())
-    return dict(shard=shard, utterances=columns, rejected=rejected)
+    return dict(shard=shard, utterances=columns, rejected=rejected, mended=dict(Counter(mended)))
 
 def _noted(task:ShardTask, wanted:str, note:dict)->dict:
     "Leave word that a shard is whole."
@@ -187,7 +189,7 @@ def _locked(folder, patience:float=10):
 def _have_recordings(rows:list, root):
     "Refuse recordings that this machine lacks or has in another form; `ShardError` names machine, folder, file and mend."
     where = f"worker on {socket.gethostname()} in {os.getcwd()}"
-    for row in rows:
+    for row in {row["audio_filepath"]: row for row in rows}.values(): # once for all pieces of one
         path = os.path.join(root, row["audio_filepath"])
         if not os.path.isfile(path): raise ShardError(f"{where}: {path}: no such recording; start workers in the project's folder, at the commit of this run, after `dvc pull`")
         if (size := os.path.getsize(path)) != row.get("bytes", size) or row.get("sha256") not in (None, sha256(path)):
@@ -251,6 +253,7 @@ def write_shards(
         index.seen = {what: round(n/len(rows), 4) for what,n in sorted(Counter(what for row in rows for what in row.get("seen", ())).items())}
         _clear(out_dir, ".*.part", "shard-*.tar", keep={s["file"] for s in index.shards})
         save_index(index, index_path)
+        for what,count in sorted(sum((Counter(note["mended"]) for note in notes), Counter()).items()): print(f"{out_dir.name}: {count} recordings: {what}", file=sys.stderr)
         shutil.rmtree(noted)
     return index
 
