@@ -10,7 +10,7 @@ import re
 from functools import cached_property
 
 from .numbers import Trail, cardinal, either, unsure
-from .syllables import ALPHABET, compose_marks, is_syllable, place_tone
+from .syllables import ALPHABET, is_syllable, normalise_word
 
 # %% ../../nbs/text/08_abbreviations.ipynb #3e778721
 CAPITALS = ALPHABET.upper()
@@ -19,7 +19,7 @@ _RUN = re.compile(rf"(?<![\w])[{CAPITALS}]+(?:[\s,;:\"“”()!?–-]+[{CAPITALS
 _NUMBERED = re.compile(r"(?i:thế kỷ|thế kỉ|thứ|chương|lần thứ|đại hội|khóa|khoá)\s+$")
 _COMPOUNDS = re.compile(r"\s+(?i:khuẩn|rút|mô|phạm|tính|mạch|sinh|măng|mạc|diệu|vu|cảnh|thành|trùng|chất|lượng|ba)(?!\w)")
 
-def _ordinary(word:str)->bool: return is_syllable(place_tone(compose_marks(word.lower())))
+def _ordinary(word:str)->bool: return is_syllable(normalise_word(word.lower()))
 
 def lower_capitals(
     text:str,            # NFC
@@ -103,15 +103,13 @@ def _read_document(m, table)->str:
     return either(over, literal)
 
 # %% ../../nbs/text/08_abbreviations.ipynb #001b360d
-def _normalise_word(word:str)->str: return place_tone(compose_marks(word))
-
 class Abbreviations(dict):
     "Abbreviation -> its words, or a list of [words, contexts]; it finds them in a text."
 
     @cached_property
     def words(self)->dict:
         "The abbreviations in small letters."
-        return {_normalise_word(key): value for key, value in self.items() if key.islower() and key.isalpha()}
+        return {normalise_word(key): value for key, value in self.items() if key.islower() and key.isalpha()}
 
     @cached_property
     def entries(self)->dict:

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ALONE', 'CODE_END', 'RESULTS', 'SCORES', 'COUNTED', 'RATIOS', 'DAY', 'MONTH', 'YEAR', 'DAYS', 'SPANS', 'YEARLY',
            'PARTS', 'QUANTITIES', 'STREETS', 'DOCUMENTS', 'JOINT', 'QUARTER', 'Q', 'HOUR', 'MINUTE', 'TIME', 'WHEN',
-           'PART_OF_DAY', 'BOOKS', 'score', 'formation', 'ratio', 'month', 'date', 'day_month_year', 'year_month_day',
-           'short_year', 'school_class', 'day_and_month', 'announced_day', 'range_of_days', 'quarter', 'month_year',
-           'month_then_year', 'april', 'months_of_year', 'open_years', 'time', 'verse', 'southern_hour', 'time_of_day',
-           'seconds_within', 'minutes_seconds']
+           'PART_OF_DAY', 'BOOKS', 'match_score', 'formation', 'ratio', 'month', 'date', 'day_month_year',
+           'year_month_day', 'short_year', 'school_class', 'day_and_month', 'announced_day', 'range_of_days', 'quarter',
+           'month_year', 'month_then_year', 'april', 'months_of_year', 'open_years', 'time', 'verse', 'southern_hour',
+           'time_of_day', 'seconds_within', 'minutes_seconds']
 
 # %% ../../nbs/text/02_dates.ipynb #dfdb1d75
 import re
@@ -23,7 +23,7 @@ COUNTED = """ngày tuần tháng năm giờ phút giây lần người bàn đi�
 RATIOS = "tỷ_lệ tỉ_lệ tỷ_lệ_là tỉ_lệ_là tỷ_lệ_vàng khung_hình màn_hình công_thức định_dạng"
 
 @rule(fr"{ALONE}(?P<a>\d{{1,3}})\s?[-–:]\s?(?P<b>\d{{1,3}}){CODE_END}", needs="-–:")
-def score(m):
+def match_score(m):
     "thắng 2-1, Malaysia 1-2 Lào"
     words = f"{cardinal(int(m['a']))} {cardinal(int(m['b']))}"
     if before(m, RESULTS) or before(m, SCORES, gap=6) and ":" not in m[0] and not behind(m, COUNTED): return words
@@ -113,7 +113,7 @@ def day_and_month(m):
     if before(m, DAYS): return words
     if alone and (before(m, STREETS) or before(m, "lớp", gap=5) or behind(m, "đường phố quốc_lộ") and b > 1): return either(house, house.replace("trên", "xuyệt"), words)
     if alone and (before(m, "điểm đạt chấm trình_độ văn_hóa") or behind(m, COUNTED) or a < b and behind(m, PARTS)): return None
-    in_brackets, leads = left.endswith("(") and right.startswith(")"), not left.strip(" \"“(-") and re.match(r"\s*[,:]", right)
+    in_brackets, leads = left.endswith("(") and right.startswith(")") and (b > 4 or before(m, DAYS, gap=3)), not left.strip(" \"“(-") and re.match(r"\s*[,:]", right)
     if any(a > b for a, b in pairs) or before(m, SPANS) or behind(m, YEARLY) or in_brackets: return words
     usual = [b <= 4 or b == 10 for _, b in pairs] # halves, quarters, tenths
     part_of = re.match(r"\s+[^\W\d_A-Z]", right) and (a == 1 or b <= 5) # 1/5 cổ đông

@@ -4,11 +4,17 @@
 
 # %% auto #0
 __all__ = ['NORMALISER_VERSION', 'KNOWN', 'APOSTROPHE', 'FOREIGN_POLICIES', 'LETTER_NAMES', 'FOREIGN_CAPITALS', 'FOREIGN_SOUND',
+<<<<<<< HEAD
            'D_BAR_LETTERS', 'SPECIAL', 'TAG_POLICIES', 'NORMALISER', 'NORMALISER_FILE', 'CAPITALS_SHARE',
            'CAPITALS_WORDS', 'unknown_characters', 'unknown_report', 'script_of', 'wrong_script', 'normalise_word',
            'spell', 'spell_foreign', 'foreign_words', 'Reading', 'Normaliser', 'normalise', 'read_abbreviations',
            'read_readings', 'make_normaliser', 'normaliser_name', 'OtherNormaliser', 'check_normaliser',
            'find_normaliser', 'share_of_capitals', 'for_corpus']
+=======
+           'D_BAR_LETTERS', 'SPECIAL', 'TAG_POLICIES', 'unknown_characters', 'unknown_report', 'script_of',
+           'wrong_script', 'spell', 'spell_foreign', 'foreign_words', 'Reading', 'Normaliser', 'normalise',
+           'read_abbreviations', 'read_readings', 'make_normaliser']
+>>>>>>> h-text
 
 # %% ../../nbs/text/10_normalise.ipynb #bdb26fb2
 import dataclasses
@@ -26,7 +32,7 @@ from ..core.params import ConfigError
 from .numbers import Trail
 from .numerals import read_numbers
 from .signs import CHARACTER_MAP, D_BARS, drop_signs, read_web, split_tags, symbols, write_out
-from .syllables import ALPHABET, FOREIGN, TONED, VOWELS, compose_marks, from_old_encoding, place_tone
+from .syllables import ALPHABET, FOREIGN, TONED, VOWELS, from_old_encoding, normalise_word
 from .abbreviations import CAPITALS, Abbreviations, lower_capitals
 
 # %% ../../nbs/text/10_normalise.ipynb #0b947e3f
@@ -63,11 +69,6 @@ def wrong_script(
 
 # %% ../../nbs/text/10_normalise.ipynb #482f8ed4
 APOSTROPHE = re.compile(r"(?<=[^\W\d_])['’ʼ](?=[^\W\d_])")
-
-@lru_cache(maxsize=1 << 16)
-def normalise_word(word:str)->str:
-    "Compose marks, then place the tone."
-    return place_tone(compose_marks(word))
 
 # %% ../../nbs/text/10_normalise.ipynb #4bf8702e
 FOREIGN_POLICIES = ("keep", "spell", "reject")

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DIGITS', 'BILLION', 'PLAIN_NUMBER', 'NUMBER', 'THOUSANDS', 'LONG', 'MANNERS', 'RULES', 'OPENING', 'CLOSING', 'NAME',
-           'CALLS', 'CALLED', 'IDS', 'GAP', 'SUM', 'below_thousand', 'cardinal', 'digits', 'value_of', 'read_number',
+           'CALLS', 'CALLED', 'IDS', 'SUM', 'below_thousand', 'cardinal', 'digits', 'value_of', 'read_number',
            'Options', 'either', 'unsure', 'around', 'Trail', 'rule', 'apply_rules', 'any_of', 'before', 'behind',
-           'between_names', 'phone', 'hotline', 'emergency', 'called', 'card', 'identity', 'plate', 'flight', 'gold']
+           'between_names', 'phone', 'hotline', 'emergency', 'called', 'card_number', 'id_number', 'plate', 'flight',
+           'gold']
 
 # %% ../../nbs/text/00_numbers.ipynb #1beb3a3b
 import re
@@ -202,7 +203,7 @@ CALLS = """gọi gọi_số gọi_cho gọi_ngay bấm quay alo tổng_đài hot
 CALLED = CALLS + """ điện_thoại số_điện_thoại đt đtdđ sđt tel fax zalo di_động gửi gửi_đến đầu_số"""
 IDS = """mã_số mã_số_thuế mst mã_bưu_chính mã_bưu_điện số_báo_danh sbd mã_vùng mã_otp otp mã_xác_nhận mã_pin mã_đơn mã_đơn_hàng mã_vận_đơn mã_giao_dịch mã_sinh_viên mssv mã_hồ_sơ mã_lớp mã_đề mật_khẩu số_tài_khoản tài_khoản stk tk số_thẻ
     số_hiệu số_seri seri số_sê_ri imei cccd căn_cước căn_cước_công_dân cmnd cmt chứng_minh_thư chứng_minh_nhân_dân số_chứng_minh hộ_chiếu gplx giấy_phép_lái_xe số_bảo_hiểm biển_số biển_kiểm_soát số_máy số_khung isbn mã_vạch"""
-GAP = r"(?:\s*[:.]\s*|\s+)(?:(?:số|là|số là)\s*:?\s+)?"
+_GAP = r"(?:\s*[:.]\s*|\s+)(?:(?:số|là|số là)\s*:?\s+)?"
 SUM = r"(?!\w|[.,/:%]\d|\s?(?:đồng|đ|%|triệu|tỷ|tỉ|nghìn|ngàn|trăm|người|cuộc|usd|đô|vnđ|vnd|k|tr)(?!\w))" # what would follow a sum
 
 @rule(r"(?<![\w.,])(?:\(?(?:\+|00)84\)?(?:[ .-]?\(0\))?|\(84[ .-]\d{1,3}\)?|\(?0[1-9]\d{0,3}\)?)(?:[ .-]?\d){7,10}(?!\w|[.,]\d)")
@@ -218,25 +219,25 @@ def hotline(m):
     if before(m, "năm từ đến tới trước sau thế_kỷ khoảng") or (m[0] == number and len(number) < 8 and not before(m, CALLED, gap=1)): return None
     return digits(number)
 
-@rule(rf"(?<!\w)(?P<name>{any_of(CALLS + ' số')}{GAP})(?P<n>(?:11[1-9]|10[28]\d|911)(?:(?:,\s*|\s*[-/]\s*|\s+(?:và|hoặc|hay)\s+)11[1-9])*)(?!\w|[.,/:-]\d)")
+@rule(rf"(?<!\w)(?P<name>{any_of(CALLS + ' số')}{_GAP})(?P<n>(?:11[1-9]|10[28]\d|911)(?:(?:,\s*|\s*[-/]\s*|\s+(?:và|hoặc|hay)\s+)11[1-9])*)(?!\w|[.,/:-]\d)")
 def emergency(m):
     "gọi 113, gọi 113 hoặc 114"
     if m["name"].strip().lower() == "số" and NAME.match(m.string, m.end()) or behind(m, "đường phố người cuộc"): return None
     return m["name"] + re.sub(r"\d+", lambda n: digits(n[0]), m["n"])
 
-@rule(rf"(?<!\w)(?P<name>{any_of(CALLED)}{GAP})(?P<n>\d(?:[ .-]?\d){{3,}}){SUM}")
+@rule(rf"(?<!\w)(?P<name>{any_of(CALLED)}{_GAP})(?P<n>\d(?:[ .-]?\d){{3,}}){SUM}")
 def called(m):
     "tổng đài 1900 1234"
     if THOUSANDS.fullmatch(m["n"]) or m["name"].strip().lower() == "gửi" and not before(m, "nhắn nhắn_tin soạn soạn_tin", gap=5): return None
     return f"{m['name']}{digits(m['n'])}"
 
 @rule(r"(?<![\w.,])\d{4}(?:[ -]\d{4}){2,3}(?!\w|[.,]\d)")
-def card(m):
+def card_number(m):
     "9704 1234 5678 9012"
     return digits(m[0])
 
-@rule(rf"(?<!\w)(?P<name>{any_of(IDS)}{GAP}(?:[A-ZĐ]{{1,4}}[- ]?)?)(?P<n>\d(?:[ .-]?\d){{2,}}){SUM}")
-def identity(m):
+@rule(rf"(?<!\w)(?P<name>{any_of(IDS)}{_GAP}(?:[A-ZĐ]{{1,4}}[- ]?)?)(?P<n>\d(?:[ .-]?\d){{2,}}){SUM}")
+def id_number(m):
     "mã số 001234, STK 1903 4567 8901"
     return f"{m['name'].rstrip('-')}{' ' * m['name'][-1].isalpha()}{digits(m['n'])}"
 

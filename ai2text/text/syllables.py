@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VOWELS', 'CONSONANTS', 'FOREIGN', 'TONES', 'SHAPES', 'TONED', 'ALPHABET', 'ONSETS', 'NUCLEI', 'FINALS', 'SYLLABLE',
-           'ONLY_UNICODE', 'TCVN3', 'ENCODINGS', 'compose_marks', 'tone_position', 'place_tone', 'is_syllable',
-           'from_old_encoding']
+           'ONLY_UNICODE', 'TCVN3', 'ENCODINGS', 'compose_marks', 'tone_position', 'place_tone', 'normalise_word',
+           'is_syllable', 'from_old_encoding']
 
 # %% ../../nbs/text/07_syllables.ipynb #f10155d3
 import re, unicodedata
@@ -66,6 +66,14 @@ def place_tone(
     place = tone_position(plain)
     if place is None: return word
     return plain[:place] + unicodedata.normalize("NFC", plain[place] + tone) + plain[place+1:]
+
+# %% ../../nbs/text/07_syllables.ipynb #dffc6115
+@lru_cache(maxsize=1 << 16)
+def normalise_word(
+    word:str, # small letters
+)->str:
+    "Compose marks, then place the tone."
+    return place_tone(compose_marks(word))
 
 # %% ../../nbs/text/07_syllables.ipynb #98fc8ec2
 @lru_cache(maxsize=1 << 16)
