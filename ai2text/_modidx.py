@@ -1970,13 +1970,8 @@ d = { 'settings': { 'branch': 'main',
                                         'ai2text.text.normalise.make_normaliser': ( 'text/normalise.html#make_normaliser',
                                                                                     'ai2text/text/normalise.py'),
                                         'ai2text.text.normalise.normalise': ('text/normalise.html#normalise', 'ai2text/text/normalise.py'),
-<<<<<<< HEAD
-                                        'ai2text.text.normalise.normalise_word': ( 'text/normalise.html#normalise_word',
-                                                                                   'ai2text/text/normalise.py'),
                                         'ai2text.text.normalise.normaliser_name': ( 'text/normalise.html#normaliser_name',
                                                                                     'ai2text/text/normalise.py'),
-=======
->>>>>>> h-text
                                         'ai2text.text.normalise.read_abbreviations': ( 'text/normalise.html#read_abbreviations',
                                                                                        'ai2text/text/normalise.py'),
                                         'ai2text.text.normalise.read_readings': ( 'text/normalise.html#read_readings',

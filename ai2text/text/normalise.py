@@ -4,17 +4,11 @@
 
 # %% auto #0
 __all__ = ['NORMALISER_VERSION', 'KNOWN', 'APOSTROPHE', 'FOREIGN_POLICIES', 'LETTER_NAMES', 'FOREIGN_CAPITALS', 'FOREIGN_SOUND',
-<<<<<<< HEAD
            'D_BAR_LETTERS', 'SPECIAL', 'TAG_POLICIES', 'NORMALISER', 'NORMALISER_FILE', 'CAPITALS_SHARE',
-           'CAPITALS_WORDS', 'unknown_characters', 'unknown_report', 'script_of', 'wrong_script', 'normalise_word',
-           'spell', 'spell_foreign', 'foreign_words', 'Reading', 'Normaliser', 'normalise', 'read_abbreviations',
+           'CAPITALS_WORDS', 'unknown_characters', 'unknown_report', 'script_of', 'wrong_script', 'spell',
+           'spell_foreign', 'foreign_words', 'Reading', 'Normaliser', 'normalise', 'read_abbreviations',
            'read_readings', 'make_normaliser', 'normaliser_name', 'OtherNormaliser', 'check_normaliser',
            'find_normaliser', 'share_of_capitals', 'for_corpus']
-=======
-           'D_BAR_LETTERS', 'SPECIAL', 'TAG_POLICIES', 'unknown_characters', 'unknown_report', 'script_of',
-           'wrong_script', 'spell', 'spell_foreign', 'foreign_words', 'Reading', 'Normaliser', 'normalise',
-           'read_abbreviations', 'read_readings', 'make_normaliser']
->>>>>>> h-text
 
 # %% ../../nbs/text/10_normalise.ipynb #bdb26fb2
 import dataclasses
