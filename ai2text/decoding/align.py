@@ -8,7 +8,7 @@ __all__ = ['OVERLAP', 'WINDOW_SECONDS', 'DROPPED', 'SHORTEST', 'LONGEST_JOINED',
            'load_ctc_model', 'align_pairs', 'align_recordings']
 
 # %% ../../nbs/decoding/20_align.ipynb #21873c6b
-import re, sys
+import math, re, sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +26,8 @@ from ..audio.segment import find_edges, frame_powers
 from ..models.store import load_model
 from ..text.normalise import NORMALISER, for_corpus, unknown_characters
 from .sentences import split_sentences
+from ..models.ctc import BLANK_ID
+from ..text.tokenizer import WORD_START
 from .alignment import LEAST, SKIP, align_sentences, align_texts
 
 # %% ../../nbs/decoding/20_align.ipynb #1efb2f3b
@@ -90,6 +92,8 @@ class Sentence:
     start:float=None # s, of its first token
     end:float=None   # s, after its last one
     score:float=None # see `Placed`
+    before:float=0.  # s, where the model hears something else before it
+    after:float=math.inf # s, where the model hears the first word behind it
     @property
     def said(self)->str:
         "Its text for the corpus: as it was typed, unless another reading than the first was said."
@@ -131,6 +135,14 @@ def _try_others(sentences:list[Sentence], found:list, log_probs_NV, tokenizer, t
         if best is not None and placed[best].score >= -tolerance:
             found[k], s.text = replace(placed[best], first=placed[best].first + first, after=placed[best].after + first), others[best]
 
+def _heard_at(log_probs_NV, symbols:list)->tuple: # frames
+    "Where the model hears letters, and where it hears a word begin."
+    best_N = log_probs_NV.argmax(1)
+    at = np.flatnonzero((best_N != BLANK_ID) & (best_N != np.concatenate([[BLANK_ID], best_N[:-1]])))
+    marks, spelled = np.array([s.startswith(WORD_START) for s in symbols])[best_N[at]], np.array([s.strip(WORD_START) != "" for s in symbols])[best_N[at]]
+    begins = marks | np.concatenate([[True], (marks & ~spelled)[:-1]])[:len(at)] # a piece that begins with the mark, or what follows the mark alone
+    return at[spelled], at[spelled & begins]
+
 def place_sentences(
     sentences:list[Sentence], # get `start`, `end` and `score`, or a reason
     heard:HeardRecording,
@@ -147,8 +159,11 @@ def place_sentences(
     found = align_texts(heard.log_probs_NV, model.tokenizer.symbols, [s.text for s in asked], [model.tokenizer.encode(s.text) for s in asked],
                         skip=tolerance + SKIP + LEAST, least=-tolerance, progress=progress and reached)
     _try_others(asked, found, heard.log_probs_NV, model.tokenizer, tolerance)
+    letters, words = _heard_at(heard.log_probs_NV, model.tokenizer.symbols)
     for s,f in zip(asked, found):
         if f is None: s.reason = "not found"; continue
+        earlier, later = letters[letters < f.first - 2][-1:], words[words > f.after][:1] # a token may be heard two frames before it is placed
+        s.before, s.after = (float(earlier[0] + 1)*model.frame_seconds if len(earlier) else 0.), (float(later[0])*model.frame_seconds if len(later) else math.inf)
         s.start, s.end, s.score = f.first*model.frame_seconds, f.after*model.frame_seconds, f.score
         if s.score < -tolerance: s.reason, s.detail = "does not match", f"score {s.score:.1f}"
 
@@ -190,8 +205,8 @@ def cut_sentences(
     pieces, open_after = [], None # the sentence that the last piece ends with, where the next one may join it
     for n,k in enumerate(kept):
         s = sentences[k]
-        before = sentences[kept[n-1]].end if n else 0.
-        after = sentences[kept[n+1]].start if n + 1 < len(kept) else heard.seconds
+        before = max(s.before, sentences[kept[n-1]].end if n else 0.)
+        after = min(s.after, sentences[kept[n+1]].start if n + 1 < len(kept) else heard.seconds)
         start, end, pause_before, pause_behind = find_edges(heard.power_F, s.start, s.end, before, after, margin)
         last = pieces[-1] if pieces else None
         if last and open_after == k - 1 and not pause_before and end - last.start <= LONGEST_JOINED: pieces[-1] = Piece(f"{last.text} {s.said}", last.start, end, min(last.score, s.score))
