@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ai2text.decoding.beam_search import DEFAULTS, Decoder, align_tokens, save_weights, tune, tuned_weights, word_errors
+from ai2text.decoding.alignment import align_tokens
+from ai2text.decoding.beam_search import DEFAULTS, Decoder, save_weights, tune, tuned_weights, word_errors
 from ai2text.core.files import read_json, sha256, write_json
 from ai2text.core.layout import Layout
 from ai2text.core.params import ConfigError

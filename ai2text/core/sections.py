@@ -56,6 +56,7 @@ class PrepareConfig:
     foreign:str = opt("keep", "words in letters that Vietnamese lacks: keep, spell them out, or reject the utterance", choices=("keep", "spell", "reject"))
     abbreviations:str = opt("", "abbreviations and how they are read: two columns; empty = none")
     readings:str = opt("", "readings of your own, which go before all rules: what is written, a tab, its words; empty = none")
+    spoken:str = opt("", "which of several readings was spoken, as `ai2text readings` writes it; empty = the first of each")
     tags:str = opt("drop", "tags of noise and laughter, as [noise]: drop them, or keep them, which rejects the utterance", choices=("drop", "keep"))
     tokenizer:str = opt("bpe", "pieces of words (bpe) or letters (char)", choices=("bpe", "char"))
     vocab_size:int = opt(256, "symbols of a bpe tokenizer, the blank included", ge=2)

@@ -82,15 +82,18 @@ class ReadingCounts:
         return dict(sorted(out.items()))
 
 # %% ../../nbs/corpora/50_prepare.ipynb #3437900e
+def _read_one(reader:Normaliser, text:str): return reader.read(text), reader.candidates(text)
+
 def _normalise_all(rows:list[dict], normaliser:Normaliser, cfg:PrepareConfig, executor:Executor|None)->dict:
-    "Normalise the transcripts in parallel, a corpus at a time: each row gets its `text`; what stats.json has of the readings."
+    "Normalise the transcripts in parallel, a corpus at a time: each row gets its `text`, and its `readings` if there are several; what stats.json has of them."
     counts, capitals = ReadingCounts(), {}
     for corpus, mine in groupby(rows, lambda row: row["corpus"]):
         mine = list(mine)
         raw = [row["text_raw"] for row in mine]
         reader, capitals[corpus] = for_corpus(normaliser, raw), round(share_of_capitals(raw)[0], 4)
-        for row, reading in zip(mine, in_parallel(reader.read, raw, cfg.processes, executor, label="normalise", group=2000)):
+        for row, (reading, candidates) in zip(mine, in_parallel(partial(_read_one, reader), raw, cfg.processes, executor, label="normalise", group=2000)):
             row["text"] = reading.text
+            if len(candidates) > 1: row["readings"] = candidates
             counts.add(row["id"], row["text_raw"], reading)
     return dict(capitals=capitals, **counts.rows())
 
@@ -113,6 +116,24 @@ def _noted(facts:dict)->list[dict]:
     for id, fact in facts.items():
         for note in fact.get("notes", ()): found[note].append(id)
     return [dict(note=note, utterances=len(ids), id=ids[0]) for note, ids in sorted(found.items())]
+
+# %% ../../nbs/corpora/50_prepare.ipynb #9e7c0a19
+def _read_spoken(path:Path)->dict:
+    "Which reading was spoken: id -> text."
+    try: rows = read_jsonl(path)
+    except FileNotFoundError: raise ConfigError(f"{path}: no such file; `ai2text readings` writes it, or leave prepare.spoken empty") from None
+    for number,row in enumerate(rows, 1):
+        for key in ("id", "text"):
+            if not isinstance(row.get(key), str): raise ConfigError(f"{path}, line {number}: {key} is {row.get(key)!r}; write a string, or let `ai2text readings` write the file")
+    return {row["id"]: row["text"] for row in rows}
+
+def _choose_spoken(rows:list[dict], spoken:dict)->dict:
+    "Give each row the reading that was spoken; what stats.json has of it."
+    given = [row for row in rows if row["id"] in spoken]
+    stale = [row["id"] for row in given if spoken[row["id"]] not in row.get("readings", [row["text"]])]
+    changed = [row for row in given if row["id"] not in {*stale} and spoken[row["id"]] != row["text"]]
+    for row in changed: row["text"] = spoken[row["id"]]
+    return dict(several=sum("readings" in row for row in rows), chosen=len(given) - len(stale), other_than_first=len(changed), stale=len(stale), stale_ids=stale[:5])
 
 # %% ../../nbs/corpora/50_prepare.ipynb #9178cb41
 def _settle(rows:list[dict], rejects:list[dict], cfg:PrepareConfig, out_dir:Path):
@@ -153,7 +174,7 @@ def prepare(
     out_dir:str|Path,       # for train.jsonl, dev.jsonl, test.jsonl, rejects.jsonl, stats.json, normaliser.json and tokenizer/
     names=None,             # the corpora; None: all that are there
     executor:Executor=None, # normalises and probes; processes of our own by default
-    root:str|Path=".",      # where `cfg.abbreviations` and `cfg.readings` start from
+    root:str|Path=".",      # where `cfg.abbreviations`, `cfg.readings` and `cfg.spoken` start from
 )->dict:                    # what stats.json holds
     "From corpora to manifests and a tokenizer; raises `ConfigError` when too much is rejected, or a corpus or a split is empty."
     corpora_dir, out_dir = Path(corpora_dir), Path(out_dir)
@@ -163,6 +184,7 @@ def prepare(
     total, given = len(rows), {row.get("split", "") for row in rows}
     normaliser = make_normaliser(cfg, root)
     readings = _normalise_all(rows, normaliser, cfg, executor)
+    spoken = _choose_spoken(rows, _read_spoken(Path(root)/Path(cfg.spoken).expanduser()) if cfg.spoken else {})
     unknown = unknown_table(rows)
     rows = sift(rows, check_ids(), rejects)
     rows = sift(rows, partial(check_text, foreign=cfg.foreign), rejects)
@@ -182,7 +204,7 @@ def prepare(
     normaliser.save(out_dir/NORMALISER_FILE)
     for split in SPLITS: write_jsonl(out_dir/f"{split}.jsonl", splits[split])
     stats = dict(
-        normaliser=normaliser_name(normaliser), readings=readings, tokenizer=dict(kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, sha256=tokenizer.fingerprint),
+        normaliser=normaliser_name(normaliser), readings=readings, spoken=spoken, tokenizer=dict(kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, sha256=tokenizer.fingerprint),
         utterances=total, rejected=len(rejects), rejects={reason: sum(reject["reason"] == reason for reject in rejects) for reason in REASONS},
         unknown_characters=unknown, speakers_in_dev_and_test=len(shared), drawn_by_utterance=alone, seen=seen, caveats=[line for split in seen for line in caveats(split, seen[split])], splits={split: describe(splits[split], tokenizer) for split in SPLITS},
         notes=_noted(facts), corpora=_describe_corpora(folders, rows, rejects))

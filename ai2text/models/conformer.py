@@ -221,6 +221,7 @@ class Conformer(nn.Module):
     "Conformer-CTC: a batch in, a `Loss` or hypotheses out."
     edges = ("subsampling", "head")  # outer layers, see `ai2text.training.optimizer`
     streams = True                   # `transcribe` takes chunks
+    frame_seconds = FRAME_SECONDS    # seconds from one row of `log_probs` to the next
     def __init__(self,
         config:ConformerConfig, # shape
         tokenizer,              # of `ai2text.text.normalise`
@@ -312,4 +313,4 @@ def transcribe(self:Conformer,
     **how,           # as for `log_probs`
 )->list:
     "A greedy `Hypothesis` for each utterance."
-    return greedy(*self.log_probs(batch, **how), self.tokenizer, FRAME_SECONDS)
+    return greedy(*self.log_probs(batch, **how), self.tokenizer, self.frame_seconds)

@@ -298,9 +298,22 @@ def forward(self:Wav2Vec2, batch:Batch)->Loss:
     logits, frames = self.encode(batch, augment=self.training)
     return ctc_loss(logits, frames, [self.tokenizer.encode(t) for t in batch.transcripts])
 
+@patch(as_prop=True)
+def frame_seconds(self:Wav2Vec2)->float:
+    "Seconds from one row of `log_probs` to the next."
+    return self.frame_samples/SAMPLE_RATE
+
+@patch
+@torch.no_grad()
+def log_probs(self:Wav2Vec2,
+    batch:Batch,
+):                # log probabilities (B, F, V) float32, frames (B,)
+    "What a decoder reads."
+    logits, frames = self.encode(batch)
+    return nn.functional.log_softmax(logits.float(), -1), frames
+
 @patch
 @torch.no_grad()
 def transcribe(self:Wav2Vec2, batch:Batch)->list:
     "A greedy `Hypothesis` for each utterance."
-    logits, frames = self.encode(batch)
-    return greedy(logits, frames, self.tokenizer, self.frame_samples/SAMPLE_RATE)
+    return greedy(*self.log_probs(batch), self.tokenizer, self.frame_seconds)
