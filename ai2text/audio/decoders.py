@@ -444,7 +444,7 @@ class _Ffmpeg:
 class _Mp3:
     "MP3 by whatever decodes it. Places are found by counting frames: libsndfile and FFmpeg guess where they are."
     _AHEAD = 12 # frames that are decoded before a place, for what a frame borrows of its predecessors
-    def __init__(self, decoder, data, part:Mpeg): self.decoder, self.data, self.part, self.base = decoder, data, part, 0
+    def __init__(self, decoder, data, part:Mpeg): self.decoder, self.data, self.part = decoder, data, part
     def __getattr__(self, name): return getattr(self.decoder, name) # rate, channels, frames, about, notes, read, missing
 
     def seek(self, frame:int):

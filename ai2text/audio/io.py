@@ -45,19 +45,23 @@ class Recording:
         if self.channel is not None:
             if not (isinstance(self.channel, int) and 0 <= self.channel < self.channels): raise AudioError("", f"channel {channel}: there is none in {self.channels}; choose mix, left, right, or a number from 0 to {self.channels - 1}")
             self.channels = 1
+        try: offset, duration = float(offset), None if duration is None else float(duration)
+        except (TypeError, ValueError): offset = math.nan
+        if not (math.isfinite(offset) and math.isfinite(duration or 0)): raise AudioError("", "a piece whose offset or duration is no number of seconds")
         start, self.wanted, whole = round(offset*self.rate), None if duration is None else round(duration*self.rate), self.file.frames
         if start < 0 or self.wanted is not None and self.wanted < 1: raise AudioError("", f"a piece from {offset} s of {duration} s is none")
         if start and whole is not None and start >= whole: raise AudioError("", f"a piece from {offset:.2f} s, and the recording has {whole/self.rate:.2f} s")
         if start: self.file.seek(start)
-        left = None if whole is None else whole - start
-        self.frames = left if self.wanted is None else self.wanted if left is None else min(left, self.wanted) # samples of a channel by the header; None if only decoding tells
+        self.start, left = start, None if whole is None else whole - start
+        self.frames = left if left is None or self.wanted is None else min(left, self.wanted) # samples of a channel by the header; None if only decoding tells
         self.hop = max(1, self.rate//50)
         self.block = self.hop*max(1, _BLOCK//(self.hop*self.file.channels))
 
     @property
     def seconds(self)->float:
         "How long it is by its header, as far as that says."
-        return self.file.about if self.frames is None else self.frames/self.rate
+        if self.frames is None: return max(0., self.file.about - self.start/self.rate) if self.wanted is None else self.wanted/self.rate
+        return self.frames/self.rate
 
     def __enter__(self): return self
     def __exit__(self, *error): self.file.close()
@@ -89,9 +93,12 @@ class Recording:
     def mono(self, frames:int=_BLOCK):
         "The same as `mix` of the channels, (T,) float32, so many at a time; `AudioError` for what is no number, too."
         for block_TC in self.blocks(frames if self.channels == 1 else None):
-            mono_T = self.mix(block_TC)
-            if not np.isfinite(mono_T).all(): raise AudioError(self.name, "holds samples that are not finite numbers", "not finite")
-            for at in range(0, len(mono_T), frames): yield mono_T[at:at + frames]
+            with np.errstate(over="ignore", invalid="ignore"):
+                mono_T = self.mix(block_TC)
+                finite = np.isfinite(mono_T.dot(mono_T)) or np.isfinite(mono_T).all() # the first is the quicker one
+            if not finite: raise AudioError(self.name, "holds samples that are not finite numbers", "not finite")
+            if len(mono_T) <= frames: yield mono_T
+            else: yield from (mono_T[at:at + frames] for at in range(0, len(mono_T), frames))
 
     def count(self)->int:
         "Samples of a channel; decoded where the format does not count them."
