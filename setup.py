@@ -28,7 +28,7 @@ setup(
     url=cfg["git_url"],
     license="Apache-2.0",
     packages=find_packages(include=["ai2text", "ai2text.*"]),
-    package_data={"ai2text": ["demo/*", "*.tsv", "web/*", "matplotlibrc"]},
+    package_data={"ai2text": ["demo/*", "*.tsv", "*.jsonl", "web/*", "matplotlibrc"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),
     extras_require={"cluster": lines("cluster_requirements"), "hub": lines("hub_requirements"), "bench": lines("bench_requirements"),
