@@ -8,7 +8,7 @@ __all__ = ['ALONE', 'CODE_END', 'RESULTS', 'SCORES', 'COUNTED', 'RATIOS', 'DAY',
            'PART_OF_DAY', 'BOOKS', 'match_score', 'formation', 'ratio', 'month', 'date', 'day_month_year',
            'year_month_day', 'short_year', 'school_class', 'day_and_month', 'announced_day', 'range_of_days', 'quarter',
            'month_year', 'month_then_year', 'april', 'months_of_year', 'open_years', 'time', 'verse', 'southern_hour',
-           'time_of_day', 'seconds_within', 'minutes_seconds']
+           'time_of_day', 'seconds_within', 'minute_of_match', 'degrees', 'minutes_seconds']
 
 # %% ../../nbs/text/02_dates.ipynb #dfdb1d75
 import re
@@ -112,7 +112,7 @@ def day_and_month(m):
     if m[0] == "24/7" or before(m, DOCUMENTS + " vòng âm") or re.search(r"(?<![\w.,/])\d{1,3} $", left): return None
     if before(m, DAYS): return words
     if alone and (before(m, STREETS) or before(m, "lớp", gap=5) or behind(m, "đường phố quốc_lộ") and b > 1): return either(house, house.replace("trên", "xuyệt"), words)
-    if alone and (before(m, "điểm đạt chấm trình_độ văn_hóa") or behind(m, COUNTED) or a < b and behind(m, PARTS)): return None
+    if alone and (before(m, "điểm đạt chấm trình_độ văn_hóa thị_lực bậc bậc_lương") or b == 10 and before(m, "mắt mắt_trái mắt_phải") or left.rstrip().endswith("=") or right.lstrip().startswith("=") or behind(m, COUNTED) or a < b and behind(m, PARTS)): return None
     in_brackets, leads = left.endswith("(") and right.startswith(")") and (b > 4 or before(m, DAYS, gap=3)), not left.strip(" \"“(-") and re.match(r"\s*[,:]", right)
     if any(a > b for a, b in pairs) or before(m, SPANS) or behind(m, YEARLY) or in_brackets: return words
     usual = [b <= 4 or b == 10 for _, b in pairs] # halves, quarters, tenths
@@ -142,12 +142,12 @@ def _quarter(n:str)->str:
     n = QUARTER.get(n) or int(n)
     return either("bốn", "tư") if n == 4 else cardinal(n)
 
-@rule(fr"(?<!\w)(?:(?P<quý>(?i:quý)\s+)|Q)(?P<a>{Q})(?:(?P<joint>\s?[-–]\s?|\s*,\s*|\s+(?:và|đến|tới)\s+)(?:Q|(?i:quý)\s+)?(?P<b>{Q}))?(?:\s?[/-]\s?(?P<year>{YEAR}))?(?!\w|[.,/]\d)", needs="qQ")
+@rule(fr"(?<!\w)(?:(?P<quý>(?i:quý)\s+)|Q)(?P<a>{Q})(?:(?P<joint>\s?[-–]\s?|\s*,\s*|\s+(?:và|đến|tới)\s+)(?:Q|(?P<again>(?i:quý)\s+))?(?P<b>{Q}))?(?:\s?[/-]\s?(?P<year>{YEAR}))?(?!\w|[.,/]\d)", needs="qQ")
 def quarter(m):
     "quý 1/2024, quý III/2024, Q4/2023, Q1-Q2"
     if not (m["quý"] or m["b"] or m["year"]) and not behind(m, "năm"): return None
     words = around(m["quý"] or "quý ", _quarter(m["a"]))
-    if m["b"]: words = f"{words} {re.sub('[-–]', 'đến', m['joint'].strip())} {_quarter(m['b'])}"
+    if m["b"]: words = f"{words} {re.sub('[-–]', 'đến', m['joint'].strip())} {m['again'] or ''}{_quarter(m['b'])}"
     return around("", words, f" năm {cardinal(int(m['year']))}") if m["year"] else words
 
 @rule(fr"(?<!\w)(?P<tháng>(?i:tháng)\s+|T(?=\d))?(?<!\d[.,/:-])(?:(?P<first>{MONTH})\s?[-–]\s?)?(?P<month>{MONTH})(?P<sign>[/.-])(?P<year>{YEAR})(?:\s?[-–]\s?(?P<month2>{MONTH})(?P=sign)(?P<year2>{YEAR}))?{CODE_END}", needs="/-.")
@@ -214,6 +214,16 @@ def time_of_day(m):
 def seconds_within(m):
     "10''85"
     return f"{cardinal(int(m[1]))} giây {cardinal(int(m[2]))}"
+
+@rule(r"(?<!\w)(?P<word>(?i:phút)\s+(?i:thứ\s+)?)(?P<n>\d{1,3})(?:\s?\+\s?(?P<more>\d{1,2}))?['′’](?!['′’\w])", needs="'′’")
+def minute_of_match(m):
+    "phút 67', phút 90+3'"
+    return f"{m['word']}{cardinal(int(m['n']))}" + (f" cộng {cardinal(int(m['more']))}" if m["more"] else "")
+
+@rule(r"(?<![\w.,])(\d{1,3})°\s?(\d{1,2})['′’](?:\s?(\d{1,2})(?:''|\"|″|”))?(?!\w)", needs="°")
+def degrees(m):
+    "105°52′, 21°2'30''"
+    return f"{cardinal(int(m[1]))} độ {cardinal(int(m[2]))} phút" + (f" {cardinal(int(m[3]))} giây" if m[3] else "")
 
 @rule(r"(?<![\w.,])(\d{1,3})(?:['′]|(?:p|ph)(?=\d+s))(\d{1,2})(?:''|\"|″|′′|’’|s)?(?!\w)", needs="'′p")
 def minutes_seconds(m):

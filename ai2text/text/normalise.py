@@ -236,7 +236,7 @@ def _checked(key:str, words:str)->str:
 
 def _checked_key(key:str, contexts:str, lines:list)->str:
     "What is wrong with an abbreviation and its contexts, and how to mend it; empty if nothing is."
-    if not re.fullmatch(r"[^\W_][\w.&/ -]*", key): return f"{key!r} is no abbreviation; it begins with a letter and has letters, digits, dots, '&', '/', '-' and spaces"
+    if not re.fullmatch(r"[^\W_][\w.,&/ -]*", key): return f"{key!r} is no abbreviation; it begins with a letter and has letters, digits, dots, commas, '&', '/', '-' and spaces"
     if any(contexts == other for _, other in lines): return f"{key!r} is there twice; keep one of the lines, or say behind a tab in which context each is right"
     if any(context.count("_") != 1 for context in contexts.split("|") if contexts): return f"a context of {key!r} has no '_', or two; write one for the abbreviation"
     if key.islower() and not key.isalpha() and not re.search("[./]", key): return f"{key!r} is in small letters and not one word; write it with capitals or dots, as it is typed"

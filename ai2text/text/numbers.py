@@ -6,8 +6,8 @@
 __all__ = ['DIGITS', 'BILLION', 'PLAIN_NUMBER', 'NUMBER', 'THOUSANDS', 'LONG', 'MANNERS', 'RULES', 'OPENING', 'CLOSING', 'NAME',
            'CALLS', 'CALLED', 'IDS', 'SUM', 'below_thousand', 'cardinal', 'digits', 'value_of', 'read_number',
            'Options', 'either', 'unsure', 'around', 'Trail', 'rule', 'apply_rules', 'any_of', 'before', 'behind',
-           'between_names', 'phone', 'hotline', 'emergency', 'called', 'card_number', 'id_number', 'plate', 'flight',
-           'gold']
+           'between_names', 'phone', 'hotline', 'emergency', 'service_code', 'called', 'card_number', 'id_number',
+           'plate', 'flight', 'gold']
 
 # %% ../../nbs/text/00_numbers.ipynb #1beb3a3b
 import re
@@ -47,7 +47,7 @@ def digits(text:str)->str:
     return " ".join(DIGITS[int(char)] for char in text if char in "0123456789")
 
 # %% ../../nbs/text/00_numbers.ipynb #6b9d36b9
-PLAIN_NUMBER = (r"(?:[1-9]\d{0,2}(?:[ \u00a0\u202f]\d{3}){2,5}(?![ .]?\d)|[1-9]\d{0,2}[ \u00a0\u202f]000(?![ .]?\d)|[1-9]\d{0,2}(?:\.\d{3})+(?:,\d+)?(?![.,]?\d)"
+PLAIN_NUMBER = (r"(?:[1-9]\d{0,2}(?:[ \u00a0\u202f]\d{3}){2,5}(?![ .]?\d)|[1-9]\d{0,2}[ \u00a0\u202f](?:000(?![ .]?\d)|\d{3}(?= (?:người|đồng|tỷ|tỉ|ca|hộ|tấn|ha)\b))|[1-9]\d{0,2}(?:\.\d{3})+(?:,\d+)?(?![.,]?\d)"
           r"|[1-9]\d{0,2}(?:,\d{3})+\.\d+(?![.,]?\d)|[1-9]\d{0,2}(?:,\d{3}){2,}(?![.,]?\d)|\d+[.,]\d+(?![.,]?\d)|\d+)")
 NUMBER = rf"(?<!\w)(?<!\d[.,]){PLAIN_NUMBER}"
 THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:\.\d{3})+(?:,(\d+))?|[1-9]\d{0,2}(?:,\d{3})+\.(\d+)|[1-9]\d{0,2}(?:,\d{3}){2,}|[1-9]\d{0,2},\d\d0")
@@ -224,6 +224,11 @@ def emergency(m):
     "gọi 113, gọi 113 hoặc 114"
     if m["name"].strip().lower() == "số" and NAME.match(m.string, m.end()) or behind(m, "đường phố người cuộc"): return None
     return m["name"] + re.sub(r"\d+", lambda n: digits(n[0]), m["n"])
+
+@rule(r"(?<!\w)\*\d+(?:\*\d+)*#", needs="*")
+def service_code(m):
+    "*101#"
+    return " ".join({"*": "sao", "#": "thăng"}.get(sign) or digits(sign) for sign in m[0])
 
 @rule(rf"(?<!\w)(?P<name>{any_of(CALLED)}{_GAP})(?P<n>\d(?:[ .-]?\d){{3,}}){SUM}")
 def called(m):

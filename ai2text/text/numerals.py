@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['VERSIONS', 'ROMAN', 'PLACES', 'TITLES', 'KINGS', 'ONES', 'DYNASTIC', 'HINT', 'FOREIGN_DIGIT', 'dotted', 'version',
            'named_version', 'point_zero', 'ordinal', 'weekdays', 'after_thu', 'roman', 'heading', 'king',
-           'place_in_order', 'behind_a_name', 'dotted_code', 'behind_letters', 'plain', 'power', 'read_numbers']
+           'place_in_order', 'behind_a_name', 'behind_a_number', 'dotted_code', 'behind_letters', 'plain', 'power',
+           'read_numbers']
 
 # %% ../../nbs/text/05_numerals.ipynb #a2f7c691
 import re, unicodedata
@@ -40,9 +41,9 @@ def ordinal(n:int)->str:
     "What follows `thứ`."
     return {1: "nhất", 4: "tư"}.get(n) or cardinal(n)
 
-@rule(r"(?<!\w)(?i:thứ)\s+[2-7]\s?[-–](?=\s?(?i:thứ\s|chủ nhật))|(?<!\w)T[2-7](?:\s?[-–,&]\s?(?:T[2-7]|CN)(?!\w))+")
+@rule(r"(?<!\w)(?i:thứ)\s+[2-7]\s?[-–](?=\s?(?i:thứ\s|chủ nhật))|(?<!\w)T[2-7](?:(?:\s?[-–,&]\s?|\s+(?:và|hoặc|đến)\s+)(?:T[2-7]|CN)(?!\w))+")
 def weekdays(m):
-    "thứ 2 - thứ 6, T2-T6, T7, CN"
+    "thứ 2 - thứ 6, T2-T6, T7, CN, T7 và CN"
     if m[0][-1] in "-–": return f"thứ {ordinal(int(re.search('[2-7]', m[0])[0]))} đến"
     return re.sub(r"\s?[-–]\s?", " đến ", re.sub(r"T([2-7])|CN", lambda d: f"thứ {ordinal(int(d[1]))}" if d[1] else "chủ nhật", m[0]))
 
@@ -95,13 +96,18 @@ def place_in_order(m):
 @rule(fr"(?<!\w)(?P<word>[^\W\d_]{{2,}}\s+)(?P<n>(?=[IVX]{{2}}){ROMAN})(?!\s+[^\W\d_a-z]{{2}}|[.]\w)", needs="IVX")
 def behind_a_name(m):
     "SEA Games XXXI"
-    return m["word"] + cardinal(roman(m["n"])) if m["word"].strip().istitle() else None
+    return m["word"] + cardinal(roman(m["n"])) if m["word"].strip().istitle() or m["word"].strip().isupper() and len(m["n"]) > 2 else None
+
+@rule(fr"(?<=\d)[-–](?=[IVX]{{2}}){ROMAN}", needs="IVX")
+def behind_a_number(m):
+    "RON 95-III"
+    return f" {cardinal(roman(m[0][1:]))}"
 
 # %% ../../nbs/text/05_numerals.ipynb #9f41656f
-@rule(r"(?<=[A-Z]{2})(?:\.\d{1,2})+(?![\w]|[.,]\d)|(?<=[^\W\d_])\d+(?:\.\d+)+(?![.,]?\d)", needs=".")
+@rule(r"(?<=[A-Z]{2})(?:\.\d{1,2})+(?![\w]|[.,]\d)|(?<=[^\W\d_])[-–]?\d+(?:\.\d+)+(?![.,]?\d)", needs=".")
 def dotted_code(m):
-    "JN.1, PM2.5, iOS18.1"
-    return ("chấm " if m[0][0] == "." else "") + dotted(m[0].strip("."))
+    "JN.1, PM2.5, iOS18.1, GPT-4.5"
+    return ("chấm " if m[0][0] == "." else "") + dotted(m[0].strip(".-–"))
 
 @rule(r"[-–\d]\d*")
 def behind_letters(m):
