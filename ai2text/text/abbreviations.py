@@ -76,10 +76,11 @@ class Entry:
     def choose(self,
         text:str, start:int, end:int, # the abbreviation is text[start:end]
         bound:bool=False, # it is part of a code, where only a context counts
+        typed:str="", # the text before its capitals were taken
     ):
         "Its words here; None if it is none."
         for words, contexts in self.lines:
-            if any(context.holds(text, start, end) for context in contexts): return words
+            if any(context.holds(text, start, end) or typed and context.holds(typed, start, end) for context in contexts): return words
         if bound or self.default is None: return None
         return unsure(self.default, *self.all_words) if self.unsure else self.default
 
@@ -139,6 +140,7 @@ class Abbreviations(dict):
     def expand(self,
         text:str,         # NFC, as it was typed
         trail:Trail=None, # where decisions are kept
+        typed:str="",     # the text before its capitals were taken, as long as it: names are seen there
     )->str:
         "The text with the abbreviations that have capitals or dots in words."
         if not self.pattern: return text
@@ -147,12 +149,13 @@ class Abbreviations(dict):
             if text[max(start - 1, 0):start].isalnum(): return m[0]
             left, right = re.search(r"(\w+)[-–&]$", text[max(0, start - 20):start]), re.match(r"[-–&](\w+)", text[end:end + 20])
             bound = text[end:end+1].isdigit() or left and not self._is_part(left[1]) or right and not self._is_part(right[1])
-            if len(m[0]) == 2 and m[0][1] == "." and not text[end:].lstrip()[:1].isdigit() and PERSONS.search(text[max(0, start - 40):start]) and not text[:start].rstrip().endswith(","): return m[0]
-            found = self.entries["".join(m[0].split())].choose(text, start, end, bound)
+            if len(m[0]) == 2 and m[0][1] == "." and not text[end:].lstrip()[:1].isdigit() and PERSONS.search(typed[max(0, start - 40):start]) and not text[:start].rstrip().endswith(","): return m[0]
+            found = self.entries["".join(m[0].split())].choose(text, start, end, bound, typed if m[0][-1] == "." and typed != text else "")
             if found is None: return m[0]
             if trail:
                 trail.abbreviations.append((m[0], str(found)))
                 found = trail.take(m[0], found)
             return f" {found} "
         if "/" in text: text = DOCUMENT.sub(lambda m: f"{m['kind'] or ''}{trail.take(m[0], found) if trail and (found := _read_document(m, self)) else _read_document(m, self)} ", text)
+        if len(typed) != len(text): typed = text
         return self.pattern.sub(words, text)

@@ -17,9 +17,9 @@ from .numbers import PLAIN_NUMBER, around, before, behind, between_names, cardin
 # %% ../../nbs/text/02_dates.ipynb #daa05aca
 ALONE, CODE_END = r"(?<![\w])(?<!\d[.,/:-])", r"(?![\w]|[.,/:-]\d|\s?[%‰°])"
 RESULTS = "tỷ_số tỉ_số chung_cuộc kết_quả vượt_lên dẫn dẫn_trước bị_dẫn thắng thua hòa hoà"
-SCORES = RESULTS + " thất_bại đánh_bại hạ gỡ gỡ_hòa gỡ_hoà đè_bẹp vùi_dập cầm_hòa cầm_hoà cầm_chân quật_ngã hạ_gục ngược_dòng thắng_lợi chiến_thắng trận_thắng trận_thua trận_hòa trận_hoà hiệp set ván luân_lưu penalty"
+SCORES = RESULTS + " thất_bại đánh_bại hạ gỡ gỡ_hòa gỡ_hoà đè_bẹp vùi_dập cầm_hòa cầm_hoà cầm_chân quật_ngã hạ_gục ngược_dòng thắng_lợi chiến_thắng trận_thắng trận_thua trận_hòa trận_hoà hiệp set ván luân_lưu penalty pen rút_ngắn san_bằng"
 COUNTED = """ngày tuần tháng năm giờ phút giây lần người bàn điểm tuổi trận km m cm kg g triệu tỷ tỉ nghìn ngàn trăm chiếc cái con quả viên câu bài phiếu đại_biểu thành_viên tỉnh huyện xã phường sao mẫu ca học_sinh suất ghế trang lít
-    tỉnh_thành quốc_gia nước vụ hộ bệnh_nhân đơn_vị doanh_nghiệp môn tiêu_chí chỉ_tiêu địa_phương xã_phường cử_tri cầu_thủ đội thí_sinh giám_khảo lượt bước tầng phòng cuốn quyển tập bộ chỗ độ"""
+    tỉnh_thành quốc_gia nước vụ hộ bệnh_nhân đơn_vị doanh_nghiệp môn tiếng trường_hợp bị_cáo cổ_đông khách_hàng sinh_viên gia_đình hộ_dân cán_bộ mặt_hàng ngành lĩnh_vực tiêu_chí chỉ_tiêu địa_phương xã_phường cử_tri cầu_thủ đội thí_sinh giám_khảo lượt bước tầng phòng cuốn quyển tập bộ chỗ độ"""
 RATIOS = "tỷ_lệ tỉ_lệ tỷ_lệ_là tỉ_lệ_là tỷ_lệ_vàng khung_hình màn_hình công_thức định_dạng"
 
 @rule(fr"{ALONE}(?P<a>\d{{1,3}})\s?[-–:]\s?(?P<b>\d{{1,3}}){CODE_END}", needs="-–:")
@@ -131,6 +131,7 @@ def announced_day(m):
 def range_of_days(m):
     "12-15/3, ngày 12-15.3"
     if m[3] == "." and not before(m, DAYS): return None
+    if behind(m, COUNTED) and not before(m, DAYS) and int(m[1]) < int(m[2]) < int(m[4]): return f"{cardinal(int(m[1]))} đến {cardinal(int(m[2]))} trên {cardinal(int(m[4]))}"
     return f"{cardinal(int(m[1]))} đến {date(m[2], m[4])}"
 
 # %% ../../nbs/text/02_dates.ipynb #4656f5da
@@ -210,7 +211,7 @@ def time_of_day(m):
     times = ([cardinal(int(m["from"]))] if m["from"] else []) + [time(*re.findall(r"\d+", o)) for o in (m["a"], m["b"]) if o]
     return " đến ".join(times)
 
-@rule(r"(?<![\w.,])(\d{1,3})(?:''|″)(\d{1,3})(?!\w)", needs="'″")
+@rule(r"(?<![\w.,])(\d{1,3})(?:''|″|\"|”)(\d{1,3})(?!\w)", needs="'″\"”")
 def seconds_within(m):
     "10''85"
     return f"{cardinal(int(m[1]))} giây {cardinal(int(m[2]))}"

@@ -126,8 +126,8 @@ class Normaliser:
     def _in_words(self, text:str, trail:Trail|None)->str:
         "What needs capitals and punctuation, read; still with both."
         text = drop_signs(read_web(text), trail)
-        text, capitals = lower_capitals(text, self.abbreviations.entries, self.capitals, trail)
-        text = read_numbers(self.abbreviations.expand(text, trail), trail)
+        typed, (text, capitals) = text, lower_capitals(text, self.abbreviations.entries, self.capitals, trail)
+        text = read_numbers(self.abbreviations.expand(text, trail, typed), trail)
         return FOREIGN_CAPITALS.sub(lambda m: f" {spell(m[0].lower())} ", text) if self.foreign == "spell" and not capitals else text
 
     def _piece(self, text:str, trail:Trail|None)->str:

@@ -59,7 +59,7 @@ def after_thu(m):
 ROMAN = r"(?:(?=[IVXLC]{2}|[IVX](?!\w)|[MDCLXVI]{4})(?:M{0,3}(?:CM|CD|D?C{0,3})(?=[^\W_]{2})|C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})(?!\w))"
 PLACES = any_of("""thế_kỷ thế_kỉ thiên_niên_kỷ thiên_niên_kỉ đại_hội hội_nghị khóa khoá kỳ kì kỳ_họp chương phần tập quyển cuốn hồi quý điều mục bài đợt vòng cấp loại hạng nhóm bậc
     thứ lần chiến thế_chiến thế_giới đảng trung_ương giai_đoạn vùng quân_khu tuyến bảng phụ_lục lớp trường_cấp
-    khu_vực học_kỳ học_kì đô_thị_loại độ type tổ ca chặng mục pha thể chiến_khu liên_khu khu đoạn khoản báo_động vành_đai tầng sư_đoàn quân_đoàn thời_kỳ thế_hệ đời""")
+    khu_vực học_kỳ học_kì đô_thị_loại độ type tổ ca chặng mục pha thể chiến_khu liên_khu khu đoạn khoản báo_động vành_đai tầng tuyến_số đường_số bảng_số phụ_lục_số mẫu_số metro_số sư_đoàn quân_đoàn thời_kỳ thế_hệ đời""")
 TITLES = any_of("vua hoàng_đế nữ_hoàng nữ_vương quốc_vương giáo_hoàng sa_hoàng hoàng_hậu thái_tử đức_vua")
 KINGS = """Louis Lu-i Charles Henry Henri Elizabeth Napoléon Napoleon Nikolai Nicholas Pyotr Peter Rama George William Wilhelm Philip Philippe Felipe James Edward Richard Friedrich Frederick Otto
     Leopold Gustav Ramses Alexander Aleksandr Ivan Franz Ferdinand Isabella Mary Pie Piô Phaolô Paul Benedict Victoria Darius Cyrus""".split()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MONEY', 'PREFIXES', 'UNITS', 'LONG_UNIT', 'UNIT', 'SIGN', 'LARGE', 'SHORT', 'MATHEMATICS', 'COMPARED', 'GRADES',
            'PER', 'SHORT_PER', 'PER_WORDS', 'PRODUCTS', 'name_of', 'amount', 'minus', 'compared', 'taken_away', 'house',
-           'fraction', 'between', 'sign_first', 'range_of_numbers', 'mathematics', 'unit_within', 'per', 'screen',
-           'quantity', 'per_unit', 'per_number', 'milestone', 'unit_alone']
+           'fraction', 'between', 'currency_pair', 'sign_first', 'range_of_numbers', 'mathematics', 'unit_within',
+           'per', 'screen', 'quantity', 'per_unit', 'per_number', 'milestone', 'unit_alone']
 
 # %% ../../nbs/text/04_quantities.ipynb #d5f634e1
 import re
@@ -33,6 +33,7 @@ _ANY_CASE |= {sign.lower(): UNITS[sign] for sign in ("MW", "MB", "MHz", "kPa")}
 def _signs(names)->str: return "|".join(re.escape(o) for o in sorted(names, key=len, reverse=True))
 LONG_UNIT = f"(?i:{_signs(o for o in _ANY_CASE if len(o) > 1)})"
 UNIT = f"(?:{_signs(UNITS)}|{LONG_UNIT}|[vw])"
+_CODES = _signs(code.upper() for code in MONEY if len(code) == 3 and code.isalpha())
 SIGN = f"(?:(?i:{_signs(MONEY)})|{UNIT})"
 LARGE = r"(?:trăm|nghìn|ngàn|vạn|triệu|tỷ|tỉ)(?:\s+(?:nghìn|ngàn|triệu|tỷ|tỉ))*"
 SHORT = r"\d{1,9}"
@@ -100,6 +101,11 @@ def fraction(m):
 def between(a:str, b:str)->str:
     "What is said for the dash between two numbers."
     return " đến " if value_of(a) < value_of(b) or (len(a) == 4 and len(b) == 2) else " "
+
+@rule(rf"(?<!\w)({_CODES})/({_CODES})(?!\w)", needs="/")
+def currency_pair(m):
+    "EUR/USD"
+    return f"{name_of(m[1])} trên {name_of(m[2])}"
 
 @rule(fr"(?<!\w)(?P<sign>(?i:us\$|vnd|vnđ|usd|eur|[sa]\$)|[$€£¥₫₩])\s?(?P<n>{PLAIN_NUMBER})(?:\s?[-–]\s?[$€£¥]?(?P<to>{PLAIN_NUMBER}))?(?P<large>\s?(?:{LARGE}|[KMB]|bn))?(?!\w)")
 def sign_first(m):

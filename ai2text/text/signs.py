@@ -92,7 +92,7 @@ SOUND_TAGS = """noise noises noisy background_noise laugh laughs laughing laught
     không_nghe_rõ không_rõ nghe_không_rõ không_nghe_được tiếng_động tiếng_chuông chuông_reo tiếng_xe tiếng_nước reo_hò hò_reo hát tiếng_hát tiếng_nước_ngoài nói_chen nói_chồng hắng_giọng tặc_lưỡi"""
 _TAG = any_of(SOUND_TAGS).replace(" ", "[ _]")
 TAG = re.compile(rf"(?<![\[<{{(*♪♫])[\[<{{(*♪♫]{{1,3}}\s?[/!]?\s?(?P<tag>{_TAG})(?:[\s:_-]*[\d.:,s]+)?\s*/?[\]>}})*♪♫]+|\[(?P<sound>(?i:tiếng|âm thanh|nhạc)(?:[\s_][^\W_]+){{1,5}})\]|(?<!\w)(?:!SIL|\+\+?(?P<plus>{_TAG})\+\+?)(?!\w)")
-EMOTICON = re.compile(r"(?<!\w)(?:[:;=]['-]?(?:[DPpvOo](?!\w)|[)(\]*|/\\]+)|<3+(?!\d)|\^[_.-]*\^|[xX]D+(?!\w)|T_T|[=-]+>+|<[=-]+(?!\d)|>{2,}|<{2,})")
+EMOTICON = re.compile(r"(?<!\w)(?:[:;=]['-]?(?:[DPpvOo](?!\w)|[)(\]*|/\\]+)|<3+(?!\d)|\^[_.-]*\^|(?:xD+|XDD+|XD(?=\s*(?:$|[.!?])))(?!\w)|T_T|[=-]+>+|<[=-]+(?!\d)|>{2,}|<{2,})")
 MARKUP = re.compile(r"<[/!?]?[A-Za-z][^<>]*>|<!--|&(?:#\d+|#[xX][0-9A-Fa-f]+|[A-Za-z]{2,8});")
 
 def split_tags(

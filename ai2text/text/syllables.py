@@ -97,7 +97,7 @@ _VNI_ALONE = str.maketrans("ñôöæóòîÑÔÖÆÓÒÎ", "đơưỉĩịỵĐ�
 _VNI = re.compile(f"([aeiouyôöAEIOUYÔÖ])([{''.join(_VNI_MARKS)}{''.join(_VNI_MARKS).upper()}])")
 _BYTES = {bytes([b]).decode("cp1252", "replace"): b for b in range(128, 160)}
 
-_ALONE = re.compile(r"(?<!\w)[©®¬§¦¨](?!\w)") # a sign of today, as in `© 2023`
+_ALONE = re.compile(r"(?<![^\s(])[\u00a1-\u00ac\u00ae-\u00bf×÷](?![^\s.,;:)])") # a sign of today, as in `© 2023` and `8 × 7`
 _INSIDE = re.compile(r"(?<![\W\d_])[µ¸¶·¹¨¾¼½©®ª¬\u00ad](?![\d])") # signs that stand in no word but there
 
 def _from_vni(text:str)->str:
