@@ -19,6 +19,8 @@ _RUN = re.compile(rf"(?<![\w])[{CAPITALS}]+(?:[\s,;:\"“”()!?–-]+[{CAPITALS
 _NUMBERED = re.compile(r"(?i:thế kỷ|thế kỉ|thứ|chương|lần thứ|đại hội|khóa|khoá)\s+$")
 _COMPOUNDS = re.compile(r"\s+(?i:khuẩn|rút|mô|phạm|tính|mạch|sinh|măng|mạc|diệu|vu|cảnh|thành|trùng|chất|lượng|ba)(?!\w)")
 
+_UNITS = re.compile(r"(?<=\d)(?:\s?(?:M[23²³]?|TR)(?=\d|(?!\w))|P(?!\w)|X(?=\d))|(?<=/)[HSM](?!\w)|(?<=\d\d)G(?!\w)|(?<=\dM)\sX(?=\s\d)") # in small letters elsewhere
+
 def _ordinary(word:str)->bool: return is_syllable(normalise_word(word.lower()))
 
 def lower_capitals(
@@ -36,7 +38,7 @@ def lower_capitals(
         if word in ("VI", "XI", "LI") and _NUMBERED.search(m.string, 0, m.start()) and not _COMPOUNDS.match(m.string, m.end()): return word
         if trail and word in known: return trail.take(word, unsure(word.lower(), *known[word].all_words))
         return word.lower()
-    if everywhere: return _WORD.sub(lower, text), True
+    if everywhere: return _UNITS.sub(lambda m: m[0] if re.search(r"[$€£]\s?[\d.,]+$", text[:m.start()]) else m[0].lower(), _WORD.sub(lower, text)), True
     return _RUN.sub(lambda run: _WORD.sub(lower, run[0]) if any(plain(m[0]) for m in _WORD.finditer(run[0])) else run[0], text), False
 
 # %% ../../nbs/text/08_abbreviations.ipynb #0eef9531

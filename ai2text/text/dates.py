@@ -30,7 +30,7 @@ def match_score(m):
     if ":" in m[0] or m["a"][0] == "0" != m["a"] or behind(m, COUNTED): return None
     if behind(m, "chung_cuộc sau_hiệp nghiêng_về sau_90_phút ngay_trong_hiệp sau_hai_hiệp"): return words
     facing = re.search(r"[^\W\d_a-z]\w*\s+[-–]\s+[^\W\d_a-z]\w*(?:\s+[^\W_a-z]\w*)*\s*:?\s*$", m.string[max(0, m.start() - 60):m.start()]) # Arsenal - Chelsea 1-2
-    if (between_names(m) or facing) and not before(m, "từ khoảng ngày tháng lớp thứ chương điều khoản trang năm tầng số"):
+    if (between_names(m) or facing) and not before(m, "từ khoảng ngày sáng trưa chiều tối đêm tháng lớp thứ chương điều khoản trang năm tầng số"):
         return unsure(words, f"{cardinal(int(m['a']))} đến {cardinal(int(m['b']))}") if int(m["a"]) < int(m["b"]) else words
 
 @rule(fr"{ALONE}\d(?:[-–]\d){{2,4}}{CODE_END}", needs="-–")
