@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'CODE_END', 'RESULTS', 'SCORES', 'COUNTED', 'RATIOS', 'DAY', 'MONTH', 'YEAR', 'DAYS', 'SPANS', 'YEARLY',
-           'PARTS', 'QUANTITIES', 'STREETS', 'DOCUMENTS', 'JOINT', 'QUARTER', 'Q', 'HOUR', 'MINUTE', 'TIME', 'WHEN',
-           'PART_OF_DAY', 'BOOKS', 'match_score', 'formation', 'ratio', 'month', 'date', 'day_month_year',
+           'PEOPLE', 'PARTS', 'QUANTITIES', 'STREETS', 'DOCUMENTS', 'JOINT', 'QUARTER', 'Q', 'HOUR', 'MINUTE', 'TIME',
+           'WHEN', 'PART_OF_DAY', 'BOOKS', 'match_score', 'formation', 'ratio', 'month', 'date', 'day_month_year',
            'year_month_day', 'short_year', 'school_class', 'day_and_month', 'announced_day', 'range_of_days', 'quarter',
            'month_year', 'month_then_year', 'april', 'months_of_year', 'open_years', 'time', 'verse', 'southern_hour',
-           'time_of_day', 'seconds_within', 'minute_of_match', 'degrees', 'minutes_seconds']
+           'hours_to_seconds', 'time_of_day', 'seconds_within', 'minute_of_match', 'degrees', 'minutes_seconds']
 
 # %% ../../nbs/text/02_dates.ipynb #dfdb1d75
 import re
@@ -50,6 +50,7 @@ DAYS = """ngày sáng trưa chiều tối đêm khuya hôm hôm_nay hôm_qua hô
     đường phố đại_lộ quảng_trường công_viên sân_vận_động bệnh_viện nhà_máy rạp_hát cầu thống_nhất giải_phóng sinh sinh_ngày mất_ngày""" # `đường 3/2` is a date too
 SPANS = "từ đến hết đến_hết tới trước sau vào kể_từ tính_đến cho_đến lúc hồi và trong_ngày hạn hạn_chót chậm_nhất bắt_đầu khai_mạc bế_mạc khởi_chiếu"
 YEARLY = "năm_nay năm_ngoái năm_trước năm_sau năm_tới hàng_năm hằng_năm âm_lịch dương_lịch âl dl vừa_qua sắp_tới tới_đây này vừa_rồi"
+PEOPLE = "người học_sinh sinh_viên cán_bộ khách_hàng hộ_dân cổ_đông doanh_nghiệp thí_sinh cử_tri bệnh_nhân cầu_thủ gia_đình ngành"
 PARTS = """dân_số diện_tích số tổng tổng_số quãng_đường chặng_đường thời_gian lượng giá giá_trị chén cốc bát thìa muỗng muỗng_cà_phê thìa_cà_phê ly trái quả củ kg ký cân lít sân thế_giới cuộc_đời đời mặt_bằng chiều_dài chiều_cao nước thể_tích
     khối_lượng chỉ_tiêu kế_hoạch tài_sản vốn phiếu ý_kiến trong_số trong_tổng giờ tiếng người"""
 QUANTITIES = "hơn gần khoảng chiếm bằng giảm tăng còn mất được chừng cỡ chưa_đầy quá có là chỉ tới_gần ít_nhất tối_thiểu tối_đa một hai ba bốn trong"
@@ -111,6 +112,7 @@ def day_and_month(m):
     words, house = _dates(m[0]), f"{cardinal(a)} trên {cardinal(b)}"
     if m[0] == "24/7" or before(m, DOCUMENTS + " vòng âm") or re.search(r"(?<![\w.,/])\d{1,3} $", left): return None
     if before(m, DAYS): return words
+    if alone and a < b and not left.rstrip().endswith(",") and before(m, "từ kể_từ hết đến_hết trước sau vào") and behind(m, PEOPLE): return unsure(words, _fraction(a, b)) # Từ 1/7 người lao động
     if alone and (before(m, STREETS) or before(m, "lớp", gap=5) or behind(m, "đường phố quốc_lộ") and b > 1): return either(house, house.replace("trên", "xuyệt"), words)
     if alone and (before(m, "điểm đạt chấm trình_độ văn_hóa thị_lực bậc bậc_lương") or b == 10 and before(m, "mắt mắt_trái mắt_phải") or left.rstrip().endswith("=") or right.lstrip().startswith("=") or behind(m, COUNTED) or a < b and behind(m, PARTS)): return None
     in_brackets, leads = left.endswith("(") and right.startswith(")") and (b > 4 or before(m, DAYS, gap=3)), not left.strip(" \"“(-") and re.match(r"\s*[,:]", right)
@@ -131,7 +133,7 @@ def announced_day(m):
 def range_of_days(m):
     "12-15/3, ngày 12-15.3"
     if m[3] == "." and not before(m, DAYS): return None
-    if behind(m, COUNTED) and not before(m, DAYS) and int(m[1]) < int(m[2]) < int(m[4]): return f"{cardinal(int(m[1]))} đến {cardinal(int(m[2]))} trên {cardinal(int(m[4]))}"
+    if behind(m, COUNTED) and not before(m, DAYS) and int(m[1]) < int(m[2]) < int(m[4]): return unsure(f"{cardinal(int(m[1]))} đến {cardinal(int(m[2]))} trên {cardinal(int(m[4]))}", f"{cardinal(int(m[1]))} đến {date(m[2], m[4])}")
     return f"{cardinal(int(m[1]))} đến {date(m[2], m[4])}"
 
 # %% ../../nbs/text/02_dates.ipynb #4656f5da
@@ -204,6 +206,11 @@ def southern_hour(m):
     "lúc 8g, 8g sáng, 7g-11g30"
     if not (m[3] or before(m, WHEN) or behind(m, PART_OF_DAY)): return None
     return time(m[1]) + (f" đến {time(m[2], m[3] or '')}" if m[2] else "")
+
+@rule(r"(?<![\w.,])(\d{1,3})[hH]\s?(\d{1,2})(?:['′p]|ph)\s?(\d{1,2})(?:''|\"|″|”|s)?(?!\w)", needs="hH")
+def hours_to_seconds(m):
+    "3h25'40\""
+    return time(m[1], m[2], m[3])
 
 @rule(fr"(?<!\w)(?<!\d[.,/:])(?:(?P<from>{HOUR})\s?[-–]\s?)?(?P<a>{TIME})(?:\s?[-–]\s?(?P<b>{TIME}|{HOUR}g(?!\w)))?(?![.,:]\d)", needs=":hHg")
 def time_of_day(m):

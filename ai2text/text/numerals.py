@@ -121,6 +121,7 @@ def plain(m):
     "12.500 người, and what no other rule took"
     if len(m[0]) >= LONG and behind(m, COUNTED + " đại_lượng lượt_khách cổ_phiếu tài_khoản khách usd đô"): return read_number(m[0], quantity=True)
     if re.fullmatch(r"[1-9]\d{0,2},\d\d0", m[0]): return unsure(read_number(m[0]), f"{cardinal(int(m[0].split(',')[0]))} phẩy {digits(m[0].split(',')[1])}")
+    if re.fullmatch(r"[1-9]\d{0,2}\s\d\d[1-9]", m[0]): return unsure(read_number(m[0]), " ".join(map(read_number, m[0].split())))
     return read_number(m[0])
 
 @rule(r"[²³⁰¹⁴-⁹]+", needs="²³⁰¹⁴⁵⁶⁷⁸⁹")
