@@ -19,6 +19,8 @@ _RUN = re.compile(rf"(?<![\w])[{CAPITALS}]+(?:[\s,;:\"“”()!?–-]+[{CAPITALS
 _NUMBERED = re.compile(r"(?i:thế kỷ|thế kỉ|thứ|chương|lần thứ|đại hội|khóa|khoá)\s+$")
 _COMPOUNDS = re.compile(r"\s+(?i:khuẩn|rút|mô|phạm|tính|mạch|sinh|măng|mạc|diệu|vu|cảnh|thành|trùng|chất|lượng|ba)(?!\w)")
 
+_UNITS = re.compile(r"(?<=\d)(?:\s?(?:M[23²³]?|TR)(?=\d|(?!\w))|P(?!\w)|X(?=\d))|(?<=/)[HSM](?!\w)|(?<=\d\d)G(?!\w)|(?<=\dM)\sX(?=\s\d)") # in small letters elsewhere
+
 def _ordinary(word:str)->bool: return is_syllable(normalise_word(word.lower()))
 
 def lower_capitals(
@@ -36,7 +38,7 @@ def lower_capitals(
         if word in ("VI", "XI", "LI") and _NUMBERED.search(m.string, 0, m.start()) and not _COMPOUNDS.match(m.string, m.end()): return word
         if trail and word in known: return trail.take(word, unsure(word.lower(), *known[word].all_words))
         return word.lower()
-    if everywhere: return _WORD.sub(lower, text), True
+    if everywhere: return _UNITS.sub(lambda m: m[0] if re.search(r"[$€£]\s?[\d.,]+$", text[:m.start()]) else m[0].lower(), _WORD.sub(lower, text)), True
     return _RUN.sub(lambda run: _WORD.sub(lower, run[0]) if any(plain(m[0]) for m in _WORD.finditer(run[0])) else run[0], text), False
 
 # %% ../../nbs/text/08_abbreviations.ipynb #0eef9531
@@ -76,10 +78,11 @@ class Entry:
     def choose(self,
         text:str, start:int, end:int, # the abbreviation is text[start:end]
         bound:bool=False, # it is part of a code, where only a context counts
+        typed:str="", # the text before its capitals were taken
     ):
         "Its words here; None if it is none."
         for words, contexts in self.lines:
-            if any(context.holds(text, start, end) for context in contexts): return words
+            if any(context.holds(text, start, end) or typed and context.holds(typed, start, end) for context in contexts): return words
         if bound or self.default is None: return None
         return unsure(self.default, *self.all_words) if self.unsure else self.default
 
@@ -139,6 +142,7 @@ class Abbreviations(dict):
     def expand(self,
         text:str,         # NFC, as it was typed
         trail:Trail=None, # where decisions are kept
+        typed:str="",     # the text before its capitals were taken, as long as it: names are seen there
     )->str:
         "The text with the abbreviations that have capitals or dots in words."
         if not self.pattern: return text
@@ -147,12 +151,13 @@ class Abbreviations(dict):
             if text[max(start - 1, 0):start].isalnum(): return m[0]
             left, right = re.search(r"(\w+)[-–&]$", text[max(0, start - 20):start]), re.match(r"[-–&](\w+)", text[end:end + 20])
             bound = text[end:end+1].isdigit() or left and not self._is_part(left[1]) or right and not self._is_part(right[1])
-            if len(m[0]) == 2 and m[0][1] == "." and not text[end:].lstrip()[:1].isdigit() and PERSONS.search(text[max(0, start - 40):start]) and not text[:start].rstrip().endswith(","): return m[0]
-            found = self.entries["".join(m[0].split())].choose(text, start, end, bound)
+            if len(m[0]) == 2 and m[0][1] == "." and not text[end:].lstrip()[:1].isdigit() and PERSONS.search(typed[max(0, start - 40):start]) and not text[:start].rstrip().endswith(","): return m[0]
+            found = self.entries["".join(m[0].split())].choose(text, start, end, bound, typed if m[0][-1] == "." and typed != text else "")
             if found is None: return m[0]
             if trail:
                 trail.abbreviations.append((m[0], str(found)))
                 found = trail.take(m[0], found)
             return f" {found} "
         if "/" in text: text = DOCUMENT.sub(lambda m: f"{m['kind'] or ''}{trail.take(m[0], found) if trail and (found := _read_document(m, self)) else _read_document(m, self)} ", text)
+        if len(typed) != len(text): typed = text
         return self.pattern.sub(words, text)

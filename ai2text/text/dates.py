@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'CODE_END', 'RESULTS', 'SCORES', 'COUNTED', 'RATIOS', 'DAY', 'MONTH', 'YEAR', 'DAYS', 'SPANS', 'YEARLY',
-           'PARTS', 'QUANTITIES', 'STREETS', 'DOCUMENTS', 'JOINT', 'QUARTER', 'Q', 'HOUR', 'MINUTE', 'TIME', 'WHEN',
-           'PART_OF_DAY', 'BOOKS', 'match_score', 'formation', 'ratio', 'month', 'date', 'day_month_year',
+           'PEOPLE', 'PARTS', 'QUANTITIES', 'STREETS', 'DOCUMENTS', 'JOINT', 'QUARTER', 'Q', 'HOUR', 'MINUTE', 'TIME',
+           'WHEN', 'PART_OF_DAY', 'BOOKS', 'match_score', 'formation', 'ratio', 'month', 'date', 'day_month_year',
            'year_month_day', 'short_year', 'school_class', 'day_and_month', 'announced_day', 'range_of_days', 'quarter',
            'month_year', 'month_then_year', 'april', 'months_of_year', 'open_years', 'time', 'verse', 'southern_hour',
-           'time_of_day', 'seconds_within', 'minutes_seconds']
+           'hours_to_seconds', 'time_of_day', 'seconds_within', 'minute_of_match', 'degrees', 'minutes_seconds']
 
 # %% ../../nbs/text/02_dates.ipynb #dfdb1d75
 import re
@@ -17,9 +17,9 @@ from .numbers import PLAIN_NUMBER, around, before, behind, between_names, cardin
 # %% ../../nbs/text/02_dates.ipynb #daa05aca
 ALONE, CODE_END = r"(?<![\w])(?<!\d[.,/:-])", r"(?![\w]|[.,/:-]\d|\s?[%‰°])"
 RESULTS = "tỷ_số tỉ_số chung_cuộc kết_quả vượt_lên dẫn dẫn_trước bị_dẫn thắng thua hòa hoà"
-SCORES = RESULTS + " thất_bại đánh_bại hạ gỡ gỡ_hòa gỡ_hoà đè_bẹp vùi_dập cầm_hòa cầm_hoà cầm_chân quật_ngã hạ_gục ngược_dòng thắng_lợi chiến_thắng trận_thắng trận_thua trận_hòa trận_hoà hiệp set ván luân_lưu penalty"
+SCORES = RESULTS + " thất_bại đánh_bại hạ gỡ gỡ_hòa gỡ_hoà đè_bẹp vùi_dập cầm_hòa cầm_hoà cầm_chân quật_ngã hạ_gục ngược_dòng thắng_lợi chiến_thắng trận_thắng trận_thua trận_hòa trận_hoà hiệp set ván luân_lưu penalty pen rút_ngắn san_bằng"
 COUNTED = """ngày tuần tháng năm giờ phút giây lần người bàn điểm tuổi trận km m cm kg g triệu tỷ tỉ nghìn ngàn trăm chiếc cái con quả viên câu bài phiếu đại_biểu thành_viên tỉnh huyện xã phường sao mẫu ca học_sinh suất ghế trang lít
-    tỉnh_thành quốc_gia nước vụ hộ bệnh_nhân đơn_vị doanh_nghiệp môn tiêu_chí chỉ_tiêu địa_phương xã_phường cử_tri cầu_thủ đội thí_sinh giám_khảo lượt bước tầng phòng cuốn quyển tập bộ chỗ độ"""
+    tỉnh_thành quốc_gia nước vụ hộ bệnh_nhân đơn_vị doanh_nghiệp môn tiếng trường_hợp bị_cáo cổ_đông khách_hàng sinh_viên gia_đình hộ_dân cán_bộ mặt_hàng ngành lĩnh_vực tiêu_chí chỉ_tiêu địa_phương xã_phường cử_tri cầu_thủ đội thí_sinh giám_khảo lượt bước tầng phòng cuốn quyển tập bộ chỗ độ"""
 RATIOS = "tỷ_lệ tỉ_lệ tỷ_lệ_là tỉ_lệ_là tỷ_lệ_vàng khung_hình màn_hình công_thức định_dạng"
 
 @rule(fr"{ALONE}(?P<a>\d{{1,3}})\s?[-–:]\s?(?P<b>\d{{1,3}}){CODE_END}", needs="-–:")
@@ -30,7 +30,7 @@ def match_score(m):
     if ":" in m[0] or m["a"][0] == "0" != m["a"] or behind(m, COUNTED): return None
     if behind(m, "chung_cuộc sau_hiệp nghiêng_về sau_90_phút ngay_trong_hiệp sau_hai_hiệp"): return words
     facing = re.search(r"[^\W\d_a-z]\w*\s+[-–]\s+[^\W\d_a-z]\w*(?:\s+[^\W_a-z]\w*)*\s*:?\s*$", m.string[max(0, m.start() - 60):m.start()]) # Arsenal - Chelsea 1-2
-    if (between_names(m) or facing) and not before(m, "từ khoảng ngày tháng lớp thứ chương điều khoản trang năm tầng số"):
+    if (between_names(m) or facing) and not before(m, "từ khoảng ngày sáng trưa chiều tối đêm tháng lớp thứ chương điều khoản trang năm tầng số"):
         return unsure(words, f"{cardinal(int(m['a']))} đến {cardinal(int(m['b']))}") if int(m["a"]) < int(m["b"]) else words
 
 @rule(fr"{ALONE}\d(?:[-–]\d){{2,4}}{CODE_END}", needs="-–")
@@ -50,6 +50,7 @@ DAYS = """ngày sáng trưa chiều tối đêm khuya hôm hôm_nay hôm_qua hô
     đường phố đại_lộ quảng_trường công_viên sân_vận_động bệnh_viện nhà_máy rạp_hát cầu thống_nhất giải_phóng sinh sinh_ngày mất_ngày""" # `đường 3/2` is a date too
 SPANS = "từ đến hết đến_hết tới trước sau vào kể_từ tính_đến cho_đến lúc hồi và trong_ngày hạn hạn_chót chậm_nhất bắt_đầu khai_mạc bế_mạc khởi_chiếu"
 YEARLY = "năm_nay năm_ngoái năm_trước năm_sau năm_tới hàng_năm hằng_năm âm_lịch dương_lịch âl dl vừa_qua sắp_tới tới_đây này vừa_rồi"
+PEOPLE = "người học_sinh sinh_viên cán_bộ khách_hàng hộ_dân cổ_đông doanh_nghiệp thí_sinh cử_tri bệnh_nhân cầu_thủ gia_đình ngành"
 PARTS = """dân_số diện_tích số tổng tổng_số quãng_đường chặng_đường thời_gian lượng giá giá_trị chén cốc bát thìa muỗng muỗng_cà_phê thìa_cà_phê ly trái quả củ kg ký cân lít sân thế_giới cuộc_đời đời mặt_bằng chiều_dài chiều_cao nước thể_tích
     khối_lượng chỉ_tiêu kế_hoạch tài_sản vốn phiếu ý_kiến trong_số trong_tổng giờ tiếng người"""
 QUANTITIES = "hơn gần khoảng chiếm bằng giảm tăng còn mất được chừng cỡ chưa_đầy quá có là chỉ tới_gần ít_nhất tối_thiểu tối_đa một hai ba bốn trong"
@@ -111,8 +112,9 @@ def day_and_month(m):
     words, house = _dates(m[0]), f"{cardinal(a)} trên {cardinal(b)}"
     if m[0] == "24/7" or before(m, DOCUMENTS + " vòng âm") or re.search(r"(?<![\w.,/])\d{1,3} $", left): return None
     if before(m, DAYS): return words
+    if alone and a < b and not left.rstrip().endswith(",") and before(m, "từ kể_từ hết đến_hết trước sau vào") and behind(m, PEOPLE): return unsure(words, _fraction(a, b)) # Từ 1/7 người lao động
     if alone and (before(m, STREETS) or before(m, "lớp", gap=5) or behind(m, "đường phố quốc_lộ") and b > 1): return either(house, house.replace("trên", "xuyệt"), words)
-    if alone and (before(m, "điểm đạt chấm trình_độ văn_hóa") or behind(m, COUNTED) or a < b and behind(m, PARTS)): return None
+    if alone and (before(m, "điểm đạt chấm trình_độ văn_hóa thị_lực bậc bậc_lương") or b == 10 and before(m, "mắt mắt_trái mắt_phải") or left.rstrip().endswith("=") or right.lstrip().startswith("=") or behind(m, COUNTED) or a < b and behind(m, PARTS)): return None
     in_brackets, leads = left.endswith("(") and right.startswith(")") and (b > 4 or before(m, DAYS, gap=3)), not left.strip(" \"“(-") and re.match(r"\s*[,:]", right)
     if any(a > b for a, b in pairs) or before(m, SPANS) or behind(m, YEARLY) or in_brackets: return words
     usual = [b <= 4 or b == 10 for _, b in pairs] # halves, quarters, tenths
@@ -131,6 +133,7 @@ def announced_day(m):
 def range_of_days(m):
     "12-15/3, ngày 12-15.3"
     if m[3] == "." and not before(m, DAYS): return None
+    if behind(m, COUNTED) and not before(m, DAYS) and int(m[1]) < int(m[2]) < int(m[4]): return unsure(f"{cardinal(int(m[1]))} đến {cardinal(int(m[2]))} trên {cardinal(int(m[4]))}", f"{cardinal(int(m[1]))} đến {date(m[2], m[4])}")
     return f"{cardinal(int(m[1]))} đến {date(m[2], m[4])}"
 
 # %% ../../nbs/text/02_dates.ipynb #4656f5da
@@ -142,12 +145,12 @@ def _quarter(n:str)->str:
     n = QUARTER.get(n) or int(n)
     return either("bốn", "tư") if n == 4 else cardinal(n)
 
-@rule(fr"(?<!\w)(?:(?P<quý>(?i:quý)\s+)|Q)(?P<a>{Q})(?:(?P<joint>\s?[-–]\s?|\s*,\s*|\s+(?:và|đến|tới)\s+)(?:Q|(?i:quý)\s+)?(?P<b>{Q}))?(?:\s?[/-]\s?(?P<year>{YEAR}))?(?!\w|[.,/]\d)", needs="qQ")
+@rule(fr"(?<!\w)(?:(?P<quý>(?i:quý)\s+)|Q)(?P<a>{Q})(?:(?P<joint>\s?[-–]\s?|\s*,\s*|\s+(?:và|đến|tới)\s+)(?:Q|(?P<again>(?i:quý)\s+))?(?P<b>{Q}))?(?:\s?[/-]\s?(?P<year>{YEAR}))?(?!\w|[.,/]\d)", needs="qQ")
 def quarter(m):
     "quý 1/2024, quý III/2024, Q4/2023, Q1-Q2"
     if not (m["quý"] or m["b"] or m["year"]) and not behind(m, "năm"): return None
     words = around(m["quý"] or "quý ", _quarter(m["a"]))
-    if m["b"]: words = f"{words} {re.sub('[-–]', 'đến', m['joint'].strip())} {_quarter(m['b'])}"
+    if m["b"]: words = f"{words} {re.sub('[-–]', 'đến', m['joint'].strip())} {m['again'] or ''}{_quarter(m['b'])}"
     return around("", words, f" năm {cardinal(int(m['year']))}") if m["year"] else words
 
 @rule(fr"(?<!\w)(?P<tháng>(?i:tháng)\s+|T(?=\d))?(?<!\d[.,/:-])(?:(?P<first>{MONTH})\s?[-–]\s?)?(?P<month>{MONTH})(?P<sign>[/.-])(?P<year>{YEAR})(?:\s?[-–]\s?(?P<month2>{MONTH})(?P=sign)(?P<year2>{YEAR}))?{CODE_END}", needs="/-.")
@@ -204,16 +207,31 @@ def southern_hour(m):
     if not (m[3] or before(m, WHEN) or behind(m, PART_OF_DAY)): return None
     return time(m[1]) + (f" đến {time(m[2], m[3] or '')}" if m[2] else "")
 
+@rule(r"(?<![\w.,])(\d{1,3})[hH]\s?(\d{1,2})(?:['′p]|ph)\s?(\d{1,2})(?:''|\"|″|”|s)?(?!\w)", needs="hH")
+def hours_to_seconds(m):
+    "3h25'40\""
+    return time(m[1], m[2], m[3])
+
 @rule(fr"(?<!\w)(?<!\d[.,/:])(?:(?P<from>{HOUR})\s?[-–]\s?)?(?P<a>{TIME})(?:\s?[-–]\s?(?P<b>{TIME}|{HOUR}g(?!\w)))?(?![.,:]\d)", needs=":hHg")
 def time_of_day(m):
     "8h30, 8:30, 6:05:09, 8-10h, 7:00-9:30"
     times = ([cardinal(int(m["from"]))] if m["from"] else []) + [time(*re.findall(r"\d+", o)) for o in (m["a"], m["b"]) if o]
     return " đến ".join(times)
 
-@rule(r"(?<![\w.,])(\d{1,3})(?:''|″)(\d{1,3})(?!\w)", needs="'″")
+@rule(r"(?<![\w.,])(\d{1,3})(?:''|″|\"|”)(\d{1,3})(?!\w)", needs="'″\"”")
 def seconds_within(m):
     "10''85"
     return f"{cardinal(int(m[1]))} giây {cardinal(int(m[2]))}"
+
+@rule(r"(?<!\w)(?P<word>(?i:phút)\s+(?i:thứ\s+)?)(?P<n>\d{1,3})(?:\s?\+\s?(?P<more>\d{1,2}))?['′’](?!['′’\w])", needs="'′’")
+def minute_of_match(m):
+    "phút 67', phút 90+3'"
+    return f"{m['word']}{cardinal(int(m['n']))}" + (f" cộng {cardinal(int(m['more']))}" if m["more"] else "")
+
+@rule(r"(?<![\w.,])(\d{1,3})°\s?(\d{1,2})['′’](?:\s?(\d{1,2})(?:''|\"|″|”))?(?!\w)", needs="°")
+def degrees(m):
+    "105°52′, 21°2'30''"
+    return f"{cardinal(int(m[1]))} độ {cardinal(int(m[2]))} phút" + (f" {cardinal(int(m[3]))} giây" if m[3] else "")
 
 @rule(r"(?<![\w.,])(\d{1,3})(?:['′]|(?:p|ph)(?=\d+s))(\d{1,2})(?:''|\"|″|′′|’’|s)?(?!\w)", needs="'′p")
 def minutes_seconds(m):

@@ -126,8 +126,8 @@ class Normaliser:
     def _in_words(self, text:str, trail:Trail|None)->str:
         "What needs capitals and punctuation, read; still with both."
         text = drop_signs(read_web(text), trail)
-        text, capitals = lower_capitals(text, self.abbreviations.entries, self.capitals, trail)
-        text = read_numbers(self.abbreviations.expand(text, trail), trail)
+        typed, (text, capitals) = text, lower_capitals(text, self.abbreviations.entries, self.capitals, trail)
+        text = read_numbers(self.abbreviations.expand(text, trail, typed), trail)
         return FOREIGN_CAPITALS.sub(lambda m: f" {spell(m[0].lower())} ", text) if self.foreign == "spell" and not capitals else text
 
     def _piece(self, text:str, trail:Trail|None)->str:
@@ -236,7 +236,7 @@ def _checked(key:str, words:str)->str:
 
 def _checked_key(key:str, contexts:str, lines:list)->str:
     "What is wrong with an abbreviation and its contexts, and how to mend it; empty if nothing is."
-    if not re.fullmatch(r"[^\W_][\w.&/ -]*", key): return f"{key!r} is no abbreviation; it begins with a letter and has letters, digits, dots, '&', '/', '-' and spaces"
+    if not re.fullmatch(r"[^\W_][\w.,&/ -]*", key): return f"{key!r} is no abbreviation; it begins with a letter and has letters, digits, dots, commas, '&', '/', '-' and spaces"
     if any(contexts == other for _, other in lines): return f"{key!r} is there twice; keep one of the lines, or say behind a tab in which context each is right"
     if any(context.count("_") != 1 for context in contexts.split("|") if contexts): return f"a context of {key!r} has no '_', or two; write one for the abbreviation"
     if key.islower() and not key.isalpha() and not re.search("[./]", key): return f"{key!r} is in small letters and not one word; write it with capitals or dots, as it is typed"

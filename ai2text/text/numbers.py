@@ -6,8 +6,8 @@
 __all__ = ['DIGITS', 'BILLION', 'PLAIN_NUMBER', 'NUMBER', 'THOUSANDS', 'LONG', 'MANNERS', 'RULES', 'OPENING', 'CLOSING', 'NAME',
            'CALLS', 'CALLED', 'IDS', 'SUM', 'below_thousand', 'cardinal', 'digits', 'value_of', 'read_number',
            'Options', 'either', 'unsure', 'around', 'Trail', 'rule', 'apply_rules', 'any_of', 'before', 'behind',
-           'between_names', 'phone', 'hotline', 'emergency', 'called', 'card_number', 'id_number', 'plate', 'flight',
-           'gold']
+           'between_names', 'phone', 'foreign_phone', 'hotline', 'emergency', 'service_code', 'called', 'card_number',
+           'id_number', 'plate', 'flight', 'gold']
 
 # %% ../../nbs/text/00_numbers.ipynb #1beb3a3b
 import re
@@ -47,7 +47,7 @@ def digits(text:str)->str:
     return " ".join(DIGITS[int(char)] for char in text if char in "0123456789")
 
 # %% ../../nbs/text/00_numbers.ipynb #6b9d36b9
-PLAIN_NUMBER = (r"(?:[1-9]\d{0,2}(?:[ \u00a0\u202f]\d{3}){2,5}(?![ .]?\d)|[1-9]\d{0,2}[ \u00a0\u202f]000(?![ .]?\d)|[1-9]\d{0,2}(?:\.\d{3})+(?:,\d+)?(?![.,]?\d)"
+PLAIN_NUMBER = (r"(?:[1-9]\d{0,2}(?:[ \u00a0\u202f]\d{3}){2,5}(?![ .]?\d)|[1-9]\d{0,2}[ \u00a0\u202f](?:000(?![ .]?\d)|\d{3}(?= (?:người|đồng|tỷ|tỉ|ca|hộ|tấn|ha)\b))|[1-9]\d{0,2}(?:\.\d{3})+(?:,\d+)?(?![.,]?\d)"
           r"|[1-9]\d{0,2}(?:,\d{3})+\.\d+(?![.,]?\d)|[1-9]\d{0,2}(?:,\d{3}){2,}(?![.,]?\d)|\d+[.,]\d+(?![.,]?\d)|\d+)")
 NUMBER = rf"(?<!\w)(?<!\d[.,]){PLAIN_NUMBER}"
 THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:\.\d{3})+(?:,(\d+))?|[1-9]\d{0,2}(?:,\d{3})+\.(\d+)|[1-9]\d{0,2}(?:,\d{3}){2,}|[1-9]\d{0,2},\d\d0")
@@ -211,6 +211,11 @@ def phone(m):
     "0912 345 678, (024) 3825 1234, +84 912 345 678, +84 (0)28 3822 1234"
     return ("cộng " if "+" in m[0] else "") + digits(m[0])
 
+@rule(r"(?<![\w.,])\+[1-9]\d{0,2}(?:[ .-]\(?\d{2,4}\)?){2,4}(?!\w|[.,]\d)", needs="+")
+def foreign_phone(m):
+    "+1 415 555 2671"
+    return None if len(re.findall(r"\d", m[0])) < 9 or re.fullmatch(PLAIN_NUMBER, m[0][1:]) else f"cộng {digits(m[0])}"
+
 @rule(r"(?<![\w.,])1[89]00(?:(?P<gap>[ .-]?)\d){2,6}(?!\w|[.,/-]\d)" + SUM)
 def hotline(m):
     "1900 2345, 1800.6789; not 1900-1954"
@@ -219,11 +224,16 @@ def hotline(m):
     if before(m, "năm từ đến tới trước sau thế_kỷ khoảng") or (m[0] == number and len(number) < 8 and not before(m, CALLED, gap=1)): return None
     return digits(number)
 
-@rule(rf"(?<!\w)(?P<name>{any_of(CALLS + ' số')}{_GAP})(?P<n>(?:11[1-9]|10[28]\d|911)(?:(?:,\s*|\s*[-/]\s*|\s+(?:và|hoặc|hay)\s+)11[1-9])*)(?!\w|[.,/:-]\d)")
+@rule(rf"(?<!\w)(?P<name>{any_of(CALLS + ' số')}(?:{_GAP}|\s*\())(?P<n>(?:11[1-9]|10[28]\d|911)(?:(?:,\s*|\s*[-/]\s*|\s+(?:và|hoặc|hay)\s+)11[1-9])*)(?!\w|[.,/:-]\d)")
 def emergency(m):
     "gọi 113, gọi 113 hoặc 114"
     if m["name"].strip().lower() == "số" and NAME.match(m.string, m.end()) or behind(m, "đường phố người cuộc"): return None
     return m["name"] + re.sub(r"\d+", lambda n: digits(n[0]), m["n"])
+
+@rule(r"(?<!\w)\*\d+(?:\*\d+)*#", needs="*")
+def service_code(m):
+    "*101#"
+    return " ".join({"*": "sao", "#": "thăng"}.get(sign) or digits(sign) for sign in m[0])
 
 @rule(rf"(?<!\w)(?P<name>{any_of(CALLED)}{_GAP})(?P<n>\d(?:[ .-]?\d){{3,}}){SUM}")
 def called(m):
@@ -248,7 +258,7 @@ def plate(m):
     if not ("-" in m[2] + m[4] or "." in m[5] or before(m, "biển biển_số xe biển_kiểm_soát bks", gap=2)): return None
     return f"{cardinal(int(m[1]))} {m[3][:-1]} {cardinal(int(m[3][-1]))} {digits(m[5])}" if m[3][-1].isdigit() else f"{cardinal(int(m[1]))} {m[3]} {digits(m[5])}"
 
-@rule(rf"(?<!\w)(?P<name>{any_of('chuyến_bay chuyến số_hiệu máy_bay boeing airbus tàu_hỏa mã chứng_khoán')}\s+(?:(?:[A-Z]{{1,3}}|[a-z]{{2}})\s*)?)(?P<n>\d{{3,4}}(?:-\d{{1,4}})?)(?!\w|[.,/]\d|\s?(?:người|khách|ghế|cổ))")
+@rule(rf"(?<!\w)(?P<name>{any_of('chuyến_bay chuyến số_hiệu máy_bay airlines airways vietjet boeing airbus tàu_hỏa mã chứng_khoán')}\s+(?:(?:[A-Z]{{1,3}}|[a-z]{{2}})\s*)?)(?P<n>\d{{3,4}}(?:-\d{{1,4}})?)(?!\w|[.,/]\d|\s?(?:người|khách|ghế|cổ))")
 def flight(m):
     "chuyến bay VN 1234, Boeing 737-800"
     return f"{m['name'].rstrip()} {' '.join(map(digits, m['n'].split('-')))}"

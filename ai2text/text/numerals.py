@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['VERSIONS', 'ROMAN', 'PLACES', 'TITLES', 'KINGS', 'ONES', 'DYNASTIC', 'HINT', 'FOREIGN_DIGIT', 'dotted', 'version',
            'named_version', 'point_zero', 'ordinal', 'weekdays', 'after_thu', 'roman', 'heading', 'king',
-           'place_in_order', 'behind_a_name', 'dotted_code', 'behind_letters', 'plain', 'power', 'read_numbers']
+           'place_in_order', 'behind_a_name', 'behind_a_number', 'dotted_code', 'behind_letters', 'plain', 'power',
+           'read_numbers']
 
 # %% ../../nbs/text/05_numerals.ipynb #a2f7c691
 import re, unicodedata
@@ -40,9 +41,9 @@ def ordinal(n:int)->str:
     "What follows `thứ`."
     return {1: "nhất", 4: "tư"}.get(n) or cardinal(n)
 
-@rule(r"(?<!\w)(?i:thứ)\s+[2-7]\s?[-–](?=\s?(?i:thứ\s|chủ nhật))|(?<!\w)T[2-7](?:\s?[-–,&]\s?(?:T[2-7]|CN)(?!\w))+")
+@rule(r"(?<!\w)(?i:thứ)\s+[2-7]\s?[-–](?=\s?(?i:thứ\s|chủ nhật))|(?<!\w)T[2-7](?:(?:\s?[-–,&]\s?|\s+(?:và|hoặc|đến)\s+)(?:T[2-7]|CN)(?!\w))+")
 def weekdays(m):
-    "thứ 2 - thứ 6, T2-T6, T7, CN"
+    "thứ 2 - thứ 6, T2-T6, T7, CN, T7 và CN"
     if m[0][-1] in "-–": return f"thứ {ordinal(int(re.search('[2-7]', m[0])[0]))} đến"
     return re.sub(r"\s?[-–]\s?", " đến ", re.sub(r"T([2-7])|CN", lambda d: f"thứ {ordinal(int(d[1]))}" if d[1] else "chủ nhật", m[0]))
 
@@ -58,7 +59,7 @@ def after_thu(m):
 ROMAN = r"(?:(?=[IVXLC]{2}|[IVX](?!\w)|[MDCLXVI]{4})(?:M{0,3}(?:CM|CD|D?C{0,3})(?=[^\W_]{2})|C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})(?!\w))"
 PLACES = any_of("""thế_kỷ thế_kỉ thiên_niên_kỷ thiên_niên_kỉ đại_hội hội_nghị khóa khoá kỳ kì kỳ_họp chương phần tập quyển cuốn hồi quý điều mục bài đợt vòng cấp loại hạng nhóm bậc
     thứ lần chiến thế_chiến thế_giới đảng trung_ương giai_đoạn vùng quân_khu tuyến bảng phụ_lục lớp trường_cấp
-    khu_vực học_kỳ học_kì đô_thị_loại độ type tổ ca chặng mục pha thể chiến_khu liên_khu khu đoạn khoản báo_động vành_đai tầng sư_đoàn quân_đoàn thời_kỳ thế_hệ đời""")
+    khu_vực học_kỳ học_kì đô_thị_loại độ type tổ ca chặng mục pha thể chiến_khu liên_khu khu đoạn khoản báo_động vành_đai tầng tuyến_số đường_số bảng_số phụ_lục_số mẫu_số metro_số sư_đoàn quân_đoàn thời_kỳ thế_hệ đời""")
 TITLES = any_of("vua hoàng_đế nữ_hoàng nữ_vương quốc_vương giáo_hoàng sa_hoàng hoàng_hậu thái_tử đức_vua")
 KINGS = """Louis Lu-i Charles Henry Henri Elizabeth Napoléon Napoleon Nikolai Nicholas Pyotr Peter Rama George William Wilhelm Philip Philippe Felipe James Edward Richard Friedrich Frederick Otto
     Leopold Gustav Ramses Alexander Aleksandr Ivan Franz Ferdinand Isabella Mary Pie Piô Phaolô Paul Benedict Victoria Darius Cyrus""".split()
@@ -95,13 +96,18 @@ def place_in_order(m):
 @rule(fr"(?<!\w)(?P<word>[^\W\d_]{{2,}}\s+)(?P<n>(?=[IVX]{{2}}){ROMAN})(?!\s+[^\W\d_a-z]{{2}}|[.]\w)", needs="IVX")
 def behind_a_name(m):
     "SEA Games XXXI"
-    return m["word"] + cardinal(roman(m["n"])) if m["word"].strip().istitle() else None
+    return m["word"] + cardinal(roman(m["n"])) if m["word"].strip().istitle() or m["word"].strip().isupper() and len(m["n"]) > 2 else None
+
+@rule(fr"(?<=\d)[-–](?=[IVX]{{2}}){ROMAN}", needs="IVX")
+def behind_a_number(m):
+    "RON 95-III"
+    return f" {cardinal(roman(m[0][1:]))}"
 
 # %% ../../nbs/text/05_numerals.ipynb #9f41656f
-@rule(r"(?<=[A-Z]{2})(?:\.\d{1,2})+(?![\w]|[.,]\d)|(?<=[^\W\d_])\d+(?:\.\d+)+(?![.,]?\d)", needs=".")
+@rule(r"(?<=[A-Z]{2})(?:\.\d{1,2})+(?![\w]|[.,]\d)|(?<=[^\W\d_])[-–]?\d+(?:\.\d+)+(?![.,]?\d)", needs=".")
 def dotted_code(m):
-    "JN.1, PM2.5, iOS18.1"
-    return ("chấm " if m[0][0] == "." else "") + dotted(m[0].strip("."))
+    "JN.1, PM2.5, iOS18.1, GPT-4.5"
+    return ("chấm " if m[0][0] == "." else "") + dotted(m[0].strip(".-–"))
 
 @rule(r"[-–\d]\d*")
 def behind_letters(m):
@@ -115,6 +121,7 @@ def plain(m):
     "12.500 người, and what no other rule took"
     if len(m[0]) >= LONG and behind(m, COUNTED + " đại_lượng lượt_khách cổ_phiếu tài_khoản khách usd đô"): return read_number(m[0], quantity=True)
     if re.fullmatch(r"[1-9]\d{0,2},\d\d0", m[0]): return unsure(read_number(m[0]), f"{cardinal(int(m[0].split(',')[0]))} phẩy {digits(m[0].split(',')[1])}")
+    if re.fullmatch(r"[1-9]\d{0,2}\s\d\d[1-9]", m[0]): return unsure(read_number(m[0]), " ".join(map(read_number, m[0].split())))
     return read_number(m[0])
 
 @rule(r"[²³⁰¹⁴-⁹]+", needs="²³⁰¹⁴⁵⁶⁷⁸⁹")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MONEY', 'PREFIXES', 'UNITS', 'LONG_UNIT', 'UNIT', 'SIGN', 'LARGE', 'SHORT', 'MATHEMATICS', 'COMPARED', 'GRADES',
            'PER', 'SHORT_PER', 'PER_WORDS', 'PRODUCTS', 'name_of', 'amount', 'minus', 'compared', 'taken_away', 'house',
-           'fraction', 'between', 'sign_first', 'range_of_numbers', 'mathematics', 'unit_within', 'per', 'quantity',
-           'per_unit', 'per_number', 'milestone', 'unit_alone']
+           'fraction', 'between', 'currency_pair', 'sign_first', 'range_of_numbers', 'mathematics', 'unit_within',
+           'per', 'screen', 'quantity', 'per_unit', 'per_number', 'milestone', 'unit_alone']
 
 # %% ../../nbs/text/04_quantities.ipynb #d5f634e1
 import re
@@ -19,11 +19,11 @@ MONEY = {sign: name for name, signs in {"đồng": "đ đồng ₫ vnd vnđ", "�
     "phơ răng thụy sĩ": "chf", "kíp": "lak", "riên": "khr"}.items() for sign in signs.split()} | {"đô la": "đô la"}
 PREFIXES = {"k": "ki lô", "h": "héc tô", "d": "đề xi", "c": "xen ti", "m": "mi li", "µ": "mi crô", "μ": "mi crô", "n": "na nô", "M": "mê ga", "G": "gi ga", "T": "tê ra"}
 UNITS = {prefix + sign: f"{PREFIXES[prefix]} {name}" for sign, name, prefixes in (("m", "mét", "khdcmµμn"), ("g", "gam", "kmµμ"), ("l", "lít", "mcd"), ("Hz", "héc", "kMG"), ("W", "oát", "kMG"), ("B", "bai", "kMGT"), ("V", "vôn", "km"),
-    ("Wh", "oát giờ", "kM"), ("A", "am pe", "m"), ("Ah", "am pe giờ", "m"), ("cal", "ca lo", "k"), ("Pa", "pát can", "khM"), ("J", "giun", "k"), ("s", "giây", "m"), ("b", "bít", "M"), ("bps", "bít trên giây", "kMG"), ("mol", "mon", "m"),
+    ("Wh", "oát giờ", "kM"), ("A", "am pe", "m"), ("Ah", "am pe giờ", "m"), ("cal", "ca lo", "k"), ("Pa", "pát can", "khM"), ("J", "giun", "k"), ("s", "giây", "m"), ("b", "bít", "M"), ("bit", "bít", "kMG"), ("bps", "bít trên giây", "kMG"), ("mol", "mon", "m"),
     ("Ω", "ôm", "k")) for prefix in prefixes}
 UNITS |= {sign: name for name, signs in {"mét": "m", "gam": "g gr gram", "lít": "l L", "héc": "Hz", "oát": "W", "vôn": "V", "giờ": "h", "phút": "p ph ' ′ min", "giây": "s ″", "nghìn": "k K", "triệu": "tr", "héc ta": "ha", "xê xê": "cc", "ca lo": "cal", "mon": "mol",
     "mi li lít": "mL", "đề xi lít": "dL", "đề xi ben": "dB", "mi li mét thủy ngân": "mmHg", "độ c": "°C ºC oC °c ºc", "độ f": "°F ºF", "độ": "° º", "phần trăm": "%", "phần nghìn": "‰", "mã lực": "hp", "in": "inch ″", "ôm": "Ω",
-    "phần triệu": "ppm", "sao": "★ ⭐ *", "đơn vị quốc tế": "IU", "đề xi mét": "dm", "ki lô oát giờ": "KWh"}.items() for sign in signs.split()}
+    "phần triệu": "ppm", "sao": "★ ⭐ *", "đơn vị quốc tế": "IU", "đề xi mét": "dm", "ki lô oát giờ": "KWh", "gi ga bít trên giây": "Gb/s", "gi ga bai trên giây": "GB/s", "mét trên giây bình phương": "m/s2 m/s²"}.items() for sign in signs.split()}
 for length in ("km", "hm", "m", "dm", "cm", "mm"):
     for sign in "2²": UNITS[length + sign] = f"{UNITS[length]} vuông"
     for sign in "3³": UNITS[length + sign] = f"{UNITS[length]} khối"
@@ -33,6 +33,7 @@ _ANY_CASE |= {sign.lower(): UNITS[sign] for sign in ("MW", "MB", "MHz", "kPa")}
 def _signs(names)->str: return "|".join(re.escape(o) for o in sorted(names, key=len, reverse=True))
 LONG_UNIT = f"(?i:{_signs(o for o in _ANY_CASE if len(o) > 1)})"
 UNIT = f"(?:{_signs(UNITS)}|{LONG_UNIT}|[vw])"
+_CODES = _signs(code.upper() for code in MONEY if len(code) == 3 and code.isalpha())
 SIGN = f"(?:(?i:{_signs(MONEY)})|{UNIT})"
 LARGE = r"(?:trăm|nghìn|ngàn|vạn|triệu|tỷ|tỉ)(?:\s+(?:nghìn|ngàn|triệu|tỷ|tỉ))*"
 SHORT = r"\d{1,9}"
@@ -101,6 +102,11 @@ def between(a:str, b:str)->str:
     "What is said for the dash between two numbers."
     return " đến " if value_of(a) < value_of(b) or (len(a) == 4 and len(b) == 2) else " "
 
+@rule(rf"(?<!\w)({_CODES})/({_CODES})(?!\w)", needs="/")
+def currency_pair(m):
+    "EUR/USD"
+    return f"{name_of(m[1])} trên {name_of(m[2])}"
+
 @rule(fr"(?<!\w)(?P<sign>(?i:us\$|vnd|vnđ|usd|eur|[sa]\$)|[$€£¥₫₩])\s?(?P<n>{PLAIN_NUMBER})(?:\s?[-–]\s?[$€£¥]?(?P<to>{PLAIN_NUMBER}))?(?P<large>\s?(?:{LARGE}|[KMB]|bn))?(?!\w)")
 def sign_first(m):
     "$5, US$20, $2.5 triệu, $10-20"
@@ -147,6 +153,11 @@ def per(what:str)->str:
     if re.fullmatch(PER_WORDS, word): return either(f"một {word}", f"trên {word}", f"mỗi {word}", f"trên một {word}")
     name = UNITS.get(word) or MONEY.get(word.lower()) or _ANY_CASE.get(word.lower()) or word
     return either(f"trên {name}", f"một {name}", f"mỗi {name}")
+
+@rule(rf"(?P<n>{NUMBER})\s?(?:[\"”″]|'')(?!\w)", needs="\"”″'")
+def screen(m):
+    "tivi 55\""
+    if before(m, "tivi ti_vi tv màn_hình laptop máy_tính vành mâm bánh", gap=2) and m.string[:m.start()].count('"') % 2 == 0: return f"{read_number(m['n'])} in"
 
 @rule(fr"(?P<n>{NUMBER})(?P<large>\s?{LARGE})?(?P<gap>\s?)(?P<unit>{SIGN})(?![\w²³])(?:\s?/\s?(?P<per>{PER_WORDS}(?!\w)|{UNIT}(?!\w)|[^\W\d_]+(?!\w)))?")
 def quantity(m):

@@ -15,7 +15,7 @@ from .numbers import any_of, cardinal, digits
 # %% ../../nbs/text/06_signs.ipynb #fbed2089
 D_BARS = "ÐðĐɖƉ"          # eth and African d: they look like Đ and đ
 READ = {"%": "phần trăm", "‰": "phần nghìn", "½": "một phần hai", "¼": "một phần tư", "¾": "ba phần tư", "⅓": "một phần ba", "⅔": "hai phần ba", "&": "và", "@": "a còng", "+": "cộng", "=": "bằng", "×": "nhân", "÷": "chia", "±": "cộng trừ",
-    "°": "độ", "$": "đô la", "€": "ơ rô", "£": "bảng", "¥": "yên", "₫": "đồng", "№": "số", "√": "căn", "∞": "vô cùng", "≥": "lớn hơn hoặc bằng", "≤": "nhỏ hơn hoặc bằng", "≈": "khoảng", "α": "an pha", "β": "bê ta", "γ": "gam ma", "π": "pi", "µ": "mi crô", "μ": "mi crô", "Ω": "ôm", "ω": "ô mê ga"}
+    "°": "độ", "$": "đô la", "€": "ơ rô", "£": "bảng", "¥": "yên", "₫": "đồng", "№": "số", "√": "căn", "∞": "vô cùng", "≥": "lớn hơn hoặc bằng", "≤": "nhỏ hơn hoặc bằng", "≈": "khoảng", "α": "an pha", "β": "bê ta", "γ": "gam ma", "δ": "đen ta", "ε": "ép xi lon", "θ": "tê ta", "λ": "lam đa", "ρ": "rô", "σ": "xích ma", "φ": "phi", "π": "pi", "µ": "mi crô", "μ": "mi crô", "Ω": "ôm", "ω": "ô mê ga"}
 QUOTES = "`´ʹʼ|"          # Unicode calls them symbols or letters; writers use them as quotes and bars
 FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0" # invisible, but not of a category that says so
 NUMBER_SIGNS = "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd" # category Cf like the zero-width joiner, but drawn
@@ -92,7 +92,7 @@ SOUND_TAGS = """noise noises noisy background_noise laugh laughs laughing laught
     không_nghe_rõ không_rõ nghe_không_rõ không_nghe_được tiếng_động tiếng_chuông chuông_reo tiếng_xe tiếng_nước reo_hò hò_reo hát tiếng_hát tiếng_nước_ngoài nói_chen nói_chồng hắng_giọng tặc_lưỡi"""
 _TAG = any_of(SOUND_TAGS).replace(" ", "[ _]")
 TAG = re.compile(rf"(?<![\[<{{(*♪♫])[\[<{{(*♪♫]{{1,3}}\s?[/!]?\s?(?P<tag>{_TAG})(?:[\s:_-]*[\d.:,s]+)?\s*/?[\]>}})*♪♫]+|\[(?P<sound>(?i:tiếng|âm thanh|nhạc)(?:[\s_][^\W_]+){{1,5}})\]|(?<!\w)(?:!SIL|\+\+?(?P<plus>{_TAG})\+\+?)(?!\w)")
-EMOTICON = re.compile(r"(?<!\w)(?:[:;=]['-]?(?:[DPpvOo](?!\w)|[)(\]*|/\\]+)|<3+(?!\d)|\^[_.-]*\^|[xX]D+(?!\w)|T_T|[=-]+>+|<[=-]+(?!\d)|>{2,}|<{2,})")
+EMOTICON = re.compile(r"(?<!\w)(?:[:;=]['-]?(?:[DPpvOo](?!\w)|[)(\]*|/\\]+)|<3+(?!\d)|\^[_.-]*\^|(?:xD+|XDD+|(?<![Ss]ở )(?<![Bb]ộ )(?<![Nn]gành )XD(?=\s*(?:$|[.!?])))(?!\w)|T_T|[=-]+>+|<[=-]+(?!\d)|>{2,}|<{2,})")
 MARKUP = re.compile(r"<[/!?]?[A-Za-z][^<>]*>|<!--|&(?:#\d+|#[xX][0-9A-Fa-f]+|[A-Za-z]{2,8});")
 
 def split_tags(

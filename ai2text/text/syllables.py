@@ -97,12 +97,14 @@ _VNI_ALONE = str.maketrans("ñôöæóòîÑÔÖÆÓÒÎ", "đơưỉĩịỵĐ�
 _VNI = re.compile(f"([aeiouyôöAEIOUYÔÖ])([{''.join(_VNI_MARKS)}{''.join(_VNI_MARKS).upper()}])")
 _BYTES = {bytes([b]).decode("cp1252", "replace"): b for b in range(128, 160)}
 
+_ALONE = re.compile(r"(?<![^\s(])[\u00a1-\u00ac\u00ae-\u00bf×÷](?![^\s.,;:)])") # a sign of today, as in `© 2023` and `8 × 7`
 _INSIDE = re.compile(r"(?<![\W\d_])[µ¸¶·¹¨¾¼½©®ª¬\u00ad](?![\d])") # signs that stand in no word but there
 
 def _from_vni(text:str)->str:
     return unicodedata.normalize("NFC", _VNI.sub(lambda m: m[1].translate(_VNI_ALONE) + _VNI_MARKS[m[2].lower()], text).translate(_VNI_ALONE))
 
 def _from_latin(text:str)->str:
+    text = text.replace("Ã ", "Ã\u00a0") # editors make a space of the second byte of `à`
     try: return unicodedata.normalize("NFC", bytes(_BYTES.get(char) or ord(char) for char in text).decode())
     except ValueError: return text
 
@@ -115,9 +117,10 @@ def from_old_encoding(
 )->tuple[str,str]:    # the text, in Unicode; the encoding it was in, "" if it was none of `ENCODINGS`
     "Convert a text in an old encoding."
     if text.isascii() or ONLY_UNICODE.search(text): return text, ""
+    whole, text = text, _ALONE.sub(" ", text)
     words = [word for word in _words(text) if not word.isascii()]
-    if not words or all(map(is_syllable, words)): return text, ""
-    best, name, new = sum(map(is_syllable, words)), "", text
+    if not words or all(map(is_syllable, words)): return whole, ""
+    best, name, new = sum(map(is_syllable, words)), "", whole
     for encoding, convert in ENCODINGS.items():
         after = [word for word in _words(convert(text)) if not word.isascii()]
         good, mended = sum(map(is_syllable, after)), sum(is_syllable(word) and word not in words for word in after)
