@@ -243,7 +243,7 @@ def audio_folder(folder, utts):
 def windows(folder, utts):
     save(folder, utts)
     put(folder/"metadata.tsv", "clip\tsaid\tsecs\twho\n" + "".join(f"{u['name']}\t{u['text']}\t{len(u['wave'])/RATE}\t{u['speaker']}\n".replace("/", "\\") for u in utts))
-    return dict(source="csv", columns=dict(audio="clip", text="said", speaker="who")), "split"
+    return dict(source="csv", columns=dict(audio="clip", text="said", speaker="who")) # splits as the folders that it names
 
 
 def speechbrain(folder, utts):
