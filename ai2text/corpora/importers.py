@@ -105,11 +105,11 @@ def import_speechbrain(cfg:CorpusConfig, source:Path):
             yield told(entry, about) | dict(in_samples=True) | (dict(audio=re.sub(r"^(\$\w+|\{\w+\})/*", "", name)) if isinstance(name, str) else {})
 
 # %% ../../nbs/corpora/22_importers.ipynb #af0c588e
-_TIME = r"(?:(\d+):)?(\d+):(\d+)[,.](\d+)"
+_TIME = r"(?:(\d+):)?(\d+):(\d+)(?:[,.](\d+))?"
 _TIMES = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}")
 _VOICE = re.compile(r"<v[^\s>]*\s+([^>]+)>")
 
-def _seconds(hours, minutes, seconds, rest)->float: return int(hours or 0)*3600 + int(minutes)*60 + int(seconds) + float(f"0.{rest}")
+def _seconds(hours, minutes, seconds, rest)->float: return int(hours or 0)*3600 + int(minutes)*60 + int(seconds) + float(f"0.{rest or 0}")
 
 def read_subtitles(text:str)->list[dict]:
     "Entries of an SRT or WebVTT file: offset, end, text_raw, and speaker where a voice is named; markup is left out."
