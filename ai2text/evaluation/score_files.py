@@ -32,7 +32,8 @@ def _lines(path)->list[str]:
     except FileNotFoundError: raise ConfigError(f"{path}: no such file; give the reference and the hypothesis, two files") from None
     except UnicodeDecodeError as e: raise ConfigError(f"{path}: not UTF-8 ({e}); save it as UTF-8") from None
     lines = [line.rstrip("\n") for line in io.StringIO(text, newline=None)]
-    if any(lines) and all(_TRN.fullmatch(line) for line in lines if line.strip()): lines = [_TRN.sub(r"\2\t\1", line) for line in lines] # sclite's, the id behind the text
+    behind = [_TRN.fullmatch(line) for line in lines if line.strip()]
+    if all(behind) and len({m[2] for m in behind}) == len(behind) > 1: lines = [f"{m[2]}\t{m[1]}" for m in behind] # sclite's, the id behind the text
     if not lines: raise ConfigError(f"{path}: the file is empty; give an utterance a line")
     return lines
 
