@@ -220,7 +220,7 @@ def json_records(path:Path)->list:
         return json_lines(path)
     where = dict(file=path.name)
     plain = lambda v: {k: plain(w) for k,w in v} if isinstance(v, _Pairs) else [*map(plain, v)] if isinstance(v, list) else v
-    if isinstance(found, _Pairs) and found and all(isinstance(v, list) and v and all(isinstance(u, _Pairs) for u in v) for _,v in found): # a list a split
+    if isinstance(found, _Pairs) and any(v for _,v in found) and all(isinstance(v, list) and all(isinstance(u, _Pairs) for u in v) for _,v in found): # a list a split
         return [(where, dict(split=split_of(k)) | plain(u)) for k,v in found for u in v]
     if isinstance(found, _Pairs): return [(where, (plain(v) if isinstance(v, _Pairs) else dict(text=plain(v))) | dict(id=k)) for k,v in found]
     if not isinstance(found, list): raise ConfigError(f"{path}: holds a {type(found).__name__}; {mend}")
