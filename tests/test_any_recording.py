@@ -49,6 +49,7 @@ FAULTS = {
     "broken.flac":   (lambda wave: wav(wave, format="FLAC")[:-9_000], [], "truncated"),
     "broken.m4a":    (lambda wave: of_kind("memo.m4a", wave)[:-9_000], [], "unreadable audio"),
     "text.m4a":      (lambda wave: b"<html>not found</html>", [], "unreadable audio"),
+    "pointer.wav":   (lambda wave: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", [], "unreadable audio"),
     "list.aac":      (lambda wave: b"#EXTM3U\n#EXTINF:9,\nhttp://127.0.0.1:9/a.aac\n#EXT-X-ENDLIST\n", [], "unreadable audio"),
 }
 CASES = {name: (lambda wave, name=name: of_kind(name, wave), [], "") for name in RECORDINGS} | FAULTS
@@ -148,12 +149,13 @@ def test_bad_files_never_end_the_others(toy, tmp_path, capsys):
     (tmp_path/"b.raw").write_bytes(b"\1\2"*8000)
     (tmp_path/"c.m4a").mkdir()
     (tmp_path/"d.wav").write_bytes(b"")
-    names = ["b.raw", "c.m4a", "d.wav", "none.mp4", "a.wav", "b.pcm"]
+    (tmp_path/"e.wav").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    names = ["b.raw", "c.m4a", "d.wav", "none.mp4", "e.wav", "a.wav", "b.pcm"]
     (tmp_path/"b.pcm").write_bytes(b"\1\2"*8000)
     assert main(["transcribe", str(toy), *(str(tmp_path/name) for name in names), "--processes", "1"]) == 1
     said = capsys.readouterr()
     assert said.out.strip() == f"{tmp_path}/a.wav:{SPOKEN[0]}" and "Traceback" not in said.err and "System error" not in said.err
-    for name, why in zip(names, ("raw samples, and nothing says their rate; write them as WAV", "it is no file", "the file is empty", "no such file")): assert f"{name}: " in said.err and why in said.err
+    for name, why in zip(names, ("raw samples, and nothing says their rate; write them as WAV", "it is no file", "the file is empty", "no such file", "it is text, 'version https://git-lfs.github.com/spec/v1'); fetch the file itself, with `git lfs pull`")): assert f"{name}: " in said.err and why in said.err
 
 
 def test_hostile_headers_take_neither_memory_nor_time(tmp_path):

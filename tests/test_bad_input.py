@@ -242,7 +242,7 @@ BAD = [
     ("BOM", "bom.wav", GOOD, "\ufeffmai có bom", "works"),
     ("CRLF", "crlf.wav", GOOD, "mai xuống\r\ndòng\r\n", "works"),
     ("empty lines", "lines.wav", GOOD, "\n\n mai cách\n\n\ndòng \n\n", "works"),
-    ("UTF-16", "utf16.wav", GOOD, "xin chào".encode("utf-16"), "not UTF-8", "folder"),
+    ("UTF-16", "utf16.wav", GOOD, "xin chào".encode("utf-16"), "works", "folder"),
     ("Latin-1", "latin.wav", GOOD, "voilà".encode("latin-1"), "not UTF-8", "folder"),
     ("half of a surrogate pair", "half.wav", GOOD, "mai \ud800 mai", "not UTF-8"),
     ("HTML", "html.wav", GOOD, "<b>mai</b> <script>alert(1)</script>", "markup"),

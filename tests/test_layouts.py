@@ -210,6 +210,34 @@ def fleurs(folder, utts):
     return dict(source="fleurs"), "speaker"
 
 
+def kaldi_calls(folder, utts):
+    "A recording for each two utterances, one on each side; speakers by spk2utt, `eval` for test."
+    for split, name in dict(train="train", dev="dev", test="eval").items():
+        one, two = of(utts, split)
+        size = max(len(one["wave"]), len(two["wave"]))
+        both = np.stack([np.pad(u["wave"], (0, size - len(u["wave"]))) for u in (one, two)], 1)
+        one["wave"], two["wave"] = both.T
+        (folder/"calls").mkdir(exist_ok=True)
+        (folder/f"calls/{split}.wav").write_bytes(wav(both))
+        rows = dict(text=f"{one['id']} {one['text']}\n{two['id']} {two['text']}\n", spk2utt=f"{one['speaker']} {one['id']} {two['id']}\n",
+                    **{"wav.scp": f"{one['id']} calls/{split}.wav\n{two['id']} calls/{split}.wav\n", "reco2file_and_channel": f"{one['id']} {split} A\n{two['id']} {split} B\n"})
+        for file, text in rows.items(): put(folder/f"data/{name}/{file}", text)
+    return dict(source="kaldi", transcripts="data")
+
+
+def json_by_split(folder, utts):
+    save(folder, utts, "wavs/{id}.wav")
+    put(folder/"all.json", json.dumps({name: [dict(Path=u["name"], Sentence=u["text"], spkID=u["speaker"]) for u in of(utts, split)] for split, name in dict(train="train", dev="validation", test="evaluation").items()}))
+    return dict(source="json", transcripts="all.json")
+
+
+def utf16_table(folder, utts):
+    save(folder, utts, "Đợt 1/{id}.wav")
+    text = "".join(f"D:\\thu âm\\{u['name']} ; {u['text']} ; {u['speaker']} ; {u['split']}\r\n".replace("/", "\\") for u in utts)
+    (folder/"metadata.csv").write_bytes(("Path ; Sentence ; Speaker ; Split\r\n" + text).encode("utf-16"))
+    return dict(source="csv")
+
+
 def fosd(folder, utts):
     save(folder, utts, "{id}.mp3.wav")
     put(folder/"transcriptAll.txt", "\ufeff" + "".join(f"{u['name']}|{u['text']}|0.05-{len(u['wave'])/RATE:.2f}\n" for u in utts))
@@ -234,6 +262,12 @@ def folder_a_split(folder, utts):
     return dict(source="folder"), "speaker"
 
 
+def splits_of_each_speaker(folder, utts):
+    save(folder, utts, "corpus/{speaker}/{split}/{id}.WAV")
+    for u in utts: put(folder/f"{u['name']}.txt", u["text"])
+    return dict(source="folder")
+
+
 def audio_folder(folder, utts):
     save(folder, utts, "{split}/{id}.wav")
     for split in SPLITS: put(folder/split/"metadata.csv", "file_name,transcription,speaker\n" + "".join(f"{u['id']}.wav,\"{u['text']}\",{u['speaker']}\n" for u in of(utts, split)))
@@ -243,7 +277,7 @@ def audio_folder(folder, utts):
 def windows(folder, utts):
     save(folder, utts)
     put(folder/"metadata.tsv", "clip\tsaid\tsecs\twho\n" + "".join(f"{u['name']}\t{u['text']}\t{len(u['wave'])/RATE}\t{u['speaker']}\n".replace("/", "\\") for u in utts))
-    return dict(source="csv", columns=dict(audio="clip", text="said", speaker="who")), "split"
+    return dict(source="csv", columns=dict(audio="clip", text="said", speaker="who")) # splits as the folders that it names
 
 
 def speechbrain(folder, utts):
@@ -278,7 +312,7 @@ def ljspeech(folder, utts):
     return dict(source="ljspeech"), "speaker split"
 
 
-LAYOUTS = (vivos, json_map, ljspeech, parquet, saved_dataset, classes, lhotse_cuts, lhotse_manifests, kaldi_by_lhotse, kaldi, nemo_offsets, nemo_tarred, wenet, wenet_shards, srt, vtt, textgrid, lab, fleurs, fosd, vits, one_folder, folder_a_split, audio_folder, windows, speechbrain, validated)
+LAYOUTS = (vivos, json_map, ljspeech, parquet, saved_dataset, classes, lhotse_cuts, lhotse_manifests, kaldi_by_lhotse, kaldi, nemo_offsets, nemo_tarred, wenet, wenet_shards, srt, vtt, textgrid, lab, fleurs, fosd, vits, one_folder, folder_a_split, splits_of_each_speaker, kaldi_calls, json_by_split, utf16_table, audio_folder, windows, speechbrain, validated)
 each_layout = pytest.mark.parametrize("make", LAYOUTS, ids=lambda make: make.__name__)
 
 

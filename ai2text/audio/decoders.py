@@ -559,6 +559,8 @@ def open_decoder(
         if format in _FFMPEG: return _open_ffmpeg(source, format)
         if format and (sound := find_sound(source.head, source.size) or (find_sound(source.data) if source.head[:4] in _CHUNKED else None)): return _open_chunked(source, format, sound)
         if not format and str(given).lower().endswith(_RAW): raise AudioError("", "raw samples, and nothing says their rate; write them as WAV, as `ffmpeg -f s16le -ar 8000 -ac 1 -i a.raw a.wav` does")
+        if not format and (text := source.head[:4096].decode("utf-8", "ignore")) and all(c.isprintable() or c.isspace() for c in text):
+            raise AudioError("", f"not readable as audio (it is text, {text.split(chr(10))[0].strip()[:60]!r})" + ("; fetch the file itself, with `git lfs pull`" if "git-lfs" in text else ""))
         return _either(source, format)
     finally: source.close()
 

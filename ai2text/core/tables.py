@@ -43,7 +43,8 @@ def spell_hours(
 # %% ../../nbs/core/60_tables.ipynb #0bb19e89
 def caveats(
     split:str,  # of the error rate
-    seen:dict,  # what of it train has too ("text", "speaker") -> share of its utterances
+    seen:dict,  # what of it train has too ("text", "speaker"), or may have ("unknown speaker") -> share of its utterances
 )->list[str]:   # a sentence each
     "What a reader of an error rate must know of its split."
-    return [f"the {what}s of {share:.0%} of the utterances of {split} are in train too: this error rate flatters, and says little of other {what}s" for what,share in seen.items()]
+    said = "are in train too: this error rate flatters, and says little of other {what}s", "are unknown, and may be in train too: this error rate may flatter"
+    return [f"the {what.removeprefix('unknown ')}s of {share:.0%} of the utterances of {split} {said[what.startswith('unknown')].format(what=what)}" for what,share in seen.items()]

@@ -184,7 +184,7 @@ def assign_splits(
     rows:list[dict], # each gets its `split`
     cfg:PrepareConfig,
     given=(),        # splits of the source: one whose utterances were all rejected is not drawn from the others
-)->list[str]:        # the splits that were drawn by utterance, for want of a second speaker
+)->list[str]:        # the splits that were drawn by utterance, for want of a second speaker or of names
     "Give each row the split of its source, or one drawn by speaker."
     for row in rows:
         if cfg.splits == "speaker": row["split"] = ""
@@ -197,7 +197,8 @@ def assign_splits(
         if len(sizes) == 1:
             alone += _draw_utterances([row for row in rows if voice(row) in sizes and row["split"] not in ("dev", "test")], share * len(rows), cfg, split)
             continue
-        home |= dict.fromkeys(_draw_speakers(sizes, share * len(rows), cfg.seed), split)
+        home |= dict.fromkeys(drawn := _draw_speakers(sizes, share * len(rows), cfg.seed), split)
+        alone += [split] if any(not row.get("speaker") and voice(row) in drawn for row in rows) else []
         for row in rows:
             if row["split"] != "dev" and row["split"] != "test" and home.get(voice(row)) == split: row["split"] = split
     for row in rows: row["split"] = row["split"] or home.get(voice(row), "train")
@@ -222,15 +223,20 @@ def check_leak(rows:list[dict]):
             if row["text"] in texts[split]: return "text in two splits", f"also in {split}"
     return check
 
-def note_seen(rows:list[dict])->dict:
-    "Give each row of dev and test `seen`: what of it, text or speaker, train has too; of each split, the share of its utterances by what was seen."
+def note_seen(
+    rows:list[dict],
+    alone=(), # splits that were drawn by utterance
+)->dict:      # of each split, the share of its utterances by what was seen
+    "Give each row of dev and test `seen`: what of it, text or speaker, train has too; `unknown speaker` if a drawn one may be there."
     train = [row for row in rows if row["split"] == "train"]
     known, found = dict(text={row["text"] for row in train}, speaker={voice(row) for row in train if row.get("speaker")}), {}
     for split in ("dev", "test"):
         mine = [row for row in rows if row["split"] == split]
         for row in mine:
-            if seen := [what for what,value in (("text", row["text"]), ("speaker", voice(row))) if value in known[what]]: row["seen"] = seen
-        found[split] = {what: round(sum(what in row.get("seen", ()) for row in mine) / len(mine), 4) for what in known if any(what in row.get("seen", ()) for row in mine)}
+            seen = [what for what,value in (("text", row["text"]), ("speaker", voice(row))) if value in known[what]]
+            if split in alone and not row.get("speaker"): seen.append("unknown speaker")
+            if seen: row["seen"] = seen
+        found[split] = {what: round(sum(what in row.get("seen", ()) for row in mine) / len(mine), 4) for what in (*known, "unknown speaker") if any(what in row.get("seen", ()) for row in mine)}
     return found
 
 # %% ../../nbs/corpora/40_checks.ipynb #e023799e

@@ -29,8 +29,8 @@ IMPORTERS = dict(
     vivos=import_vivos, common_voice=import_common_voice, nemo=import_nemo, kaldi=import_kaldi, lhotse=import_lhotse, wenet=import_wenet, huggingface=import_huggingface)
 _SIGNS = dict(
     kaldi=("wav.scp", "*/wav.scp"), wenet=("data.list", "*/data.list"), vivos=("prompts.txt", "*/prompts.txt"), fosd=("transcriptAll.txt",), common_voice=("validated.tsv", "clips/../train.tsv"), fleurs=("train.tsv", "test.tsv"),
-    lhotse=("*cuts*.jsonl*", "*supervisions*.jsonl*"), nemo=("*manifest*.json*", "*/*manifest*.json*"), vits=("*filelist*.txt", "filelists/*.txt"), csv=("metadata.csv", "*/metadata.csv", "metadata.tsv", "metadata.jsonl"),
-    huggingface=("dataset_dict.json", "state.json", "*.parquet", "*/*.parquet", "*/*/*.parquet"), speechbrain=("train.csv", "train.json"), folder=("*.txt", "*/*.txt", "*/*/*.txt"))
+    lhotse=("*cuts*.json*", "*supervisions*.json*"), nemo=("*manifest*.json*", "*/*manifest*.json*"), vits=("*filelist*.txt", "filelists/*.txt"), csv=("metadata.csv", "*/metadata.csv", "metadata.tsv", "metadata.jsonl"),
+    huggingface=("dataset_dict.json", "state.json", "*.parquet", "*/*.parquet", "*/*/*.parquet"), speechbrain=("train.csv",), folder=("*.txt", "*/*.txt", "*/*/*.txt"))
 
 def looks_like(folder:Path)->str:
     "The source whose files a folder seems to have; empty if nothing gives it away."

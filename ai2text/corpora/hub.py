@@ -70,7 +70,8 @@ def _audio_column(schema, wanted:tuple, where:str)->str:
     holds = lambda kind: pa.types.is_struct(kind) and "bytes" in [kind.field(i).name for i in range(kind.num_fields)] or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
     lower = {name.lower(): name for name in schema.names}
     found = [lower[name] for name in wanted if name in lower and holds(schema.field(lower[name]).type)] or [name for name in schema.names if holds(schema.field(name).type)]
-    if not found: raise ConfigError(f"{where}: no column holds recordings; it has {', '.join(schema.names)}. Where they are files of their own, `source: csv` reads a table of their names")
+    found = found or [lower[name] for name in wanted if name in lower and pa.types.is_string(schema.field(lower[name]).type)] # names of files
+    if not found: raise ConfigError(f"{where}: no column holds recordings; it has {', '.join(schema.names)}. Name it, as `columns: {{audio: {schema.names[0]}}}`: bytes, or names of files")
     return found[0]
 
 def _batches(name:str, source):
@@ -93,7 +94,7 @@ def _rows(name:str, source, columns)->list:
         for row in batch.to_pylist():
             sound = row.pop(audio)
             cells = {k.lower(): classes[k][v] if k in classes and isinstance(v, int) and v >= 0 else v for k,v in row.items()}
-            yield sound if isinstance(sound, dict) else dict(bytes=sound), cells
+            yield sound if isinstance(sound, dict) else dict(path=sound) if isinstance(sound, str) else dict(bytes=sound), cells
 
 # %% ../../nbs/corpora/26_hub.ipynb #bad17281
 def _sound(sound:dict, id:str, url:str)->dict:

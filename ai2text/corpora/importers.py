@@ -16,7 +16,7 @@ from ..core.params import ConfigError
 from ..core.sections import CorpusConfig
 from ..audio.decoders import AUDIO_SUFFIXES
 from .demo import SENTENCES, demo_sentences, plan_demo, record
-from .lists import SPLIT_NAMES, Files, check_fields, fields, find_lists, json_lines, json_records, list_of, nfc, read_lines, read_table, split_of, text_of, told
+from .lists import SPLIT_NAMES, Files, check_fields, check_pieces, fields, find_lists, json_lines, json_records, list_of, nfc, read_lines, read_table, split_of, text_of, told
 
 # %% ../../nbs/corpora/22_importers.ipynb #7e7b1ca2
 def import_demo(cfg, source:Path|None):
@@ -53,8 +53,10 @@ def import_json(cfg:CorpusConfig, source:Path):
     "the folder of the recordings that the JSON file `transcripts` names"
     records = json_records(path := list_of(source, "", cfg.transcripts))
     if any("audio_filepath" in (*r, r.get("id")) for _,r in records): raise ConfigError(f"{path}: a manifest of NeMo's, with audio_filepath; set source to nemo")
-    check_fields(path, dict.fromkeys(key for _,cells in records for key in cells), cfg.columns)
-    for where,cells in records: yield where | fields(cells, cfg.columns)
+    names, entries = dict.fromkeys(key for _,cells in records for key in cells), [where | fields(cells, cfg.columns) for where,cells in records]
+    check_fields(path, names, cfg.columns)
+    check_pieces(path, names, entries, cfg.columns)
+    yield from entries
 
 # %% ../../nbs/corpora/22_importers.ipynb #e114dd74
 def _tables(cfg:CorpusConfig, source:Path, *patterns:str, layout:dict=None):
@@ -103,11 +105,11 @@ def import_speechbrain(cfg:CorpusConfig, source:Path):
             yield told(entry, about) | dict(in_samples=True) | (dict(audio=re.sub(r"^(\$\w+|\{\w+\})/*", "", name)) if isinstance(name, str) else {})
 
 # %% ../../nbs/corpora/22_importers.ipynb #af0c588e
-_TIME = r"(?:(\d+):)?(\d+):(\d+)[,.](\d+)"
+_TIME = r"(?:(\d+):)?(\d+):(\d+)(?:[,.](\d+))?"
 _TIMES = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}")
 _VOICE = re.compile(r"<v[^\s>]*\s+([^>]+)>")
 
-def _seconds(hours, minutes, seconds, rest)->float: return int(hours or 0)*3600 + int(minutes)*60 + int(seconds) + float(f"0.{rest}")
+def _seconds(hours, minutes, seconds, rest)->float: return int(hours or 0)*3600 + int(minutes)*60 + int(seconds) + float(f"0.{rest or 0}")
 
 def read_subtitles(text:str)->list[dict]:
     "Entries of an SRT or WebVTT file: offset, end, text_raw, and speaker where a voice is named; markup is left out."
@@ -125,13 +127,14 @@ def read_subtitles(text:str)->list[dict]:
         found.append(dict(offset=_seconds(*times[:4]), end=_seconds(*times[4:]), text_raw=" ".join(words)) | (dict(speaker=voices.pop().strip()) if len(voices) == 1 else {}))
     return found
 
-_LABEL = re.compile(r"[ \t]*(\d+(?:\.\d+)?)[ \t]+(\d+(?:\.\d+)?)(?:[ \t]+(\S.*))?")
+_LABEL = re.compile(r"[ \t]*(\d+(?:[.,]\d+)?)[ \t]+(\d+(?:[.,]\d+)?)(?:[ \t]+(\S.*))?")
 _SILENCE = {"", "sil", "sp", "spn", "pau", "<sil>", "<p:>", "#", "-", "_"}
 
 def read_labels(text:str)->list[dict]:
     "Entries of lines `start end text`, in s, or in the 100 ns of HTK; none if any line is something else."
     lines = [_LABEL.fullmatch(line.rstrip()) for line in text.splitlines() if line.strip()]
     if not all(lines): return []
+    lines = [[m[0], *(m[n].replace(",", ".") for n in (1, 2)), m[3]] for m in lines] # Audacity writes the comma of the place
     unit = 1e-7 if all("." not in m[1] + m[2] for m in lines) and max((int(m[2]) for m in lines), default=0) >= 100_000 else 1
     return [dict(offset=round(float(m[1])*unit, 7), end=round(float(m[2])*unit, 7), text_raw=m[3]) for m in lines if (m[3] or "").lower() not in _SILENCE]
 
@@ -158,42 +161,46 @@ def read_textgrid(
             for name in names for spell in tiers[name] if len(spell) == 3 and spell[2].strip().lower() not in _SILENCE]
 
 # %% ../../nbs/corpora/22_importers.ipynb #eba74bca
-_BESIDE = ".srt", ".vtt", ".TextGrid", ".textgrid", ".lab", ".txt" # of a recording, the first that is there; those with times before the others
+_BESIDE = ".srt", ".vtt", ".textgrid", ".lab", ".txt" # in any case, of a recording, the first that is there; those with times before the others
 _NO_SPEAKER = {"wav", "wavs", "waves", "audio", "audios", "clips", "mp3", "flac", "recordings", "data"}
 
+def _split_at(parts)->int|None:
+    "Which of some folders is that of a split, as train, test-clean."
+    return next((n for n,part in enumerate(parts) if re.split("[-_]", part.lower())[0] in SPLIT_NAMES), None)
+
 def import_folder(cfg:CorpusConfig, source:Path):
-    "a folder of recordings, each with a .txt beside it (or .srt, .vtt, .TextGrid, .lab with times); folders within are speakers"
-    files = Files(source)
+    "a folder of recordings, each with a .txt beside it (or .srt, .vtt, .TextGrid, .lab with times); folders within are speakers, or splits with speakers in them"
+    files, folders = Files(source), []
     for folder,below,names in os.walk(source):
         below.sort()
         for name in below:
             if os.path.islink(os.path.join(folder, name)): yield dict(file=name, reason="outside of the folder", detail="links to folders are not followed")
         within = Path(os.path.relpath(folder, source)).parts
-        parts = [part for part in within if part.lower() not in _NO_SPEAKER]
-        split = SPLIT_NAMES.get(parts[0].lower(), "") if parts else ""
-        speaker = parts[-1] if parts[bool(split):] else ""
-        names = [os.path.join(*within, name) for name in sorted(names) if not name.startswith(".")]
+        if names: folders.append(([part for part in within if part.lower() not in _NO_SPEAKER], [os.path.join(*within, name) for name in sorted(names) if not name.startswith(".")]))
+    several = len({tuple(parts[:at]) for parts,_ in folders if (at := _split_at(parts)) is not None}) > 1 # then they are speakers, each with splits
+    for parts,names in folders:
+        at = _split_at(parts)
+        split = "" if at is None else SPLIT_NAMES[re.split("[-_]", parts[at].lower())[0]]
+        who = parts if at is None else parts[at + 1:] or parts[:at]*several
         audio = [name for name in names if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES]
-        there = {*map(nfc, names)}
+        beside = {nfc(stem) + end.lower(): name for name in names for stem,end in [os.path.splitext(name)] if end.lower() in _BESIDE}
         for name in audio:
-            for said in _beside(files, name, there, str(dict(cfg.columns or {}).get("text", ""))): yield dict(file=name, audio=name, speaker=speaker, split=split) | said
-        heard = {nfc(os.path.splitext(name)[0]) for name in audio}
-        yield from (dict(file=name, reason="audio not found", detail="a text alone") for name in names if name.endswith(_BESIDE) and nfc(os.path.splitext(name)[0].removesuffix(".vi")) not in heard)
+            for said in _beside(files, name, beside, str(dict(cfg.columns or {}).get("text", ""))): yield dict(file=name, audio=name, speaker=who[-1] if who else "", split=split) | said
+        heard = {nfc(of) for name in audio for of in (name, os.path.splitext(name)[0])}
+        yield from (dict(file=name, reason="audio not found", detail="a text alone") for key,name in beside.items() if os.path.splitext(key)[0].removesuffix(".vi") not in heard)
 
-def _beside(files:Files, name:str, there:set, tier:str="")->list[dict]:
+def _beside(files:Files, name:str, beside:dict, tier:str="")->list[dict]:
     "What is said in a recording, as entries: one in all, or one for each piece."
-    stem = os.path.splitext(name)[0]
-    beside = next((f"{stem}{language}{end}" for end in _BESIDE for language in ("", ".vi") if nfc(f"{stem}{language}{end}") in there), None)
-    path = beside and files.find(beside)[0]
-    if not path: return [dict(text_raw=None)]
-    try: data, text = Path(path).read_bytes()[:2], text_of(path)
-    except OSError: return [dict(text_raw=None)]
+    found = next((beside[key] for end in _BESIDE for of in (os.path.splitext(name)[0], name) for language in ("", ".vi") if (key := f"{nfc(of)}{language}{end}") in beside), None)
+    path = found and files.find(found)[0]
+    if not path: return [dict(reason="no transcript", detail=f"no {', '.join(_BESIDE)} of its name beside it")]
+    try: text = text_of(path)
+    except OSError as e: return [dict(reason="no transcript", detail=f"{os.path.basename(path)}: {e}")]
     kind = os.path.splitext(path)[1].lower()
-    if kind != ".txt" and data in (b"\xff\xfe", b"\xfe\xff"): text = Path(path).read_text("utf-16", "surrogateescape") # Praat's own
     try:
         if kind in (".srt", ".vtt", ".textgrid"): return (read_textgrid(text, tier) if kind == ".textgrid" else read_subtitles(text)) or [dict(reason="no transcript", detail=f"{os.path.basename(path)}: nothing with a time")]
     except ValueError as e: return [dict(reason="no transcript", detail=f"{os.path.basename(path)}: {e}")]
-    labels = read_labels(text) if kind == ".lab" or "\t" in text and "." in text else []
+    labels = read_labels(text) if kind == ".lab" or "\t" in text and re.search(r"\d[.,]\d", text) else []
     return labels or [dict(text_raw=" ".join(text.split()))]
 
 def import_vlsp(cfg:CorpusConfig, source:Path):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HOMES', 'SPLIT_NAMES', 'FIELDS', 'ENDS', 'nfc', 'list_of', 'text_of', 'read_list', 'read_lines', 'split_of',
-           'find_lists', 'told', 'named', 'fields', 'missing', 'check_fields', 'only_numbers', 'read_table',
-           'json_lines', 'json_records', 'Files']
+           'find_lists', 'told', 'named', 'fields', 'missing', 'check_fields', 'check_pieces', 'only_numbers',
+           'read_table', 'json_lines', 'json_records', 'Files']
 
 # %% ../../nbs/corpora/20_lists.ipynb #028872c4
 import csv, gzip, json, os, re, unicodedata
@@ -25,16 +25,16 @@ def list_of(source:Path, name:str, given:str="")->Path:
     return path
 
 def text_of(path)->str:
-    "A text file without its byte order mark; bytes that are no UTF-8 as surrogates."
+    "A text file in UTF-8, its bytes that are none as surrogates; or in UTF-16 with its byte order mark."
     data = Path(path).read_bytes()
-    return (gzip.decompress(data) if str(path).endswith(".gz") else data).decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+    data = gzip.decompress(data) if str(path).endswith(".gz") else data
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"): return data.decode("utf-16", "replace")
+    return data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
 
 def read_list(path:Path)->str:
     "The text of a list; without it there is no corpus, but a `ConfigError`."
-    try: text = text_of(path)
+    try: return text_of(path)
     except (OSError, EOFError) as e: raise ConfigError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from e
-    if text[:2] in ("\udcff\udcfe", "\udcfe\udcff"): raise ConfigError(f"{path}: is UTF-16; save it as UTF-8")
-    return text
 
 def read_lines(path:Path)->list:
     "(dict(file, line), text) of each line of a list that is not blank."
@@ -43,7 +43,7 @@ def read_lines(path:Path)->list:
 
 # %% ../../nbs/corpora/20_lists.ipynb #8a0879e2
 HOMES = "", "wavs", "wav", "audio", "clips", "mp3" # folders that a list may leave out
-SPLIT_NAMES = dict(train="train", training="train", dev="dev", test="test", testing="test", valid="dev", val="dev", validation="dev") # theirs -> ours
+SPLIT_NAMES = dict(train="train", training="train", dev="dev", development="dev", valid="dev", val="dev", validation="dev", test="test", testing="test", eval="test", evaluation="test") # theirs -> ours
 
 def split_of(*names:str)->str:
     "The split that a word of the names says, the first name first; empty if none does."
@@ -73,15 +73,16 @@ def told(
     entry:dict, # what a line says
     about:dict, # what its list says
 )->dict:
-    "An entry with the split of its list, if it has none of its own."
-    return about | entry | dict(split=entry.get("split") or about["split"])
+    "An entry with the split of its list, if it has none of its own, or of the folder that it names its recording in."
+    folders = entry["audio"].replace("\\", "/").split("/")[:-1] if isinstance(entry.get("audio"), str) and not entry["audio"].startswith("/") else []
+    return about | entry | dict(split=entry.get("split") or about["split"] or next((SPLIT_NAMES[name.lower()] for name in folders if name.lower() in SPLIT_NAMES), ""))
 
 # %% ../../nbs/corpora/20_lists.ipynb #f59358ac
 FIELDS = dict(
     id       = ("id", "utterance_id", "utt_id", "uttid", "key"),
     audio    = ("audio_filepath", "audio", "audio_path", "audio_file", "file_name", "filename", "file_path", "filepath", "file", "path", "wav", "wav_path"),
     text     = ("normalized_text", "normalised_text", "normalized_transcription", "text", "transcript", "raw_transcription", "transcription", "sentence", "txt", "wrd", "words"),
-    speaker  = ("speaker", "speaker_id", "client_id", "spk_id", "spk"),
+    speaker  = ("speaker", "speaker_id", "client_id", "spk_id", "spk", "spkid", "speakerid", "speaker_name"),
     split    = ("split",), dialect = ("dialect", "accent", "accents"),
     offset = (), duration = (), end = (), channel = ()) # of a piece of a recording (s, s, s, from 0), where a format or `columns` says so: elsewhere such names mean all sorts of things
 
@@ -94,7 +95,7 @@ def named(columns)->dict:
 
 def fields(cells:dict, columns=())->dict:
     "What a record of a table or of JSON says, under our names; the name of the recording is the id's if there is no other."
-    names = named(columns or {})
+    names, cells = named(columns or {}), {str(name).lower(): cell for name,cell in cells.items()}
     entry = {ours: next((cells[name] for name in theirs if cells.get(name) not in (None, "")), "") for ours,theirs in names.items()}
     text = entry.pop("text") or next((cells[name] for name in names["text"] if name in cells), None)
     entry = {k: v for k,v in entry.items() if v != "" or k in ("id", "speaker", "split", "dialect")}
@@ -102,8 +103,8 @@ def fields(cells:dict, columns=())->dict:
 
 def missing(names, columns=())->list[str]:
     "What no column of these names gives: the recording, the transcript."
-    known = named(columns or {})
-    return [what for what,some in (("recording", known["audio"] + known["id"]), ("transcript", known["text"])) if not {*some} & {*names}]
+    known, names = named(columns or {}), {str(name).lower() for name in names}
+    return [what for what,some in (("recording", known["audio"] + known["id"]), ("transcript", known["text"])) if not {*some} & names]
 
 def check_fields(where, names, columns=(), wanted=("recording", "transcript")):
     "Refuse records whose fields nobody knows, with what to write."
@@ -111,6 +112,18 @@ def check_fields(where, names, columns=(), wanted=("recording", "transcript")):
         raise ConfigError(f"{where}: which field is the {' and which the '.join(lost)}? It has: {', '.join(names)}. Write into params.yaml, for this corpus, ours and theirs: `columns: {{{', '.join(dict(recording='audio: NAME', transcript='text: NAME')[what] for what in lost)}, speaker: NAME}}`")
 
 # %% ../../nbs/corpora/20_lists.ipynb #a1c319f5
+_PIECES = dict(offset=("offset", "start", "start_time", "begin", "from"), end=("end", "stop", "end_time", "to"), duration=("duration", "length"), channel=("channel",))
+
+def check_pieces(where, names, rows:list[dict], columns=()):
+    "Refuse a list with several rows of one recording, if it seems to have their times or channels and nothing says which columns those are."
+    audio = [str(row["audio"]) for row in rows if "audio" in row]
+    if len({*audio}) == len(audio) or {"offset", "channel"} & {*(columns or ())}: return
+    lower = {str(name).lower(): name for name in names}
+    meant = {ours: lower[name] for ours,some in _PIECES.items() for name in reversed(some) if name in lower}
+    if "offset" not in meant or not {"end", "duration"} & {*meant}: meant = {k: v for k,v in meant.items() if k == "channel"}
+    if "end" in meant: meant.pop("duration", None)
+    if meant: raise ConfigError(f"{where}: {len(audio)} rows name {len({*audio})} recordings, and {', '.join(map(str, meant.values()))} seem to say which piece. Write into params.yaml, for this corpus, `columns: {{{', '.join(f'{ours}: {theirs}' for ours,theirs in meant.items())}}}` (s; channels left, right or numbers from 0)")
+
 _LINES = 20 # of a record with a quoted field, at most
 _NUMBER = re.compile(r"[\d\s.,:;/+-]*")
 
@@ -118,7 +131,7 @@ def _record(lines:list[str], mark:str, width:int|None)->tuple:
     "Cells and number of lines of the record that starts a list of lines; of its first line if none is whole."
     if mark in "|\t": return lines[0].split(mark), 1
     for n in range(1, min(len(lines), _LINES) + 1):
-        try: cells = next(csv.reader([f"{line}\n" for line in lines[:n]], delimiter=mark, strict=True))
+        try: cells = next(csv.reader([f"{line}\n" for line in lines[:n]], delimiter=mark, strict=True, skipinitialspace=True))
         except csv.Error: continue
         if width in (None, len(cells)): return cells, n
     return lines[0].split(mark), 1
@@ -171,13 +184,14 @@ def read_table(
     at, rows = 0 if at else 1, []
     while at < len(found):
         cells, used = cut(at, len(names))
-        if len(cells) == len(names): rows.append(found[at][0] | fields(dict(zip(names, cells)), columns))
+        if len(cells) == len(names): rows.append(found[at][0] | fields(dict(zip(names, map(str.strip, cells))), columns))
         else: rows.append(found[at][0] | dict(reason="wrong number of columns", detail=f"{len(cells)}, the first line has {len(names)}"))
         at += used
     whole = [row for row in rows if "reason" not in row]
     said = [row["text_raw"] for row in whole if (row["text_raw"] or "").strip()]
     if len(said) > 1 and only_numbers(said) and not ("text" in columns and all(text.replace(" ", "").isdigit() for text in said)):
         raise ConfigError(f"{path}: the transcripts are numbers, as {said[0]!r} and {said[1]!r}: that is no column of transcripts. It has: {', '.join(names)}; name the right one with `columns: {{text: NAME}}`")
+    check_pieces(path, names, whole, columns)
     ids = [row["id"] for row in whole]
     if len({*ids}) < len(ids) == sum(row["audio"] != row["id"] for row in whole): # of sentences, not of recordings
         for row in whole: row["id"] = ""
@@ -188,7 +202,8 @@ class _Pairs(list):
     "A JSON object whose keys may come twice."
 
 def json_lines(path:Path)->list:
-    "(dict(file, line), object) of each line; a line that is none has a reason."
+    "(dict(file, line), object) of each line; a line that is none has a reason. A file that is one JSON list will do."
+    if read_list(path).lstrip()[:1] == "[": return json_records(path)
     def parsed(line):
         try: value = json.loads(line)
         except (ValueError, RecursionError): value = None
@@ -201,10 +216,12 @@ def json_records(path:Path)->list:
     text = read_list(path)
     try: found = json.loads(text, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as e:
-        if getattr(e, "msg", "") != "Extra data": raise ConfigError(f"{path}: cannot be read as JSON ({e}); {mend}") from e
+        if getattr(e, "msg", "") != "Extra data" or text.lstrip()[:1] == "[": raise ConfigError(f"{path}: cannot be read as JSON ({e}); {mend}") from e
         return json_lines(path)
     where = dict(file=path.name)
     plain = lambda v: {k: plain(w) for k,w in v} if isinstance(v, _Pairs) else [*map(plain, v)] if isinstance(v, list) else v
+    if isinstance(found, _Pairs) and any(v for _,v in found) and all(isinstance(v, list) and all(isinstance(u, _Pairs) for u in v) for _,v in found): # a list a split
+        return [(where, dict(split=split_of(k)) | plain(u)) for k,v in found for u in v]
     if isinstance(found, _Pairs): return [(where, (plain(v) if isinstance(v, _Pairs) else dict(text=plain(v))) | dict(id=k)) for k,v in found]
     if not isinstance(found, list): raise ConfigError(f"{path}: holds a {type(found).__name__}; {mend}")
     return [(where, plain(v)) if isinstance(v, _Pairs) else (where | dict(reason="not JSON", detail=repr(v)[:80]), {}) for v in found]
@@ -231,6 +248,10 @@ class Files:
         own = f"/{os.path.basename(self.folder)}/" # a name from where the list was made, or from before the folder was moved
         before, found, tail = f"/{names[-1]}".rpartition(own)
         if found and (path := self.find(tail, ("",), ends)[0]): return path, None
+        drive, _, rest = names[-1].partition(":/")
+        if len(drive) == 1: # of another computer: what ends as the name does, with a folder at least
+            for tail in ("/".join(rest.split("/")[n:]) for n in range(rest.count("/"))):
+                if path := self.find(tail, homes, ends)[0]: return path, None
         return None, reason
 
     def as_on_disk(self, path:str)->str:

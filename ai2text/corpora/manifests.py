@@ -7,7 +7,7 @@ __all__ = ['tar_files', 'import_nemo', 'write_nemo', 'export_manifest', 'import_
 
 # %% ../../nbs/corpora/24_manifests.ipynb #ef592840
 import os, re, tarfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from ..core.files import read_jsonl, write_jsonl
@@ -21,7 +21,7 @@ def tar_files(path:Path):
     try:
         with tarfile.open(path, "r|*") as tar:
             for member in tar:
-                if member.isfile(): yield member.name, tar.extractfile(member).read()
+                if member.isfile(): yield member.name.removeprefix("./"), tar.extractfile(member).read()
     except (tarfile.TarError, EOFError, OSError) as e: raise ConfigError(f"{path}: no whole tar file ({e}); fetch it again") from e
 
 # %% ../../nbs/corpora/24_manifests.ipynb #7dfac09c
@@ -43,7 +43,7 @@ def _tarred(entries:list[dict], shards:list[str], folders:list[Path]):
     "The entries of a tarred dataset with the bytes of their recordings."
     wanted = defaultdict(list)
     for entry,shard in zip(entries, shards): wanted[shard, re.sub(r"-sub\d+(?=\.[^.]*$)", "", str(entry["audio"]))].append(entry)
-    tars = {path.name: path for folder in folders for below in ("", "*/") for path in sorted(folder.glob(below + "*.tar"))}
+    tars = {path.name: path for folder in reversed(folders) for below in ("*/", "") for path in sorted(folder.glob(below + "*.tar"))} # those nearest to the manifest
     for name in sorted(tars):
         shard = (re.findall(r"\d+", name) or [""])[-1]
         for member,data in tar_files(tars[name]) if any(key[0] in (shard, shard.lstrip("0") or "0") for key in wanted) else ():
@@ -82,18 +82,22 @@ def _kaldi_audio(rest:str)->dict:
     if rest.startswith("|") or rest.endswith("|"): return dict(reason="command or archive", detail=rest[:80])
     return dict(reason="command or archive", detail=rest[:80]) if re.search(r"\.(ark|scp)(:\d+)?$", rest) else dict(audio=rest)
 
+_CHANNELS = dict(A="0", B="1") | {"1": "0", "2": "1"} # of reco2file_and_channel
+
 def import_kaldi(cfg:CorpusConfig, source:Path):
     "the folder of the recordings that a Kaldi data directory names; wav.scp, text, segments, utt2spk are there, in a folder a split within, or where `transcripts` says"
     for path,about in find_lists(cfg, source, "wav.scp"):
         data = path.parent
-        wavs, pieces, speakers = (_keyed(data, name) for name in ("wav.scp", "segments", "utt2spk"))
+        wavs, pieces, speakers, sides = (_keyed(data, name) for name in ("wav.scp", "segments", "utt2spk", "reco2file_and_channel"))
+        if not speakers: speakers = {id: speaker for speaker,ids in _keyed(data, "spk2utt").items() for id in ids.split()}
         if not (data/"text").is_file(): raise ConfigError(f"{data}: has wav.scp and no text; a data directory of Kaldi's has both")
         if all(id == speaker for id,speaker in speakers.items()): speakers = {}
         texts = [(where | dict(file=f"{data.name}/text"), *line.split(None, 1), "") for where,line in read_lines(data/"text")]
-        known = {id for _,id,*_ in texts}
+        known, shared = {id for _,id,*_ in texts}, {name for name,times in Counter(wavs.values()).items() if times > 1} # one file, and a recording is a side of it
         for where,id,text,*_ in [*texts, *((dict(file=f"{data.name}/{'segments' if pieces else 'wav.scp'}"), id, None) for id in pieces or wavs if id not in known)]:
             recording, start, end, channel, *_ = (*pieces.get(id, "").split(), "", "", "", "") if pieces else (id, "", "", "")
-            times = dict(offset=start, end=None if end.startswith("-") else end) | (dict(channel=channel) if channel else {}) if start else {}
+            if wavs.get(recording) in shared: channel = channel or _CHANNELS.get((sides.get(recording, "").split() or [""])[-1], "")
+            times = (dict(offset=start, end=None if end.startswith("-") else end) if start else {}) | (dict(channel=channel) if channel else {})
             audio = _kaldi_audio(wavs[recording]) if recording in wavs else dict(reason="audio not found", detail=f"no {recording or id} in {'wav.scp' if recording or not pieces else 'segments'}")
             yield about | where | dict(id=id, text_raw=text, speaker=speakers.get(id, "")) | times | audio
 
@@ -124,7 +128,7 @@ def _cut(cut:dict):
 
 def import_lhotse(cfg:CorpusConfig, source:Path):
     "the folder of the recordings that lhotse's manifests name: *cuts*.jsonl.gz, or *recordings* and *supervisions*, there or where `transcripts` says"
-    lists = [(path, about, json_lines(path)) for path,about in find_lists(cfg, source, "*cuts*.jsonl*", "*recordings*.jsonl*", "*supervisions*.jsonl*")]
+    lists = [(path, about, json_lines(path)) for path,about in find_lists(cfg, source, "*cuts*.json*", "*recordings*.json*", "*supervisions*.json*")]
     def of(*keys): return [(about | where, row) for _,about,rows in lists for where,row in rows if "reason" in where or all(k in row for k in keys)]
     recordings, cuts = {row["id"]: row for _,row in of("sources", "id") if row}, of("supervisions")
     if not any(row for _,row in cuts) and not recordings: raise ConfigError(f"{lists[0][0]}: neither cuts nor recordings of lhotse's; give a folder with both recordings and supervisions")
@@ -136,6 +140,7 @@ def import_lhotse(cfg:CorpusConfig, source:Path):
 def import_wenet(cfg:CorpusConfig, source:Path):
     "the folder of the recordings or tar files that WeNet's data.list names; the list is there, in a folder a split within, or where `transcripts` says"
     for path,about in find_lists(cfg, source, "data.list"):
+        about |= dict(split=about["split"] or "dev"*(path.parent.name == "cv"))
         lines = read_lines(path)
         if all(line.lstrip().startswith("{") for _,line in lines):
             for where,row in json_lines(path): yield told(where | fields(row, dict(offset="start", end="end") | dict(cfg.columns or {})), about)

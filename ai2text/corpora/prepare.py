@@ -198,7 +198,7 @@ def prepare(
     tokenizer = train_tokenizer([row["text"] for row in rows if row["split"] == "train"], cfg.tokenizer, cfg.vocab_size, normaliser)
     rows = sift(rows, check_time(rows, tokenizer), hurried := [])
     if hurried: _settle(rows, rejects := rejects + hurried, cfg, out_dir)
-    seen = note_seen(rows)
+    seen = note_seen(rows, alone)
     splits = {split: sorted((row for row in rows if row["split"] == split), key=lambda row: row["id"]) for split in SPLITS}
     tokenizer.save(out_dir/"tokenizer")
     normaliser.save(out_dir/NORMALISER_FILE)

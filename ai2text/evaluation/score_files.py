@@ -23,6 +23,8 @@ KINDS_OF_FILE = ("lines", "ids", "manifest")
 TEXTS = dict(reference=("text", "text_raw", "reference"), hypothesis=("pred_text", "hypothesis", "text")) # of a manifest; the first that all its rows have
 PATHS = ("audio_filepath", "file") # what names an utterance that has no id
 
+_TRN = re.compile(r"\s*(.*?)\s*\(([^\s()]*[\d_-][^\s()]*)\)\s*")
+
 def _lines(path)->list[str]:
     "The lines of a text file, empty ones too."
     path = Path(path)
@@ -30,10 +32,14 @@ def _lines(path)->list[str]:
     except FileNotFoundError: raise ConfigError(f"{path}: no such file; give the reference and the hypothesis, two files") from None
     except UnicodeDecodeError as e: raise ConfigError(f"{path}: not UTF-8 ({e}); save it as UTF-8") from None
     lines = [line.rstrip("\n") for line in io.StringIO(text, newline=None)]
+    behind = [_TRN.fullmatch(line) for line in lines if line.strip()]
+    if all(behind) and len({m[2] for m in behind}) == len(behind) > 1: lines = [f"{m[2]}\t{m[1]}" for m in behind] # sclite's, the id behind the text
     if not lines: raise ConfigError(f"{path}: the file is empty; give an utterance a line")
     return lines
 
-def _ids(lines)->list: return [re.split(r"[\t ]", line.strip(), maxsplit=1)[0] for line in lines if line.strip()]
+_AFTER_ID = re.compile(r"[\t |]+")
+
+def _ids(lines)->list: return [_AFTER_ID.split(line.strip(), maxsplit=1)[0] for line in lines if line.strip()]
 
 def kind_of_file(
     lines:list[str],
@@ -42,7 +48,7 @@ def kind_of_file(
     lines = [line for line in lines if line.strip()]
     if lines and lines[0].lstrip()[0] == "{": return "manifest"
     ids = _ids(lines)
-    like_ids = all("\t" in line for line in lines) or all(i.isascii() and re.search(r"\d" if len(ids) > 1 else r"\d.*[_-]|[_-].*\d", i) for i in ids)
+    like_ids = all("\t" in line for line in lines) or not all(re.fullmatch(r"[\d\s]+", line) for line in lines) and all(i.isascii() and re.search(r"\d|_" if len(ids) > 1 else r"\d.*[_-]|[_-].*\d", i) for i in ids)
     return "ids" if ids and len(set(ids)) == len(ids) and like_ids else "lines"
 
 # %% ../../nbs/evaluation/80_score_files.ipynb #8ae7d537
@@ -62,7 +68,7 @@ def _manifest(path, lines, side:str)->tuple:
 
 def _numbered(path, lines, side:str)->tuple:
     "The rows of a file with an id in front of each text."
-    parts = [re.split(r"[\t ]+", line.strip(), maxsplit=1) for line in lines if line.strip()]
+    parts = [_AFTER_ID.split(line.strip(), maxsplit=1) for line in lines if line.strip()]
     return [dict(id=part[0], text=part[1] if part[1:] else "") for part in parts], ""
 
 def _unnumbered(path, lines, side:str)->tuple:
@@ -94,6 +100,7 @@ def read_sides(
     kinds = [kind_of_file(l) if kind == "auto" else kind for l in lines]
     for path,found in zip(paths, kinds):
         if kind == "auto" and path.suffix in (".json", ".jsonl") and found != "manifest": raise ConfigError(f"{path}: no manifest; write one JSON object a line, or say what it is with --kind lines or ids")
+        if kind == "auto" and path.suffix in (".csv", ".tsv") and found == "lines": raise ConfigError(f"{path}: a table; write an id and a text in each line, or a manifest (JSON Lines), or say with --kind lines that each line is text")
     if kind == "auto" and {*kinds} == {"ids", "lines"} and {*_ids(lines[kinds.index("lines")])} <= {*_ids(lines[kinds.index("ids")])}: kinds = ["ids", "ids"] # of a short file
     if kinds[0] != kinds[1]:
         told = dict(lines="text line by line", ids="an id and a text in each line", manifest="a manifest (JSON Lines)")

@@ -71,7 +71,8 @@ def load_config(
     "What a published model is built from."
     path = Path(folder)/"config.json"
     if not path.exists(): raise FileNotFoundError(f"{path}: no model is published here; run its train stage, or `dvc pull`")
-    return read_json(path)
+    if not {"family", "config"} <= {*(found := read_json(path))}: raise ConfigError(f"{path}: no trained model's, but of a bundle or another tool; name the folder models/NAME that a train stage wrote")
+    return found
 
 def load_weights(
     model,        # built from the folder's config
