@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'FRESH', 'QUIET', 'BESIDE', 'NO_LABEL', 'TAIL', 'MOST_TOKENS', 'UNLIKELY', 'NO_SPEECH', 'TEMPERATURES',
-           'AT_ONCE', 'ENGLISH_END', 'TIMESTAMPS', 'NOTHING', 'SHAPE', 'SUPPRESSED', 'UNLIKE', 'StartConfig',
-           'ReleasedConfig', 'ScratchConfig', 'scratch_config', 'shape_of', 'kept', 'Whisper', 'shorten_pauses',
-           'join_pairs', 'noise_like', 'quiet_cuts', 'checkpoint_folder', 'unmade', 'released_tokens', 'released']
+           'AT_ONCE', 'ENGLISH_END', 'TIMESTAMPS', 'NOTHING', 'SHAPE', 'SUPPRESSED', 'UNLIKE', 'EncoderConfig',
+           'StartConfig', 'ReleasedConfig', 'ScratchConfig', 'scratch_config', 'shape_of', 'kept', 'freeze',
+           'encoder_rates', 'Whisper', 'shorten_pauses', 'other_pace', 'masked', 'join_pairs', 'noise_like',
+           'quiet_cuts', 'checkpoint_folder', 'unmade', 'released_tokens', 'released']
 
 # %% ../../nbs/models/30_whisper.ipynb #74f498af
 import json, re
@@ -31,25 +32,33 @@ from .whisper_writing import SPECIAL_TOKENS, TIME_STEP, Found, ReleasedText, Rul
 
 # %% ../../nbs/models/30_whisper.ipynb #c384cabb
 @dataclass
-class StartConfig:
-    "What every Whisper takes from params.yaml."
-    init: str              = opt("scratch", "where the weights come from: scratch, a folder (from the project's root, or absolute), or a released name such as openai/whisper-small")
-    language: str          = opt("vi", "language token that every transcript begins with", choices=("vi",))
-    window: str            = opt("auto", "what the encoder hears: cut (the utterance and a little silence), full (all of its window), auto (cut in training, and ever after)", choices=("auto", "cut", "full"))
-    freeze_encoder: bool   = opt(False, "leave the whole encoder as it is")
+class EncoderConfig:
+    "How a Whisper's encoder is trained, whatever reads it."
     freeze_layers: int     = opt(0, "leave the first so many layers of the encoder as they are, and the convolutions below", ge=0)
     layer_decay: float     = opt(1., "learning rate of a layer of the encoder, as a share of that of the layer above", gt=0, le=1)
     dropout: float         = opt(0., "share of activations dropped in training", ge=0, lt=1)
-    label_smoothing: float = opt(0., "probability spread over all tokens in training", ge=0, lt=1)
-    timestamps: float      = opt(0., "share of training utterances written with timestamps of their begin and end", ge=0, le=1)
     freq_masks: int        = opt(2, "bands hidden in each training utterance", ge=0)
     freq_width: int        = opt(20, "mel channels in the widest band", ge=0)
     time_masks: int        = opt(2, "stretches hidden in each training utterance", ge=0)
     time_share: float      = opt(0.05, "longest stretch, as a share of the utterance", ge=0, lt=1)
     pauses: float          = opt(0., "share of training utterances whose pauses are shortened, each by a share of its own", ge=0, le=1)
     tempo: float           = opt(0., "training utterances are spoken up to exp(tempo) times faster, and up to exp(tempo/3) slower", ge=0, le=1)
+
+@dataclass
+class StartConfig(EncoderConfig):
+    "What every Whisper takes from params.yaml."
+    init: str              = opt("scratch", "where the weights come from: scratch, a folder (from the project's root, or absolute), or a released name such as openai/whisper-small")
+    language: str          = opt("vi", "language token that every transcript begins with", choices=("vi",))
+    window: str            = opt("auto", "what the encoder hears: cut (the utterance and a little silence), full (all of its window), auto (cut in training, and ever after)", choices=("auto", "cut", "full"))
+    freeze_encoder: bool   = opt(False, "leave the whole encoder as it is")
+    label_smoothing: float = opt(0., "probability spread over all tokens in training", ge=0, lt=1)
+    timestamps: float      = opt(0., "share of training utterances written with timestamps of their begin and end", ge=0, le=1)
     join: float            = opt(0., "share of training batches whose utterances are joined in pairs", ge=0, le=1)
     silence: float         = opt(0., "share of training utterances replaced by noise, with nothing to write", ge=0, lt=1)
+
+    def __post_init__(self):
+        for name in ("pauses", "tempo", "join") if self.window == "full" else ():
+            if value := getattr(self, name): raise ConfigError(f"{name}: {value} changes how long an utterance is, and window: full hides that; set it to 0, or window to cut")
 
 @dataclass
 class ReleasedConfig(StartConfig):
@@ -68,6 +77,7 @@ class ScratchConfig(StartConfig):
     max_tokens: int       = opt(448, "tokens of a transcript at most, its prompt included", ge=8)
 
     def __post_init__(self):
+        super().__post_init__()
         if self.d_model % self.heads or self.d_model % 2: raise ConfigError(f"d_model: {self.d_model} is odd or no multiple of heads ({self.heads})")
         if abs(round(self.window_seconds/TIME_STEP)*TIME_STEP - self.window_seconds) > 1e-6: raise ConfigError(f"window_seconds: {self.window_seconds} is no multiple of {TIME_STEP}, what an encoder position stands for")
 
@@ -108,6 +118,23 @@ def kept(
 # %% ../../nbs/models/30_whisper.ipynb #077d15a6
 FRESH = 0.05 # deviation of a fresh embedding
 
+def freeze(
+    net:WhisperNet,
+    layers:int,   # of the encoder, from below; the convolutions stay with them
+    where:str,    # how errors call the section
+):
+    "Take the lowest layers of the encoder out of training."
+    if layers > len(net.encoder): raise ConfigError(f"{where}.freeze_layers: {layers}, but this encoder has {len(net.encoder)} layers")
+    for part in [net.conv1, net.conv2, *net.encoder[:layers]] if layers else []: part.requires_grad_(False)
+
+def encoder_rates(
+    net:WhisperNet,
+    decay:float,  # of a layer, against the one above
+)->dict:
+    "Factors of the learning rate, by prefixes of parameters."
+    layers = len(net.encoder)
+    return {} if decay == 1 else {f"net.encoder.{i}.": decay**(layers - 1 - i) for i in range(layers)} | {"net.conv": decay**layers}
+
 class Whisper(nn.Module):
     "Encoder and decoder: a batch in, a `Loss` or hypotheses out."
     own_tokenizer = True
@@ -126,17 +153,11 @@ class Whisper(nn.Module):
         self.register_buffer("cut", torch.tensor(c["init"] == "scratch"))
         g, t = c["generation"], tokenizer
         self.rules = Rules(t.end, t.first_timestamp, *(tuple(i for i in g.get(k) or () if i < c["net"]["vocab_size"]) for k in ("suppress_tokens", "begin_suppress_tokens")), g.get("max_initial_timestamp_index", 50))
-        self._freeze(c["freeze_encoder"], c["freeze_layers"])
+        freeze(self.net, c["freeze_layers"], "whisper")
+        if c["freeze_encoder"]:
+            for part in (self.net.conv1, self.net.conv2, self.net.encoder, self.net.encoder_norm): part.requires_grad_(False)
 
-    def _freeze(self, whole:bool, layers:int):
-        net = self.net
-        if layers > len(net.encoder): raise ConfigError(f"whisper.freeze_layers: {layers}, but this encoder has {len(net.encoder)} layers")
-        for part in [net.conv1, net.conv2, net.encoder, net.encoder_norm] if whole else [net.conv1, net.conv2, *net.encoder[:layers]] if layers else []: part.requires_grad_(False)
-
-    def rates(self)->dict:
-        "Factors of the learning rate, by prefixes of parameters."
-        decay, layers = self.config["layer_decay"], len(self.net.encoder)
-        return {} if decay == 1 else {f"net.encoder.{i}.": decay**(layers - 1 - i) for i in range(layers)} | {"net.conv": decay**layers}
+    def rates(self)->dict: return encoder_rates(self.net, self.config["layer_decay"])
 
     @classmethod
     def from_config(cls,
@@ -201,6 +222,25 @@ def shorten_pauses(
     x, frames = _packed(x_BMF, inside & (near | ~lost.to(device)))
     return x[...,:max(2, int(frames.max()))], frames.clamp(min=1)
 
+def other_pace(
+    x_BMF:Tensor,
+    frames_B:Tensor,
+    c:dict,          # `pauses` and `tempo` of `EncoderConfig`
+):                   # features, frames
+    "Shorter pauses, another tempo."
+    if c["pauses"]: x_BMF, frames_B = shorten_pauses(x_BMF, frames_B, c["pauses"])
+    if not c["tempo"]: return x_BMF, frames_B
+    x_BFM, frames_B = stretch(x_BMF.mT, frames_B, (c["tempo"]*(4/3*torch.rand(len(x_BMF)) - 1/3)).exp())
+    return x_BFM.mT, frames_B
+
+def masked(
+    x_BMF:Tensor,
+    frames_B:Tensor,
+    c:dict,          # of `EncoderConfig`
+)->Tensor:
+    "SpecAugment."
+    return spec_augment(x_BMF.mT, frames_B, c["freq_masks"], c["freq_width"], c["time_masks"], c["time_share"]).mT
+
 def join_pairs(
     x_BMF:Tensor,
     frames_B:Tensor,
@@ -234,11 +274,10 @@ def _heard(self:Whisper, batch:Batch):
     x, positions = self.net.features(batch.audio, batch.lengths, None if c["window"] == "full" else (2*TAIL*SAMPLE_RATE*torch.rand(len(batch))).long().to(batch.lengths.device))
     frames, rows = 2*positions, [(i, None) for i in range(len(batch))]
     if c["window"] != "full":
-        if c["pauses"]: x, frames = shorten_pauses(x, frames, c["pauses"])
-        if c["tempo"]: x, frames = (lambda y, n: (y.mT, n))(*stretch(x.mT, frames, (c["tempo"]*(4/3*torch.rand(len(x)) - 1/3)).exp()))
+        x, frames = other_pace(x, frames, c)
         if c["join"] and torch.rand(()) < c["join"]: x, frames, rows = join_pairs(x, frames, 2*self.window)
         frames = frames.clamp(max=2*self.window)
-    x = spec_augment(x.mT, frames, c["freq_masks"], c["freq_width"], c["time_masks"], c["time_share"]).mT
+    x = masked(x, frames, c)
     empty = torch.rand(len(x)) < c["silence"]
     if empty.any(): x = torch.where(empty[:,None,None].to(x.device), noise_like(x), x); rows = [None if e else r for e,r in zip(empty.tolist(), rows)]
     positions = (frames + 1)//2
@@ -388,20 +427,21 @@ def _joined(self:Whisper, parts:list)->Hypothesis:
 # %% ../../nbs/models/30_whisper.ipynb #09a1e5bc
 def checkpoint_folder(
     c:ReleasedConfig,
-)->tuple[Path,str]: # where its files are, and how to mend what is missing there
+    where:str="whisper", # how errors call the section
+)->tuple[Path,str]:      # where its files are, and how to mend what is missing there
     "Find a released checkpoint on this machine; raises `ConfigError`, and never asks the network."
     folder = from_root(c.init)
     if folder.is_dir():
-        if c.revision: raise ConfigError(f"whisper.revision: {c.init} is a folder and has no revisions; leave revision out")
+        if c.revision: raise ConfigError(f"{where}.revision: {c.init} is a folder and has no revisions; leave revision out")
         return folder, "copy the whole checkpoint there"
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", c.init) or not c.revision and folder.parent.is_dir():
-        raise ConfigError(f"whisper.init: there is no folder {folder}, and {c.init!r} is no released name with its revision, such as openai/whisper-small; write one of these, or scratch")
+        raise ConfigError(f"{where}.init: there is no folder {folder}, and {c.init!r} is no released name with its revision, such as openai/whisper-small; write one of these, or scratch")
     if not re.fullmatch(r"[0-9a-f]{40}", c.revision):
-        raise ConfigError(f"whisper.revision: {c.revision!r} does not pin {c.init}; write the 40 digits of a commit, from the history of its files, so that the same weights are there tomorrow (if a folder is meant: there is none at {folder})")
+        raise ConfigError(f"{where}.revision: {c.revision!r} does not pin {c.init}; write the 40 digits of a commit, from the history of its files, so that the same weights are there tomorrow (if a folder is meant: there is none at {folder})")
     fetch = f"hf download {c.init} --revision {c.revision} --include '*.json' --include '*.txt' --include '*.safetensors'"
     from transformers.utils import try_to_load_from_cache # `cached_file` asks the network, `local_files_only` or not
     found = try_to_load_from_cache(c.init, "config.json", revision=c.revision)
-    if not isinstance(found, str): raise ConfigError(f"whisper.init: {c.init} at {c.revision} is not in this machine's cache, and nothing is fetched while a stage runs; fetch it first: {fetch}")
+    if not isinstance(found, str): raise ConfigError(f"{where}.init: {c.init} at {c.revision} is not in this machine's cache, and nothing is fetched while a stage runs; fetch it first: {fetch}")
     return Path(found).parent, f"fetch it: {fetch}"
 
 # %% ../../nbs/models/30_whisper.ipynb #f491b3df
@@ -470,9 +510,10 @@ def _weights(folder:Path, mend:str)->dict:
 
 def released(
     c:ReleasedConfig,
+    where:str="whisper", # how errors call the section
 )->Whisper:
     "A Whisper with released weights; raises `ConfigError` for every reason not to trust them."
-    folder, mend = checkpoint_folder(c)
+    folder, mend = checkpoint_folder(c, where)
     shape = _shape(folder, mend)
     tokens = released_tokens(folder, shape["vocab_size"], mend)
     try: state = from_release(_weights(folder, mend), shape)

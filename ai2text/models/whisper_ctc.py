@@ -17,39 +17,30 @@ from torch import nn
 from ..core.params import ConfigError, make, opt
 from ..core.files import read_json
 from ..core.batch import SAMPLE_RATE, Batch, Loss
-from ..audio.augment import spec_augment, stretch
 from .ctc import ctc_loss, greedy
 from .conformer import FRAME_SECONDS, attention_mask, draw_chunks
 from .whisper_writing import load_tokens
 from .whisper_net import HIDDEN, WhisperNet
-from .whisper import ReleasedConfig, Whisper, checkpoint_folder, released, shorten_pauses
+from .whisper import EncoderConfig, ReleasedConfig, Whisper, checkpoint_folder, encoder_rates, freeze, masked, other_pace, released
 
 # %% ../../nbs/models/34_whisper_ctc.ipynb #8af92af6
 @dataclass
-class WhisperCTCConfig:
+class WhisperCTCConfig(EncoderConfig):
     "What it takes from params.yaml."
     init: str          = opt("", "the Whisper whose encoder it begins with: a folder of a trained model (models/M) or of a release, or a released name such as openai/whisper-base")
     revision: str      = opt("", "commit of a released name, 40 digits")
-    freeze_layers: int = opt(0, "leave the first so many layers of the encoder as they are, and the convolutions below", ge=0)
-    layer_decay: float = opt(1., "learning rate of a layer of the encoder, as a share of that of the layer above", gt=0, le=1)
     head_rate: float   = opt(20., "learning rate of the head, which begins with nothing, as a multiple of the encoder's", gt=0)
-    dropout: float     = opt(0., "share of activations dropped in training", ge=0, lt=1)
     chunk_share: float = opt(0.6, "share of training batches that are heard in chunks", ge=0, le=1)
-    freq_masks: int    = opt(2, "bands hidden in each training utterance", ge=0)
-    freq_width: int    = opt(20, "mel channels in the widest band", ge=0)
-    time_masks: int    = opt(2, "stretches hidden in each training utterance", ge=0)
-    time_share: float  = opt(0.05, "longest stretch, as a share of the utterance", ge=0, lt=1)
-    pauses: float      = opt(0., "share of training utterances whose pauses are shortened, each by a share of its own", ge=0, le=1)
-    tempo: float       = opt(0., "training utterances are spoken up to exp(tempo) times faster, and up to exp(tempo/3) slower", ge=0, le=1)
 
     def __post_init__(self):
         if not self.init: raise ConfigError("init: is empty; name a trained Whisper (models/M), a released one's folder, or a released name")
 
 def begun_with(c:WhisperCTCConfig):
     "The `Whisper` whose encoder is taken."
-    folder, _ = checkpoint_folder(ReleasedConfig(init=c.init, revision=c.revision))
+    asked = ReleasedConfig(init=c.init, revision=c.revision), "whisper_ctc"
+    folder, _ = checkpoint_folder(*asked)
     about = read_json(folder/"config.json") if (folder/"config.json").exists() else {}
-    if about.get("family") != "whisper": return released(ReleasedConfig(init=c.init, revision=c.revision))
+    if about.get("family") != "whisper": return released(*asked)
     model = Whisper.from_config(about["config"], load_tokens(folder/"tokenizer"))
     model.load_state_dict(load_file(folder/"model.safetensors"))
     return model
@@ -72,13 +63,11 @@ class WhisperCTC(nn.Module):
         self.net.features.positions = 1 << 30 # no utterance is too long
         self.window = c["net"]["max_source_positions"]
         self.head = nn.Linear(2*c["net"]["d_model"], tokenizer.vocab_size)
-        if c["freeze_layers"] > len(self.net.encoder): raise ConfigError(f"whisper_ctc.freeze_layers: {c['freeze_layers']}, but this encoder has {len(self.net.encoder)} layers")
-        for part in [self.net.conv1, self.net.conv2, *self.net.encoder[:c["freeze_layers"]]] if c["freeze_layers"] else []: part.requires_grad_(False)
+        freeze(self.net, c["freeze_layers"], "whisper_ctc")
 
     def rates(self)->dict:
         "Factors of the learning rate, by prefixes of parameters."
-        decay, layers = self.config["layer_decay"], len(self.net.encoder)
-        return {"head": self.config["head_rate"]} | ({f"net.encoder.{i}.": decay**(layers - 1 - i) for i in range(layers)} | {"net.conv": decay**layers} if decay < 1 else {})
+        return encoder_rates(self.net, self.config["layer_decay"]) | {"head": self.config["head_rate"]}
 
     @classmethod
     def from_config(cls, config:dict, tokenizer)->'WhisperCTC': return cls(config, tokenizer)
@@ -113,10 +102,8 @@ def encode(self:WhisperCTC,
     x, positions = self.net.features(batch.audio, batch.lengths, round(CTC_TAIL*SAMPLE_RATE), running=True)
     at = torch.zeros(len(x), 1, dtype=torch.long)
     if self.training:
-        frames = 2*positions
-        if c["pauses"]: x, frames = shorten_pauses(x, frames, c["pauses"])
-        if c["tempo"]: x, frames = stretch(x.mT, frames, (c["tempo"]*(4/3*torch.rand(len(x)) - 1/3)).exp()); x = x.mT
-        x = spec_augment(x.mT, frames, c["freq_masks"], c["freq_width"], c["time_masks"], c["time_share"]).mT
+        x, frames = other_pace(x, 2*positions, c)
+        x = masked(x, frames, c)
         positions, at = (frames + 1)//2, torch.randint(self.window, (len(x), 1))
     N = 2*((int(positions.max()) + 1)//2)
     x = nnf.pad(x, (0, max(0, 2*N - x.shape[2])))[...,:2*N]
