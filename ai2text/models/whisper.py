@@ -6,8 +6,8 @@
 __all__ = ['SIZES', 'FRESH', 'QUIET', 'BESIDE', 'NO_LABEL', 'TAIL', 'MOST_TOKENS', 'UNLIKELY', 'NO_SPEECH', 'TEMPERATURES',
            'AT_ONCE', 'ENGLISH_END', 'TIMESTAMPS', 'NOTHING', 'SHAPE', 'SUPPRESSED', 'UNLIKE', 'EncoderConfig',
            'StartConfig', 'ReleasedConfig', 'ScratchConfig', 'scratch_config', 'shape_of', 'kept', 'freeze',
-           'encoder_rates', 'Whisper', 'shorten_pauses', 'other_pace', 'masked', 'join_pairs', 'noise_like',
-           'quiet_cuts', 'checkpoint_folder', 'unmade', 'released_tokens', 'released']
+           'encoder_rates', 'Whisper', 'shorten_pauses', 'warp_frequencies', 'varied', 'masked', 'join_pairs',
+           'noise_like', 'quiet_cuts', 'checkpoint_folder', 'unmade', 'released_tokens', 'released']
 
 # %% ../../nbs/models/30_whisper.ipynb #74f498af
 import json, re
@@ -27,7 +27,7 @@ from ..core.layout import from_root
 from ..core.batch import SAMPLE_RATE, Batch, Hypothesis, Loss
 from ..audio.fbank import HOP
 from ..audio.augment import spec_augment, stretch
-from .whisper_net import WhisperNet, from_release
+from .whisper_net import WhisperNet, from_release, hz_to_mel, mel_edges, mel_to_hz
 from .whisper_writing import SPECIAL_TOKENS, TIME_STEP, Found, ReleasedText, Rules, WhisperTokens, load_tokens, repeats, search, unlooped
 
 # %% ../../nbs/models/30_whisper.ipynb #c384cabb
@@ -43,6 +43,7 @@ class EncoderConfig:
     time_share: float      = opt(0.05, "longest stretch, as a share of the utterance", ge=0, lt=1)
     pauses: float          = opt(0., "share of training utterances whose pauses are shortened, each by a share of its own", ge=0, le=1)
     tempo: float           = opt(0., "training utterances are spoken up to exp(tempo) times faster, and up to exp(tempo/3) slower", ge=0, le=1)
+    warp: float            = opt(0., "frequencies of a training utterance are scaled by up to exp(+-warp)", ge=0, le=0.5)
 
 @dataclass
 class StartConfig(EncoderConfig):
@@ -222,16 +223,29 @@ def shorten_pauses(
     x, frames = _packed(x_BMF, inside & (near | ~lost.to(device)))
     return x[...,:max(2, int(frames.max()))], frames.clamp(min=1)
 
-def other_pace(
+def warp_frequencies(
+    x_BMF:Tensor,
+    factors_B:Tensor, # above 1: each channel has what was at a higher frequency
+)->Tensor:            # (B, M, F)
+    "Vocal tract length perturbation (Jaitly and Hinton 2013), by interpolation between mel channels."
+    M = x_BMF.shape[1]
+    edges = mel_edges(M)
+    source = hz_to_mel(mel_to_hz(edges[1:-1])*factors_B[:,None].double().numpy())/edges[1] - 1
+    tents = (1 - (torch.from_numpy(source).clamp(0, M - 1)[...,None] - torch.arange(M)).abs()).clamp(min=0) # (B, to, from)
+    return torch.bmm(tents.to(x_BMF), x_BMF)
+
+def varied(
     x_BMF:Tensor,
     frames_B:Tensor,
-    c:dict,          # `pauses` and `tempo` of `EncoderConfig`
+    c:dict,          # `pauses`, `tempo` and `warp` of `EncoderConfig`
 ):                   # features, frames
-    "Shorter pauses, another tempo."
+    "Shorter pauses, another tempo, another vocal tract."
     if c["pauses"]: x_BMF, frames_B = shorten_pauses(x_BMF, frames_B, c["pauses"])
-    if not c["tempo"]: return x_BMF, frames_B
-    x_BFM, frames_B = stretch(x_BMF.mT, frames_B, (c["tempo"]*(4/3*torch.rand(len(x_BMF)) - 1/3)).exp())
-    return x_BFM.mT, frames_B
+    if c["tempo"]:
+        x_BFM, frames_B = stretch(x_BMF.mT, frames_B, (c["tempo"]*(4/3*torch.rand(len(x_BMF)) - 1/3)).exp())
+        x_BMF = x_BFM.mT
+    if c["warp"]: x_BMF = warp_frequencies(x_BMF, (c["warp"]*(2*torch.rand(len(x_BMF)) - 1)).exp())
+    return x_BMF, frames_B
 
 def masked(
     x_BMF:Tensor,
@@ -274,7 +288,7 @@ def _heard(self:Whisper, batch:Batch):
     x, positions = self.net.features(batch.audio, batch.lengths, None if c["window"] == "full" else (2*TAIL*SAMPLE_RATE*torch.rand(len(batch))).long().to(batch.lengths.device))
     frames, rows = 2*positions, [(i, None) for i in range(len(batch))]
     if c["window"] != "full":
-        x, frames = other_pace(x, frames, c)
+        x, frames = varied(x, frames, c)
         if c["join"] and torch.rand(()) < c["join"]: x, frames, rows = join_pairs(x, frames, 2*self.window)
         frames = frames.clamp(max=2*self.window)
     x = masked(x, frames, c)

@@ -21,7 +21,7 @@ from .ctc import ctc_loss, greedy
 from .conformer import FRAME_SECONDS, attention_mask, draw_chunks
 from .whisper_writing import load_tokens
 from .whisper_net import HIDDEN, WhisperNet
-from .whisper import EncoderConfig, ReleasedConfig, Whisper, checkpoint_folder, encoder_rates, freeze, masked, other_pace, released
+from .whisper import EncoderConfig, ReleasedConfig, Whisper, checkpoint_folder, encoder_rates, freeze, masked, released, varied
 
 # %% ../../nbs/models/34_whisper_ctc.ipynb #8af92af6
 @dataclass
@@ -102,7 +102,7 @@ def encode(self:WhisperCTC,
     x, positions = self.net.features(batch.audio, batch.lengths, round(CTC_TAIL*SAMPLE_RATE), running=True)
     at = torch.zeros(len(x), 1, dtype=torch.long)
     if self.training:
-        x, frames = other_pace(x, 2*positions, c)
+        x, frames = varied(x, 2*positions, c)
         x = masked(x, frames, c)
         positions, at = (frames + 1)//2, torch.randint(self.window, (len(x), 1))
     N = 2*((int(positions.max()) + 1)//2)
