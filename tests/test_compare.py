@@ -47,7 +47,7 @@ def workspace(pipeline, tmp_path_factory):
     w = Workspace.copy(pipeline, tmp_path_factory.mktemp("project"))
     yaml, path = YAML(), w.root/"compare/params.yaml"
     params = yaml.load(path)
-    params["train"].update(max_steps=STEPS, max_hours=0., batch_seconds=8., evaluate_every_steps=3, evaluate_every_minutes=0., threads=1)
+    params["train"].update(max_steps=STEPS, max_hours=0., batch_seconds=8., evaluate_every_steps=3, evaluate_every_minutes=0., amp_dtype="fp32", threads=1)
     for name, model in params["models"].items(): model.update(TINY[name])
     with open(path, "w", encoding="utf-8") as f: yaml.dump(params, f)
     w.ran = w.repro("compare/dvc.yaml")

@@ -117,7 +117,7 @@ from ai2text.training import setup
 from ai2text.training.budget import Every
 from ai2text.models.store import load_model
 layout = Layout(tiny_workspace("init"))
-config = section("train", dict(max_steps=3, warmup_steps=0, threads=1, evaluate_every_steps=2, ema_decay=0.9))
+config = section("train", dict(max_steps=3, warmup_steps=0, amp_dtype="fp32", threads=1, evaluate_every_steps=2, ema_decay=0.9))
 model = load_model(layout.init("m"))
 threading.setprofile(look); sys.setprofile(look)
 trainer, loader = setup.set_up(config, model, layout, Ranks())

@@ -95,7 +95,7 @@ class TrainConfig:
     warmup_steps:int = opt(100, "steps of linear rise of the learning rate", ge=0)
     decay:float = opt(0.2, "share of the budget, at its end, over which the learning rate falls to 0", ge=0, le=1)
     gradient_clip_val:float = opt(5., "largest norm of the gradient; 0 = any", ge=0)
-    amp_dtype:str = opt("auto", "auto: bf16 where the hardware has it, else fp16 on CUDA, else fp32", choices=("auto", "bf16", "fp16", "fp32"))
+    amp_dtype:str = opt("auto", "auto: on a GPU bf16 or, on older ones, fp16; on a processor bf16 or fp32, whichever is timed as faster", choices=("auto", "bf16", "fp16", "fp32"))
     ema_decay:float = opt(0., "of the averaged weights that are evaluated and published; 0 = the weights as they are", ge=0, lt=1)
     evaluate_every_steps:int = opt(250, "steps between two evaluations on dev; 0 = by minutes alone", ge=0)
     evaluate_every_minutes:float = opt(0., "minutes between two evaluations on dev; 0 = by steps alone", ge=0)
