@@ -19,7 +19,7 @@ from ai2text.pipeline.stage_runner import EACH, FAMILY_STAGES, SINGULAR, STAGES,
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS = load_params(ROOT/"params.yaml")
 DVC = load_params(ROOT/"dvc.yaml")["stages"]
-PIPELINE = {name: stage.get("do", stage) for name, stage in DVC.items() if name != "identity"}
+PIPELINE = {name: stage.get("do", stage) for name, stage in DVC.items() if name not in ("identity", "starts")}
 COMPARE = {name: stage.get("do", stage) for name, stage in load_params(ROOT/"compare/dvc.yaml")["stages"].items()}
 
 
@@ -69,6 +69,13 @@ def test_identities_are_made_first():
     "The stage that writes them depends on all code, so that no edit is missed."
     stage = DVC["identity"]
     assert stage["deps"] == ["ai2text", "nbs/stages"] and options(stage, "outs") == dict(identity=dict(cache=False))
+
+
+def test_other_weights_in_a_folder_are_seen():
+    "A folder of released weights is no dependency: its files' hashes are written at each `dvc repro`, and kept where the folder is missing."
+    stage = DVC["starts"]
+    assert stage["always_changed"] and options(stage, "outs") == dict(starts=dict(cache=False, persist=True)) and "starts/${key}.json" in PIPELINE["init"]["deps"]
+    assert {p.stem for p in (ROOT/"starts").iterdir()} == set(PARAMS["models"])
 
 
 @pytest.mark.parametrize("name", PIPELINE)
@@ -124,4 +131,4 @@ def test_outputs(name):
 def test_dvc_reads_it():
     "No overlapping outputs, no cycles, and the stages of each corpus and model."
     listed = subprocess.run([sys.executable, "-m", "dvc", "stage", "list", "--name-only"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert set(listed) == {"identity"} | {n for name in PIPELINE for n in ([f"{name}@{key}" for key in PARAMS[EACH[name]]] if name in EACH else [name])}
+    assert set(listed) == {"identity", "starts"} | {n for name in PIPELINE for n in ([f"{name}@{key}" for key in PARAMS[EACH[name]]] if name in EACH else [name])}

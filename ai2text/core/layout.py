@@ -49,6 +49,7 @@ class Layout:
 
     notebooks = property(lambda self: self.project/"nbs", doc="of which the reports are made")
     identities = property(lambda self: self.project/"identity", doc="the code of each stage, which DVC compares")
+    starts    = property(lambda self: self.root/"starts", doc="which weights each model begins with, which DVC compares")
     corpora   = property(lambda self: self.project/"data/corpus", doc="imported corpora, a folder each")
     prepared  = property(lambda self: self.project/"data/prepared", doc="manifests, rejects and the tokenizer")
     tokenizer = property(lambda self: self.prepared/"tokenizer", doc="trained on the prepared train split")

@@ -14,6 +14,7 @@ from .. import __version__
 COMMANDS = dict(
     stage=("ai2text.pipeline.stage_runner:run_stage", "run a stage of the pipeline with its section of params.yaml, or a benchmark", "name"),
     identity=("ai2text.pipeline.stage_runner:write_identities", "write what each stage computes with into `identity/`, for DVC to compare"),
+    starts=("ai2text.pipeline.stage_runner:write_starts", "write which weights each model begins with into `starts/`, for DVC to compare"),
     shards=("ai2text.data.shards:create_shards", "pack recordings and their transcripts into tar shards"),
     verify=("ai2text.data.shards:check_shards", "check every byte of shards against their index; the exit status tells a script", "folder"),
     train=("ai2text.training.publish:train", "train a model outside of the pipeline, for a few steps or for long"),
