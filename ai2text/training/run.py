@@ -102,7 +102,7 @@ def train_rank(
     trainer, loader = set_up(config, load_model(layout.init(name), tokenizer), layout, ranks)
     evaluate, evaluation_set = dev_scorer(trainer, config, layout, ranks)
     if ranks.main:
-        about = dict(environment(), processes=ranks.world, model=name, parameters=sum(p.numel() for p in trainer.model.parameters()), precision=str(trainer.dtype)[6:],
+        about = dict(environment(), processes=ranks.world, model=name, parameters=sum(p.numel() for p in trainer.model.parameters()),
                      evaluation_set=evaluation_set, normaliser=normaliser_name(tokenizer.normaliser))
         tracker = TTQTracker(read_milestones(milestones), folder/"ttq_log.json", price_per_hour=config.price_per_hour or None, about=about, startup_seconds=time.monotonic() - born,
                              announce=lambda text: tqdm.write(text, file=sys.stderr))

@@ -278,6 +278,13 @@ def _measure_dtypes(self:TrainerOptimized, window:list):
     self.dtype = list(times)[best[1] < best[0]]
     self.state.dtype = str(self.dtype)[6:]
 
+@patch
+def _look_ahead(self:TrainerOptimized, loader):
+    "Measure on the first micro-batch of the loader, which then stands where it stood."
+    first = next(iter(loader), None)
+    loader.load_state_dict(self.state.loader)
+    self._measure_dtypes([] if first is None or not len(first) else [first])
+
 # %% ../../nbs/training/30_trainer.ipynb #62a80d7c
 LAST_NORMS = 100 # steps that say what norm is usual
 
@@ -681,6 +688,7 @@ def fit(self:TrainerOptimized,
         self.ranks.spread([*self.model.state_dict().values(), *(self.ema.average.values() if self.ema else ())])
         self.model.train()
         if self.folder and not self.state.loader: self.state.loader = loader.state_dict()
+        if self.unmeasured and self.state.loader: self._look_ahead(loader)
         self._ask()
         outcome = "failed"
         self._tell("on_start")

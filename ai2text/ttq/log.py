@@ -542,7 +542,7 @@ class TTQObserver:
             if theirs.exists(): self.tracker.adopt(theirs, step)
         self.startup, self.before = self.tracker.seconds, trainer.clocks.read()
         budget = asdict(trainer.budget)
-        self.tracker.resumed(step, budget=budget, schedule=budget | dict(decay=getattr(trainer.schedule, "decay", 0.)))
+        self.tracker.resumed(step, budget=budget, schedule=budget | dict(decay=getattr(trainer.schedule, "decay", 0.)), **(dict(precision=str(trainer.dtype)[6:]) if hasattr(trainer, "dtype") else {}))
 
     def _now(self, trainer)->dict:
         "Counts of the run, and seconds of this process by phase."
