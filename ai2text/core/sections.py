@@ -101,6 +101,7 @@ class TrainConfig:
     evaluate_every_minutes:float = opt(0., "minutes between two evaluations on dev; 0 = by steps alone", ge=0)
     checkpoint_minutes:float = opt(1., "minutes between two checkpoints", gt=0)
     weights:dict[str,float] = opt({}, "how often an epoch has each utterance of a corpus, as {demo: 0.5}; 1 for those not named", ge=0)
+    data_share:float = opt(1., "share of the training utterances that is trained on, to see what more data are worth; a smaller one lies within a larger", gt=0, le=1)
     shuffle_buffer:int = opt(10_000, "utterances in a window of the shuffle", ge=1)
     num_workers:int = opt(1, "threads that read ahead", ge=0)
     threads:int = opt(0, "processor threads of each process; the same number gives the same bits; 0 = as torch likes", ge=0)

@@ -103,7 +103,7 @@ def train_rank(
     evaluate, evaluation_set = dev_scorer(trainer, config, layout, ranks)
     if ranks.main:
         about = dict(environment(), processes=ranks.world, model=name, parameters=sum(p.numel() for p in trainer.model.parameters()),
-                     evaluation_set=evaluation_set, normaliser=normaliser_name(tokenizer.normaliser))
+                     evaluation_set=evaluation_set, normaliser=normaliser_name(tokenizer.normaliser), label_hours=round(loader.index.seconds/3600, 6))
         tracker = TTQTracker(read_milestones(milestones), folder/"ttq_log.json", price_per_hour=config.price_per_hour or None, about=about, startup_seconds=time.monotonic() - born,
                              announce=lambda text: tqdm.write(text, file=sys.stderr))
         policies = [StopWhen(tracker, config.stop_when)] if config.stop_when else []
