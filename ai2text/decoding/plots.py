@@ -20,7 +20,8 @@ def plot_confidences(
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.6))
     left.hist(confidences, np.linspace(0, 1, 41), weights=minutes)
     left.set(xlabel="confidence", ylabel="minutes", xlim=(0, 1))
-    right.step([0, *confidences, 1], 100*np.append(np.cumsum(np.append(minutes, 0)[::-1])[::-1], 0)/max(1e-9, sum(f["duration"]/60 for f in found)), where="pre")
+    above = 100*np.cumsum(minutes[::-1])[::-1]/sum(f["duration"]/60 for f in found)
+    right.step([0, *confidences, 1], [above[0], *above, 0], where="pre")
     right.set(xlabel="threshold", ylabel="kept, % of the speech", xlim=(0, 1), ylim=(0, 101))
     for ax in (left, right): ax.axvline(threshold, color="0.46", ls=":")
     return figure
