@@ -45,7 +45,7 @@ class PseudoConfig:
     teacher:str = opt(help="folder of the trained model that transcribes them, as teachers/base, a copy of models/base")
     folder:str = opt("", "where the recordings of a list are; empty = beside the list")
     threshold:float = opt(0.8, "confidence that a transcript needs: geometric mean of the probabilities of its tokens", ge=0, le=1)
-    agreement:float = opt(0.1, "share of the words that may differ when the teacher hears it again, a tenth faster; 1 = it does not", ge=0, le=1)
+    agreement:float = opt(0.2, "share of the words that may differ when the teacher hears it again, a tenth faster; 1 = it does not", ge=0, le=1)
     longest:float = opt(20., "seconds of an utterance; longer recordings are cut at pauses", ge=1, le=300)
     batch_seconds:float = opt(60., "padded seconds that are transcribed together", gt=0)
 
