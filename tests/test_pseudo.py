@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import soundfile as sf
 import torch
@@ -18,6 +19,8 @@ from ai2text.corpora.prepare import prepare
 from ai2text.data.loader import create_webdataset_loader
 from ai2text.data.shards import write_shards
 from ai2text.decoding.pseudo import make_pseudo
+from ai2text.models.store import build_model, save_model
+from ai2text.pipeline.stage_runner import run_stage
 from ai2text.testing.workspace import tiny_workspace
 from ai2text.text.tokenizer import CharTokenizer
 from workspace import ROOT
@@ -96,3 +99,22 @@ def test_dvc_runs_a_teacher_before_prepare_and_refuses_a_circle(tmp_path):
     assert done.returncode and "both a dependency and an output in stages" in done.stderr and "pseudo@mine" in done.stderr, done.stderr
     with pytest.raises(ConfigError, match="is trained by this pipeline, on what it would write here: a circle"):
         make_pseudo(section("pseudo", dict(path="raw", teacher="models/conformer_ctc")), "mine", tmp_path/"data/corpus/mine", tmp_path, ["conformer_ctc"])
+
+
+def test_the_stage_runs_with_the_params_of_the_project(tmp_path):
+    "Through the runner, from params.yaml to the report; a key with a typo is named, whichever stage runs."
+    model = build_model(dict(family="conformer", size="tiny"), CharTokenizer())
+    torch.nn.init.normal_(model.head.weight)
+    save_model(tmp_path/"teachers/m", model, beside=lambda part: model.tokenizer.save(part/"tokenizer"), family="conformer")
+    (tmp_path/"raw").mkdir()
+    for i in range(3): sf.write(tmp_path/f"raw/{i}.wav", np.random.default_rng(i).uniform(-.3, .3, 8000*(i + 1)), 16_000)
+    for name in ("dvc.yaml", "nbs", "ai2text"): (tmp_path/name).symlink_to(ROOT/name)
+    def params(**item): (tmp_path/"params.yaml").write_text((ROOT/"params.yaml").read_text("utf-8").replace("pseudo: {}", f"pseudo: {json.dumps(dict(mine=item))}"), "utf-8")
+    params(path="raw", teacher="teachers/m", threshold=0, agreement=1)
+    report = tmp_path/run_stage("pseudo", corpus="mine", root=tmp_path)
+    rows = read_jsonl(tmp_path/"data/corpus/mine/manifest.jsonl")
+    assert report.name == "pseudo-mine.ipynb" and "utterances kept" in report.read_text("utf-8")
+    assert rows and all(row["split"] == "train" and row["teacher"].startswith("m ") for row in rows)
+    params(path="raw", teacher="teachers/m", treshold=0.5)
+    for stage in (dict(name="pseudo", corpus="mine"), dict(name="shards")):
+        with pytest.raises(ConfigError, match="params.yaml: pseudo.mine.treshold: no such parameter; did you mean threshold"): run_stage(**stage, root=tmp_path)

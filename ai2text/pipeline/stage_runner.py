@@ -339,8 +339,9 @@ def _values(name:str, root:Path, notebook:Path, given:dict, settings:list)->dict
     params = load_params(root/"params.yaml")
     values = stage_parameters(name, params, list(asked), **given)
     for name in SECTIONS: # a typo must not wait for its own stage, which may be days away
-        if name in params: section(name, params[name], f"params.yaml: {name}")
-    for key,item in (params.get("corpora") or {}).items(): section("corpus", item, f"params.yaml: corpora.{key}")
+        if name in params and name not in SINGULAR: section(name, params[name], f"params.yaml: {name}")
+    for kind,items in (("corpus", "corpora"), ("pseudo", "pseudo")):
+        for key,item in (params.get(items) or {}).items(): section(kind, item, f"params.yaml: {items}.{key}")
     for key,item in (params.get("models") or {}).items():
         if isinstance(item, dict) and isinstance(item.get("train"), dict): section("train", train_values(params.get("train") or {}, item), f"params.yaml: models.{key}.train")
     return values
