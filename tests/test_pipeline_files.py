@@ -82,7 +82,7 @@ def test_other_weights_in_a_folder_are_seen():
 def test_parameters_fit(name):
     "params.yaml, dataclass and notebook have the same names, and every value is in range."
     for item in items(name): stage_parameters(name, PARAMS, list(inspect_notebook(notebook(name))), **item)
-    depends = dict(corpus=["corpora.${key}"], prepare=["prepare", "corpora"], init=["init", "models.${key}"], train=["train", "milestones.${train.milestones}", "models.${key}"], evaluate=["stream", "models.${key}"],
+    depends = dict(corpus=["corpora.${key}"], pseudo=["pseudo.${key}"], prepare=["prepare", "corpora", "pseudo"], init=["init", "models.${key}"], train=["train", "milestones.${train.milestones}", "models.${key}"], evaluate=["stream", "models.${key}"],
                    compare=["compare", "models"], export=["export", "stream", "corpora"])
     assert PIPELINE[name]["params"] == depends.get(name, [name])
 

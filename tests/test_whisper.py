@@ -11,13 +11,21 @@ from safetensors.torch import load_file, save_file
 from ai2text.core.batch import collate
 from ai2text.training.budget import Budget
 from ai2text.models.store import build_model, load_config, load_weights, save_model
-from ai2text.core.files import read_json, write_json
+from ai2text.core.files import read_json, read_jsonl, write_json
+from ai2text.core.layout import Layout
 from ai2text.core.params import ConfigError
 from ai2text.training.optimizer import make_optimizer
 from ai2text.text.tokenizer import CharTokenizer
 from ai2text.training.trainer import TrainerOptimized
 from ai2text.models.whisper import Whisper
+from ai2text.core.sections import CompareConfig, InitConfig, StreamConfig, TrainConfig
+from ai2text.evaluation.compare import compare_models, comparison_rows
+from ai2text.evaluation.evaluate import evaluate
 from ai2text.testing.small_whisper import small_whisper
+from ai2text.testing.workspace import tiny_workspace
+from ai2text.training.init import init
+from ai2text.training.publish import publish, summary
+from ai2text.training.run import fit
 
 TEXTS = ["xin chào các bạn", "hôm nay trời đẹp quá", "một hai ba bốn năm"]
 NAME, REVISION = "openai/whisper-small", "0123456789"*4
@@ -235,3 +243,32 @@ def test_a_finetuned_checkpoint_outlives_its_folder(folder, tmp_path):
     assert own.tokenizer.fingerprint == model.tokenizer.fingerprint
     assert {n for n,p in own.named_parameters() if not p.requires_grad} == set(frozen)
     assert own.transcribe(batch_of(9_000), timestamps=True) == model.eval().transcribe(batch_of(9_000), timestamps=True)
+
+
+@pytest.mark.parametrize("text", ["written", "normalised"])
+def test_what_it_writes_is_scored_in_every_table(text, tmp_path, monkeypatch):
+    "From the transcripts of a corpus, through training and evaluation, to the summary and the comparison."
+    layout = Layout(tiny_workspace("shards"))
+    rows = read_jsonl(layout.manifest("train"))
+    small_whisper(tmp_path/"small", [row["text_raw"] for row in rows], window_seconds=10, max_target_positions=100)
+    init("m", InitConfig(), dict(family="whisper", init=str(tmp_path/"small"), text=text), layout)
+    milestones = [dict(wer=0.3, budget_hours=1.)]
+    targets, seen = Whisper._targets, []
+    def watched(self, batch, rows):
+        found = targets(self, batch, rows)
+        seen.extend(self.tokenizer.decode([i for i in row if i >= 0]) for row in found[1].tolist())
+        return found
+    monkeypatch.setattr(Whisper, "_targets", watched)
+    config = TrainConfig(max_steps=2, warmup_steps=0, threads=1, batch_seconds=20., optimizer="adamw", lr=1e-4, amp_dtype="fp32")
+    metrics = publish("m", fit("m", config, milestones, layout), milestones, layout)
+    monkeypatch.undo()
+    said = {" ".join(row["text_raw" if text == "written" else "text"].split()) for row in rows}
+    assert seen and {t for t in seen if t} <= said
+    found, writes = evaluate("m", StreamConfig(), layout), text == "written"
+    assert {"val_written_wer", "val_written_cer"} <= set(metrics) if writes else not any("written" in k for k in metrics)
+    assert (found["written_wer"] is not None) == (found["written_cer_high"] is not None) == writes
+    if writes: assert (found["written_wer"], found["written_cer"]) == (found["raw"]["wer"], found["raw"]["cer"])
+    (layout.root/"params.yaml").touch()
+    assert ("as written         WER " in summary(layout.root)) == writes
+    models, _ = compare_models(CompareConfig("quality"), layout, ["m"])
+    assert ("CER as written" in comparison_rows(models)[0]) == writes

@@ -21,7 +21,7 @@ class Batch:
     "Utterances padded to the longest, with where they stand in the run."
     audio: 'Tensor'           # (B, T) float32 in [-1, 1] at 16 kHz, zero after each utterance's end
     lengths: 'Tensor'         # (B,) int64, samples
-    transcripts: list         # B normalised texts
+    transcripts: list         # B normalised texts; those of the loader keep how they were typed, as `written`
     ids: list                 # B utterance ids
     epoch: int = 0            # epoch of the plan
     number: int = 0           # micro-batch of the epoch

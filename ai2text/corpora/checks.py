@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'REASONS', 'signal_to_noise', 'probe', 'check_text', 'decibels', 'check_audio', 'sift', 'check_ids',
-           'unknown_table', 'voice', 'assign_splits', 'check_speakers', 'check_leak', 'note_seen', 'check_duplicates',
-           'outputs', 'needed', 'check_time', 'describe']
+           'unknown_table', 'voice', 'assign_splits', 'check_speakers', 'check_leak', 'note_seen', 'check_heard_twice',
+           'check_duplicates', 'outputs', 'needed', 'check_time', 'describe']
 
 # %% ../../nbs/corpora/40_checks.ipynb #3616b5c9
 import hashlib, os, unicodedata
@@ -99,6 +99,7 @@ REASONS = {
     "too long":               "longer than `max_seconds`",
     "too slow":               "fewer than `min_characters_per_second`",
     "too fast":               "more than `max_characters_per_second`",
+    "transcribed by people":  "a model's transcript of samples that people have transcribed",
     "audio with two texts":   "the same samples have another text elsewhere: nobody knows which is right",
     "duplicate audio":        "the same samples with the same text are in test, dev or an earlier row",
     "text in two splits":     "the same text is in test or dev, and must not be trained on",
@@ -238,6 +239,13 @@ def note_seen(
             if seen: row["seen"] = seen
         found[split] = {what: round(sum(what in row.get("seen", ()) for row in mine) / len(mine), 4) for what in (*known, "unknown speaker") if any(what in row.get("seen", ()) for row in mine)}
     return found
+
+# %% ../../nbs/corpora/40_checks.ipynb #41b79b19
+def check_heard_twice(rows:list[dict], facts:dict):
+    "A check that leaves out what a model transcribed (`teacher`) where people transcribed the same samples, by `facts` of each id."
+    samples = lambda row: facts[row["id"]].get("samples")
+    people = {samples(row): row["id"] for row in rows if not row.get("teacher")}
+    return lambda row: ("transcribed by people", f"same as {people[samples(row)]}") if row.get("teacher") and samples(row) in people else None
 
 # %% ../../nbs/corpora/40_checks.ipynb #e023799e
 def check_duplicates(rows:list[dict], samples:dict):

@@ -23,7 +23,7 @@ from ..core.sections import PrepareConfig
 from ..audio.io import piece_of
 from ..text.normalise import NORMALISER_FILE, Normaliser, Reading, for_corpus, make_normaliser, normaliser_name, share_of_capitals
 from ..text.tokenizer import train_tokenizer
-from .checks import REASONS, SPLITS, assign_splits, check_audio, check_duplicates, check_ids, check_leak, check_speakers, check_text, check_time, decibels, describe, note_seen, probe, sift, unknown_table, voice
+from .checks import REASONS, SPLITS, assign_splits, check_audio, check_duplicates, check_heard_twice, check_ids, check_leak, check_speakers, check_text, check_time, decibels, describe, note_seen, probe, sift, unknown_table, voice
 
 # %% ../../nbs/corpora/50_prepare.ipynb #6d152869
 def _corpus_folders(corpora_dir:Path, names)->list[Path]:
@@ -47,6 +47,7 @@ def _read_corpus(folder:Path, out_dir:Path)->list[dict]:
             if not isinstance(row.get(key), str): raise ConfigError(f"{path}, line {number}: {key} is {row.get(key)!r}; write a string")
         row["text_raw"] = row["text_raw"].encode("utf-16", "surrogatepass").decode("utf-16", "replace") # half of a surrogate pair cannot be written
         row["corpus"] = folder.name
+        if row.get("teacher") and row.get("split") != "train": raise ConfigError(f"{path}, line {number}: {row['id']} was transcribed by a model ({row['teacher']}), and its split is {row.get('split')!r}; such rows may be in train alone: run its pseudo stage again")
         if not os.path.isabs(row["audio_filepath"]): row["audio_filepath"] = os.path.relpath(folder/row["audio_filepath"], out_dir)
     return rows
 
@@ -181,7 +182,7 @@ def prepare(
     for name in (*(f"{split}.jsonl" for split in SPLITS), "stats.json", NORMALISER_FILE): (out_dir/name).unlink(missing_ok=True)
     folders = _corpus_folders(corpora_dir, names)
     rejects, rows = [], [row for folder in folders for row in _read_corpus(folder, out_dir)]
-    total, given = len(rows), {row.get("split", "") for row in rows}
+    total, given = len(rows), {row.get("split", "") for row in rows if not row.get("teacher")}
     normaliser = make_normaliser(cfg, root)
     readings = _normalise_all(rows, normaliser, cfg, executor)
     spoken = _choose_spoken(rows, _read_spoken(Path(root)/Path(cfg.spoken).expanduser()) if cfg.spoken else {})
@@ -190,8 +191,9 @@ def prepare(
     rows = sift(rows, partial(check_text, foreign=cfg.foreign), rejects)
     facts = _probe_all(rows, out_dir, cfg, executor)
     rows = sift(rows, lambda row: check_audio(row, facts[row["id"]], cfg), rejects)
-    alone = assign_splits(rows, cfg, given)
+    alone = assign_splits([row for row in rows if not row.get("teacher")], cfg, given)
     shared = check_speakers(rows, alone)
+    rows = sift(rows, check_heard_twice(rows, facts), rejects)
     rows = sift(rows, check_duplicates(rows, {id: found.get("samples") for id, found in facts.items()}), rejects)
     if not cfg.shared_texts: rows = sift(rows, check_leak(rows), rejects)
     _settle(rows, rejects, cfg, out_dir)
@@ -202,6 +204,7 @@ def prepare(
     splits = {split: sorted((row for row in rows if row["split"] == split), key=lambda row: row["id"]) for split in SPLITS}
     tokenizer.save(out_dir/"tokenizer")
     normaliser.save(out_dir/NORMALISER_FILE)
+    if wrong := [row["id"] for split in ("dev", "test") for row in splits[split] if row.get("teacher")]: raise AssertionError(f"{wrong[0]}: a model's transcript is in dev or test")
     for split in SPLITS: write_jsonl(out_dir/f"{split}.jsonl", splits[split])
     stats = dict(
         normaliser=normaliser_name(normaliser), readings=readings, spoken=spoken, tokenizer=dict(kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, sha256=tokenizer.fingerprint),

@@ -22,6 +22,7 @@ from ..audio.io import plain_pcm, read_audio
 from .shard_index import Index, ShardError, data_fingerprint, load_index, member_audio, members, parse_index, scan, select, utterance_text
 from .storage import Cache, S3Stream, Server
 from .dvc_files import Remote, tracked
+from .written import Normalised
 from .sampler import check_weights, counts_of, plan_epoch, share
 
 # %% ../../nbs/data/50_loader.ipynb #da57c989
@@ -205,16 +206,17 @@ def batch(self:ShardLoader, number:int, utterances, epoch:int)->Batch:
         except ValueError as e: skipped.append((self.index.shards[self.index.shard[u]]["file"], self.index.key[u], str(e)))
         else:
             audio[i,lengths[i]:] = 0
-            kept.append(i); texts.append(about["text"]); ids.append(about["id"])
+            kept.append(i); texts.append(Normalised(about["text"], about["text_raw"])); ids.append(about["id"])
     if skipped: audio, lengths = audio[kept, :lengths[kept].max(initial=0)], lengths[kept]
     audio = torch.from_numpy(audio)
     return Batch(audio.pin_memory() if torch.cuda.is_available() else audio, torch.from_numpy(lengths), texts, ids, epoch, number, skipped)
 
 @patch
 def utterance(self:ShardLoader, u:int, block, row_T:np.ndarray)->dict:
-    "Decode an utterance's bytes into a row; at least its `id` and `text`; `ValueError` says why it cannot be used."
+    "Decode an utterance's bytes into a row; at least its `id`, `text` and `text_raw`, as it was typed; `ValueError` says why it cannot be used."
     found = members(block)
     about = utterance_text(found)
+    if not isinstance(about.get("text_raw"), str): about["text_raw"] = about["text"]
     if self.normaliser: about["text"] = self.normaliser(about["text"])
     decode_into(row_T, member_audio(found))
     name = about.get("id", about.get("audio_id")) or f"{Path(self.index.shards[self.index.shard[u]]['file']).stem}/{self.index.key[u]}"

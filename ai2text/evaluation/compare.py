@@ -48,7 +48,7 @@ def gather(
     return dict(
         model=f"{name} at {rev}" if rev else name, family=metrics.get("family"), val_wer=metrics["val_wer"], val_wer_low=metrics["val_wer_low"], val_wer_high=metrics["val_wer_high"],
         **{k: quality[k] for k in ("wer", "wer_low", "wer_high", "cer", "cer_low", "cer_high", "normaliser", "evaluation_set")},
-        wer_variants=quality.get("wer_variants"), streams={k[6:]: v["wer"] for k,v in quality.items() if k.startswith("chunk_")},
+        wer_variants=quality.get("wer_variants"), written_wer=quality.get("written_wer"), written_cer=quality.get("written_cer"), streams={k[6:]: v["wer"] for k,v in quality.items() if k.startswith("chunk_")},
         hours=log["totals"]["elapsed_hours"], budget=log["about"].get("budget"), audio_hours=log["totals"]["audio_hours"], steps=metrics["steps"], cost=log["totals"]["cost"], milestones=to_target(log),
         parameters=metrics["parameters"], training_memory=ttq.get("memory_bytes"), memory=timing.get("memory_single_bytes"),
         real_time_factor=timing["real_time_factor"], latency=latency, claim=CLAIMS.get(metrics.get("family")),
@@ -109,6 +109,7 @@ def comparison_rows(
     for m in models:
         reached, middle = {t["wer"]: t for t in m["milestones"]}, _middle(m["latency"])
         rows.append({"model": m["model"], "family": m["family"], "WER on dev": f"{m['val_wer']:.1%}", "WER on test": f"{m['wer']:.1%} ({m['wer_low']:.1%} to {m['wer_high']:.1%})", "variants equal": "" if m.get("wer_variants") is None else f"{m['wer_variants']:.1%}", "CER": f"{m['cer']:.1%}",
+                     **{f"{rate.upper()} as written": f"{m[f'written_{rate}']:.1%}" if m.get(f"written_{rate}") is not None else "" for rate in ("wer", "cer") if any(o.get("written_wer") is not None for o in models)},
                      **{f"WER in chunks of {40*int(c)} ms": f"{m['streams'][c]:.1%}" if c in m["streams"] else "does not stream" for c in chunks},
                      "trained": spell_hours(m["hours"]), "speech heard, h": round(m["audio_hours"], 1), **{f"to {w:.0%}": _took(reached.get(w, {})) for w in targets},
                      "million parameters": _size(m["parameters"], 1e6, 2), "MB in training": _size(m["training_memory"], 1e6), "MB in use": _size(m["memory"], 1e6),

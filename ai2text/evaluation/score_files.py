@@ -164,7 +164,7 @@ class FileScores:
         out += ["", columns([["words", "right", "wrong", "missing", "too many"], [s.words, s.hits, s.substitutions, s.deletions, s.insertions]])]
         if s.words:
             out += [f"of {tone['aligned']} aligned syllables: {tone['tone']} wrong in the tone, {tone['letters']} in the letters, {tone['both']} in both",
-                    f"WER without tones {percent(self.kinds['no_tones']['wer'])}, without any diacritics {percent(self.kinds['no_diacritics']['wer'])}, as written {percent(self.kinds['raw']['wer'])}"]
+                    f"WER without tones {percent(self.kinds['no_tones']['wer'])}, without any diacritics {percent(self.kinds['no_diacritics']['wer'])}, as written {percent(self.kinds['raw']['wer'])} (CER {percent(self.kinds['raw']['cer'])})"]
         if self.speakers: out += ["", columns([["speaker", "utterances", "words", "WER", "95% interval"], *([g["group"], g["utterances"], g["words"], percent(g["wer"]), "" if g["wer_low"] is None else f"{percent(g['wer_low'])} to {percent(g['wer_high'])}"] for g in self.speakers)])]
         for name,found in (("taken for another", self.words), ("letters", self.letters)):
             if found: out += ["", columns([[name, "recognised", "times"], *([f["reference"] or "·", f["hypothesis"] or "·", f["count"]] for f in found)])]

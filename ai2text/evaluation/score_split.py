@@ -69,8 +69,8 @@ def score_model(
     variants=(),     # what is both right, as for `score`
     **how,           # as for `transcribe_split`
 ):                   # `Score`, rows for utterances.jsonl
-    "Score a model on a split; speakers of different corpora are different people, whatever their names."
+    "Score a model on a split, one that writes as people do (`writes`) also by what it wrote; speakers of different corpora are different people, whatever their names."
     hypotheses = {}
     for part in ranks.gather({i: h.text for i,h in transcribe_split(model, loader, device, show, beat, **how).items()}): hypotheses |= part
     rows = utterance_rows(manifest, hypotheses, keep=("corpus", "dialect", "snr_db"), normaliser=normaliser)
-    return score_rows(rows, normaliser=normaliser, variants=variants), rows
+    return score_rows(rows, getattr(model, "writes", False), normaliser=normaliser, variants=variants), rows

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from .metrics import MIN_SPEAKERS, Score, aligned, bootstrap, rate_interval, score
 from ..text.tones import strip_diacritics, strip_tones, tone_errors, tone_matrix
+from ..data.written import as_written
 
 # %% ../../nbs/evaluation/30_scorecard.ipynb #4318408a
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def error_kinds(
     speakers = [r["speaker"] for r in rows]
     def rates(change, end=""): return score([change(r[f"reference{end}"]) for r in rows], [change(r[f"hypothesis{end}"]) for r in rows], speakers if all(speakers) else None, normaliser=None).rates
     wers = [g["wer"] for g in groups(rows, "speaker") if g["wer"] is not None] or [None]
-    return dict(raw=rates(lambda t: " ".join(t.split()), "_raw"), no_tones=rates(strip_tones), no_diacritics=rates(strip_diacritics),
+    return dict(raw=rates(as_written, "_raw"), no_tones=rates(strip_tones), no_diacritics=rates(strip_diacritics),
                 syllables=tone_errors(pair for row in rows for pair in aligned(row)),
                 speakers=dict(count=len(set(speakers)), best=wers[-1], median=None if wers == [None] else float(np.median(wers)), worst=wers[0]))
 

@@ -32,6 +32,8 @@ def build_model(
 ):                # the model
     "A model with the weights that training starts from: drawn, released, or with `init: FOLDER` those of a trained model of the same family."
     family, asked = model_class(params.get("family", "")), {k: v for k,v in params.items() if k not in ("family", *OWN_SECTIONS)}
+    if not getattr(family, "spells", False) and (text := asked.pop("text", "normalised")) != "normalised":
+        raise ConfigError(f"{f'models.{name}' if name else params['family']}.text: {text!r}, but {params['family']} writes the tokens of the data, which spell normalised words alone; leave text out, or take family: whisper with released weights")
     torch.manual_seed(seed)
     try: return continued(folder, family, asked, tokenizer) if (folder := _trained(params)) else getattr(family, "start", family.from_config)(asked, tokenizer)
     except ConfigError as e: # a family's errors begin with its own name, as whisper.init

@@ -49,6 +49,7 @@ class EncoderConfig:
 class StartConfig(EncoderConfig):
     "What every Whisper takes from params.yaml."
     init: str              = opt("scratch", "where the weights come from: scratch, a folder (from the project's root, or absolute), or a released name such as openai/whisper-small")
+    text: str              = opt("normalised", "what it learns to write: normalised (words in small letters), or written (what was typed, with capitals, punctuation and digits), for released tokens", choices=("normalised", "written"))
     language: str          = opt("vi", "language token that every transcript begins with", choices=("vi",))
     window: str            = opt("auto", "what the encoder hears: cut (the utterance and a little silence), full (all of its window), auto (cut in training, and ever after)", choices=("auto", "cut", "full"))
     freeze_encoder: bool   = opt(False, "leave the whole encoder as it is")
@@ -139,6 +140,7 @@ def encoder_rates(
 class Whisper(nn.Module):
     "Encoder and decoder: a batch in, a `Loss` or hypotheses out."
     own_tokenizer = True
+    spells = True             # takes `text: written`
     edges = ("net.conv", "net.embedding", "net.positions")  # outer layers, see `ai2text.training.optimizer`
     load_tokenizer = staticmethod(load_tokens)
 
@@ -152,11 +154,18 @@ class Whisper(nn.Module):
         self.window = c["net"]["max_source_positions"]  # positions
         self.samples = 2*HOP*self.window
         self.register_buffer("cut", torch.tensor(c["init"] == "scratch"))
+        if self.writes and not isinstance(tokenizer.text, ReleasedText):
+            raise ConfigError("whisper.text: written, but its tokens are those of the data, which spell words in small letters alone; name released weights in init, or leave text out")
         g, t = c["generation"], tokenizer
-        self.rules = Rules(t.end, t.first_timestamp, *(tuple(i for i in g.get(k) or () if i < c["net"]["vocab_size"]) for k in ("suppress_tokens", "begin_suppress_tokens")), g.get("max_initial_timestamp_index", 50))
+        self.rules = Rules(t.end, t.first_timestamp, *(tuple(i for i in g.get(k) or () if i < c["net"]["vocab_size"] and not (self.writes and i < t.end)) for k in ("suppress_tokens", "begin_suppress_tokens")), g.get("max_initial_timestamp_index", 50))
         freeze(self.net, c["freeze_layers"], "whisper")
         if c["freeze_encoder"]:
             for part in (self.net.conv1, self.net.conv2, self.net.encoder, self.net.encoder_norm): part.requires_grad_(False)
+
+    @property
+    def writes(self)->bool:
+        "Does it write as people do, with capitals, punctuation and digits?"
+        return self.config.get("text") == "written"
 
     def rates(self)->dict: return encoder_rates(self.net, self.config["layer_decay"])
 
@@ -298,6 +307,13 @@ def _heard(self:Whisper, batch:Batch):
     return nnf.pad(x, (0, 2*int(positions.max()) - x.shape[2]))[...,:2*int(positions.max())], positions, rows
 
 @patch
+def _ids(self:Whisper, texts:list)->list|None:
+    "Tokens of the texts of a row; None for what was typed and cannot be written."
+    if not self.writes: return self.tokenizer.encode(" ".join(texts)) if texts else []
+    typed = " ".join(getattr(text, "written", text) for text in texts)
+    return None if "<|" in typed else self.tokenizer.encode(typed, written=True) if typed else []
+
+@patch
 def _targets(self:Whisper, batch:Batch, rows:list):
     "Decoder inputs and labels (R, L) of rows of utterances, how many of these can be learned, and how many cannot; a row of noise counts as one."
     t, room = self.tokenizer, self.net.positions.shape[0]
@@ -305,11 +321,11 @@ def _targets(self:Whisper, batch:Batch, rows:list):
     for row in rows:
         some = [i for i in row or () if i is not None]
         timed = len(some) == 1 and self.training and self.config["timestamps"] > 0 and float(torch.rand(())) < self.config["timestamps"]
-        ids, prompt = t.encode(" ".join(batch.transcripts[i] for i in some)) if some else [], t.prompt(timed)
-        if timed: ids = [t.timestamp(0), *ids, t.timestamp(seconds[some[0]])]
-        fits = len(prompt) + len(ids) <= room and all(round(seconds[i]*SAMPLE_RATE) <= self.samples for i in some)
+        ids, prompt = self._ids([batch.transcripts[i] for i in some]), t.prompt(timed)
+        if timed and ids is not None: ids = [t.timestamp(0), *ids, t.timestamp(seconds[some[0]])]
+        fits = ids is not None and len(prompt) + len(ids) <= room and all(round(seconds[i]*SAMPLE_RATE) <= self.samples for i in some)
         units, lost = units + fits*max(1, len(some)), lost + len(some)*(not fits)
-        out.append((prompt + ids*fits, [NO_LABEL]*(len(prompt) - 1) + ([*ids, t.end] if fits else [NO_LABEL])))
+        out.append((prompt + (ids if fits else []), [NO_LABEL]*(len(prompt) - 1) + ([*ids, t.end] if fits else [NO_LABEL])))
     longest = max(len(inputs) for inputs,_ in out)
     put = lambda lists, value: torch.tensor([row + [value]*(longest - len(row)) for row in lists]).to(batch.audio.device, non_blocking=True)
     return put([i for i,_ in out], t.end), put([l for _,l in out], NO_LABEL), units, lost

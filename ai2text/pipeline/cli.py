@@ -22,6 +22,7 @@ COMMANDS = dict(
     ttq=("ai2text.ttq.plots:ttq", "say how far runs are from their milestones, and whether they will make them; the exit status tells a script", "logs"),
     lm=("ai2text.decoding.ngram_lm:build_lm", "make a language model from text files, for decoding"),
     tune=("ai2text.evaluation.tune_lm:tune_lm", "find the weights of a language model with which a model makes the fewest errors on dev", "lm"),
+    pseudo=("ai2text.decoding.pseudo:pseudo_curve", "say how wrong a model is where it is sure, before it transcribes recordings for training (see `pseudo` in params.yaml)", "teacher"),
     readings=("ai2text.decoding.readings:choose_readings", "listen with a trained model which reading of numbers, dates and sums was spoken", "model"),
     align=("ai2text.decoding.align:align_recordings", "cut long recordings into utterances by their text, with a trained model, and write a corpus; the exit status tells a script", "model", "recording", "text"),
     score=("ai2text.evaluation.score_files:score_files", "say how wrong transcripts in files are: error rates with intervals, variants, tones, and the worst of them", "ref", "hyp"),

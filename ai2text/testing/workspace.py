@@ -59,9 +59,10 @@ def tiny_model(
     if "evaluate" in wanted: evaluate(name, StreamConfig(), layout)
 
 # %% ../../nbs/testing/00_workspace.ipynb #8d3dc7d3
-BEFORE = dict(corpus="", prepare="corpus", shards="prepare", init="shards", train="init", evaluate="train", compare="evaluate", export="train")
+BEFORE = dict(corpus="", pseudo="init", prepare="corpus", shards="prepare", init="shards", train="init", evaluate="train", compare="evaluate", export="train")
 SMALL = dict(
     corpus=_SPOKEN | dict(sentences=40, voices_per_sentence=2), prepare=dict(tokenizer="char", processes=1), shards=dict(shard_size=10, processes=1),
+    pseudo=dict(path="data/corpus/demo/wav", teacher="models/init/m", threshold=0., agreement=1.),
     train=dict(max_steps=6, warmup_steps=2, evaluate_every_steps=3, amp_dtype="fp32", threads=1), export=dict(runtime_utterances=3, min_utterances=6, max_wer_gap=0.5, max_int8_gap=0.5))
 
 def smoke(

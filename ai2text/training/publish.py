@@ -52,7 +52,7 @@ def publish(
     write_json(results/"ttq.json", took | read_json(folder/"memory.json"))
     metrics = dict(family=family, val_wer=best["val_wer"], val_wer_low=best["val_wer_low"], val_wer_high=best["val_wer_high"], val_cer=best["val_cer"], step=best["step"], steps=result["step"],
                    audio_hours=round(result["audio_hours"], 6), train_loss=best["train_loss"], skipped=result["skipped"], infeasible=int(result["counts"].get("infeasible", 0)),
-                   parameters=sum(p.numel() for p in model.parameters()), normaliser=log["about"].get("normaliser"))
+                   parameters=sum(p.numel() for p in model.parameters()), normaliser=log["about"].get("normaliser")) | {k: v for k,v in best.items() if k.startswith("val_written_")}
     if (dev := layout.split_index("dev")).is_file() and (seen := load_index(dev).seen): metrics["seen"] = seen
     write_json(results/"metrics.json", metrics)
     return metrics
@@ -95,7 +95,7 @@ def summary(
         m, log = read_json(folder), load_log(folder.parent/"ttq_log.json")
         trained = log["totals"]["clocks"].get("training") or 0.
         percent = lambda d, key: f"{d[key]:.1%}  (95% interval {d[key + '_low']:.1%} to {d[key + '_high']:.1%})"
-        lines += [name, f"  WER on dev         {percent(m, 'val_wer')}"]
+        lines += [name, f"  WER on dev         {percent(m, 'val_wer')}"] + ([f"  as written         WER {m['val_written_wer']:.1%}, CER {m['val_written_cer']:.1%}"] if "val_written_wer" in m else [])
         if (test := layout.results(f"{name}-eval")/"eval.json").exists(): lines += [f"  WER on test        {percent(read_json(test), 'wer')}"]
         lines += [f"  but {line}" for line in caveats("dev", m.get("seen", {})) + (caveats("test", read_json(test).get("seen", {})) if test.exists() else [])]
         lines += [*_milestone_lines(log), f"  training           {log['totals']['elapsed_hours']*60:.1f} min, {m['steps']} steps, {log['totals']['utterances']/(trained*3600) if trained else 0:.0f} utterances/s"

@@ -186,7 +186,8 @@ def plot_curve(
     column = lambda name: [float(r[name]) for r in rows]
     figure, axes = plt.subplots(1, 3, figsize=(10, 2.6))
     axes[0].plot(column("step"), column("train_loss"), ".-"); axes[0].set(xlabel="step", ylabel="training loss an utterance", ylim=(0, None))
-    for name,colour in (("val_wer", "C1"), ("val_cer", "C2")): axes[1].plot(column("step"), [100*v for v in column(name)], ".-", color=colour, label=name[4:].upper())
+    for colour,name in enumerate(("val_wer", "val_cer", "val_written_wer", "val_written_cer"), 1):
+        if name in rows[0]: axes[1].plot(column("step"), [100*v for v in column(name)], ".-", color=f"C{colour}", label=name[4:].upper().replace("WRITTEN_", "as written, "))
     axes[1].set(xlabel="step", ylabel="error rate on dev, %", ylim=(0, None)); axes[1].legend()
     axes[2].plot(column("step"), column("grad_norm"), ".-"); axes[2].set(xlabel="step", ylabel="gradient norm before clipping", ylim=(0, None))
     rate = axes[2].twinx(); rate.plot(column("step"), column("lr"), ":", color="0.46"); rate.set(ylabel="learning rate (dotted)", ylim=(0, None))

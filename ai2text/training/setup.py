@@ -94,10 +94,11 @@ def dev_scorer(
     layout:Layout,
     ranks:Ranks,       # that share the work
 ):                     # what scores a model, and the fingerprint of what it is scored on
-    "Score models on dev as the trainer needs it: WER with its interval, and CER."
+    "Score models on dev as the trainer needs it: WER with its interval, and CER; of a model that writes, also as written."
     dev, manifest = split_loader(layout, "dev", config.batch_seconds, config.num_workers, ranks), read_jsonl(layout.manifest("dev"))
     normaliser = Normaliser.load(layout.tokenizer/NORMALISER_FILE)
     def evaluate(model):
         with trainer.autocast(): score, _ = score_model(model, dev, manifest, trainer.device, beat=trainer.beat, ranks=ranks, normaliser=normaliser)
-        return dict(val_wer=score.wer, val_wer_low=score.wer_low, val_wer_high=score.wer_high, val_cer=score.cer)
+        found = dict(val_wer=score.wer, val_wer_low=score.wer_low, val_wer_high=score.wer_high, val_cer=score.cer)
+        return found | (dict(val_written_wer=score.written_wer, val_written_cer=score.written_cer) if getattr(model, "writes", False) else {})
     return evaluate, dev.fingerprint[:16]
