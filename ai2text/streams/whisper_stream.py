@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REACH', 'hann_spectrum', 'StreamingWhisperCTC', 'masked_stretches']
 
-# %% ../../nbs/streams/10_whisper_stream.ipynb #517950bd
+# %% ../../nbs/streams/10_whisper_stream.ipynb #18137a52
 import math
 
 import numpy as np
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from ..core.batch import SAMPLE_RATE
 from ..audio.fbank import HOP, WINDOW
+from ..models.conformer import attention_mask
 from ..models.whisper_ctc import CTC_TAIL, WhisperCTC
 from ..models.whisper_net import HIDDEN, MIN_POWER, POSITION, STREAM_LOUDEST
 from .chunks import ChunkShape, ChunkStream, TokenStream
 
-# %% ../../nbs/streams/10_whisper_stream.ipynb #60fc6fb2
+# %% ../../nbs/streams/10_whisper_stream.ipynb #36279508
 REACH = 2*HOP + WINDOW//2  # samples that a chunk's first position reaches back
 
 def hann_spectrum()->Tensor:  # (2*(WINDOW//2 + 1), 1, WINDOW): real parts, then imaginary ones
@@ -96,7 +97,7 @@ class StreamingWhisperCTC(nn.Module):
         "A stream of tokens."
         return TokenStream(self.scores(), self.model.tokenizer)
 
-# %% ../../nbs/streams/10_whisper_stream.ipynb #baa866fa
+# %% ../../nbs/streams/10_whisper_stream.ipynb #2a27737f
 @torch.no_grad()
 def masked_stretches(
     model:WhisperCTC,
@@ -106,7 +107,6 @@ def masked_stretches(
     at_once:int=2000,  # encoder positions whose scores are computed together, about
 ):                     # yields (first CTC frame, log probabilities (N, V))
     "`log_probs(batch, chunk, left_chunks)` of a long utterance, in stretches with as much of the past as they see."
-    from ai2text.models.conformer import attention_mask
     N, window = 2*chunk, model.window
     x, positions = model.net.features(torch.from_numpy(wave)[None], torch.tensor([len(wave)]), round(CTC_TAIL*SAMPLE_RATE), running=True)
     total, step = int(positions), max(1, at_once//N)*N
