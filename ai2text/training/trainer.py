@@ -711,7 +711,9 @@ def fit(self:TrainerOptimized,
 def _finish(self:TrainerOptimized)->dict:
     "Save the end and say what came out."
     s = self.state
-    if self.folder: self._checkpoint(again=True)
+    if self.folder:
+        self._checkpoint(again=True)
+        keep_last(self.folder/"checkpoints", 1)
     kept = self.folder and about(self.folder/"checkpoints/best") # of a later step, if a killed process was further than this one got
     best = dict(step=kept["step"], value=kept["value"]) if kept else s.best
     result = _finite(dict(step=s.step, epoch=s.epoch, units=s.units, audio_hours=self.audio_hours, hours=self.clocks.hours, seconds=self.clocks.read(),
