@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'LEVEL', 'UNKNOWN', 'KNOWN', 'WILD', 'DOUBTS', 'CURVE_START', 'FEWEST', 'EARLIEST', 'MOST', 'RISE', 'WIDEST',
-           'EARLY_QUANTILE', 'LATE_QUANTILE', 'learning_rate', 'features', 'Constants', 'worlds', 'refusal', 'Futures',
-           'futures', 'Arrival', 'arrival']
+           'EARLY_QUANTILE', 'LATE_QUANTILE', 'RECENT', 'LAST', 'learning_rate', 'features', 'Constants', 'worlds',
+           'refusal', 'Futures', 'futures', 'steepness', 'Arrival', 'arrival']
 
 # %% ../../nbs/ttq/00_forecast.ipynb #68ccfc88
 import math
@@ -47,11 +47,12 @@ class Constants:
     recency:float    # power with which evaluations far back count less
     spread:float     # what comes is a gain times exp(spread*z): its standard deviation
     stall:float      # probability that nothing more is gained from now on, at half of the schedule or before; less later
+    flat:tuple       # steepness of the last evaluations, as a share of that of all recent ones, below which a curve is flat; and its probability of a stall
     stop:float       # probability that gains end at some moment within half a schedule
     lift:float       # optimism, a share of the schedule left: milestones are asked of runs that do go on
 
-UNKNOWN = Constants(slope=(-.783, .245), fall=(-.683, .1), straight=.127, falling=.9, jitter=.0037, recency=3., spread=.33, stall=.07, stop=.1, lift=.75)
-KNOWN   = Constants(slope=(-.4, .4), fall=(-.15, .1), straight=0., falling=1., jitter=.015, recency=1., spread=.3, stall=.05, stop=.1, lift=0.)
+UNKNOWN = Constants(slope=(-.783, .245), fall=(-.683, .1), straight=.127, falling=.9, jitter=.0037, recency=3., spread=.33, stall=.07, flat=(.5, .18), stop=.2, lift=.75)
+KNOWN   = Constants(slope=(-.4, .4), fall=(-.15, .1), straight=0., falling=1., jitter=.015, recency=1., spread=.3, stall=.05, flat=(0., 0.), stop=.1, lift=0.)
 WILD    = (.15, 2.5)   # share of the futures whose spread is wider, and how many times
 DOUBTS  = 3            # evaluations that the noise before the run has shown its own is worth
 
@@ -83,7 +84,7 @@ FEWEST   = 4           # evaluations of the curve
 EARLIEST = 0.25        # share of the schedule
 MOST     = 32          # evaluations of the curve that are looked at: neighbours tell the same
 RISE     = 0.05        # the last two evaluations may be this much above the best, as a share of it
-WIDEST   = 2.5         # ratio of the interval's ends at the end of the schedule
+WIDEST   = 5.         # ratio of the interval's ends at the end of the schedule
 EARLY_QUANTILE, LATE_QUANTILE = 0.1, 0.9 # quantiles of the futures that make the interval
 
 def refusal(
@@ -128,10 +129,25 @@ def futures(
     if why := refusal(u_N[first:], y_N[first:]): return Futures(*nothing, why)
     u_M = _coming(u_N[first:], every)
     seen = np.unique(np.linspace(first, len(u_N) - 1, MOST).round().astype(int))
-    wer_SM = _draw(u_N[seen], y_N[seen], noise_N[seen], u_M, decay, c, draws)
+    wer_SM = _draw(u_N[seen], y_N[seen], noise_N[seen], u_M, decay, c, draws, c.flat[1] if steepness(u_N[first:], y_N[first:]) < c.flat[0] else c.stall*min(1, 2*(1 - u_N[-1])))
     low, high = np.quantile(wer_SM[:,-1], (EARLY_QUANTILE, LATE_QUANTILE))
     if high > WIDEST*low: return Futures(*nothing, f"too uncertain: the end may be {low:.1%} as well as {high:.1%}")
     return Futures(u_M, wer_SM)
+
+# %% ../../nbs/ttq/00_forecast.ipynb #66918b1a
+RECENT, LAST = .7, .3  # evaluations since this share of the moment now count as recent, and this share of them as the last
+
+def steepness(
+    progress_N, log_wer_N, # of the curve
+)->float:                  # 1 for a straight line, 0 for a flat end; 1 where there are too few evaluations
+    "Slope of the last evaluations as a share of that of the recent ones."
+    u_N, y_N = np.asarray(progress_N, dtype=float), np.asarray(log_wer_N, dtype=float)
+    recent = u_N >= RECENT*u_N[-1]
+    u_N, y_N = u_N[recent], y_N[recent]
+    if len(u_N) < 5: return 1.
+    last = max(3, round(LAST*len(u_N)))
+    slope = lambda u, y: float(((u - u.mean())*(y - y.mean())).sum()/((u - u.mean())**2).sum())
+    return slope(u_N[-last:], y_N[-last:])/min(slope(u_N, y_N), -.02)
 
 # %% ../../nbs/ttq/00_forecast.ipynb #9e958a96
 def _noise(interval_N2, wer_N, jitter):
@@ -145,7 +161,7 @@ def _coming(u_N, every)->np.ndarray: # (M,) shares of the schedule, the last 1
     every = max(every or float(np.median(np.diff(u_N))), (1 - u_N[-1])/200)
     return 1 - every*np.arange(max(1, math.ceil((1 - u_N[-1])/every - 1e-6)))[::-1]
 
-def _draw(u_N, y_N, noise_N, u_M, schedule, c, draws)->np.ndarray: # (S, M) error rates
+def _draw(u_N, y_N, noise_N, u_M, schedule, c, draws, stall)->np.ndarray: # (S, M) error rates
     "Futures of all worlds, in proportion to their evidence; some go on better or worse than their past, some stall; each with the noise of evaluations."
     chance, now, left = np.random.default_rng(0), u_N[-1], 1 - u_N[-1]
     evidence, mean, cov, loud = worlds(features(u_N, schedule), y_N, noise_N, now, c)
@@ -157,7 +173,7 @@ def _draw(u_N, y_N, noise_N, u_M, schedule, c, draws)->np.ndarray: # (S, M) erro
     wild_S = np.where(chance.random(draws) < WILD[0], WILD[1], 1.)
     gain_SM = (path_SM[:,:1] - path_SM[:,1:])*np.exp(c.spread*wild_S*chance.standard_normal(draws) + c.lift*left)[:,None]
     stops_S = np.where(chance.random(draws) < 1 - (1 - c.stop)**(2*left), now + left*chance.random(draws), np.inf)
-    stops_S = np.where(chance.random(draws) < c.stall*min(1, 2*left), now, stops_S)
+    stops_S = np.where(chance.random(draws) < stall, now, stops_S)
     held_S = np.c_[np.zeros(draws), gain_SM][np.arange(draws), np.searchsorted(u_M, stops_S, side="right")]
     gain_SM = np.where(u_M > stops_S[:,None], np.minimum(gain_SM, held_S[:,None]), gain_SM)
     return np.exp(path_SM[:,:1] - gain_SM + float(share @ loud)*float(np.median(noise_N))*chance.standard_normal(gain_SM.shape))

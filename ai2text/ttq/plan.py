@@ -108,15 +108,15 @@ def check_target(every:Options, target:float, surface:Surface):
                       f"({best['low']:.1%} to {best['high']:.1%}). Ask for {math.ceil(200*best['middle'])/200:.1%} or more, or train larger runs first, or other released weights")
 
 def spend(surface:Surface, prices:Prices, every:Options, start:dict, euros:float, target=None)->list[dict]: # way, and what it gives
-    "What the next sum buys from where a plan stands: all in labels, all in training, or the best of both."
+    "What the next sum buys from where a plan stands: all in labels, all in training, or the best of both; no further than the runs can tell of."
     pace = paces(surface.points)[start["parameters"]]
     D, C, N = start["label_hours"], start["audio_hours"], start["parameters"]
-    ways = {"as it stands": (D, C)}
-    if prices.label: ways["all in labels"] = (D + euros/prices.label, C)
-    if prices.compute: ways["all in training"] = (D, C + euros/prices.compute/pace)
+    ways, most = {"as it stands": (D, C)}, (every.label_hours.max(), min(every.audio_hours.max(), (prices.hours or math.inf)/pace))
+    if prices.label: ways["all in labels"] = (max(D, min(D + euros/prices.label, most[0])), C)
+    if prices.compute: ways["all in training"] = (D, max(C, min(C + euros/prices.compute/pace, most[1])))
     asked = options(surface, [w[0] for w in ways.values()], [w[1] for w in ways.values()], [N]*len(ways), prices)
     rows = [dict(way=way) | asked.row(i, target) for i,way in enumerate(ways)]
-    return rows + [dict(way="best of both") | (best_for(every, start["cost"] + euros, prices.hours, target) or rows[0])]
+    return rows + [dict(min([*rows, best_for(every, start["cost"] + euros, prices.hours, target) or rows[0]], key=lambda r: r["middle"]), way="best of both")]
 
 # %% ../../nbs/ttq/60_plan.ipynb #904af483
 SHARES = (1/8, 1/4, 1/2, 1.)  # of the labels, that a short run is tried on

@@ -24,7 +24,7 @@ class Point:
     parameters:int        # of the network
     label_hours:float     # of the speech with labels that it may use
     audio_hours:float     # of speech trained on, repeats counted
-    machine_hours:float   # of all its devices, evaluation included
+    machine_hours:float   # of all its devices, evaluation included, without what was lost
     steps:int             # of the optimizer
     wer:float             # on dev, the best
     wer_low:float         # of its 95% interval
@@ -48,16 +48,20 @@ def point_of(
 )->Point|None:              # None for a run that did not come to its end
     "A run as a point; raises `ConfigError` for a log that lacks what a plan needs."
     about, totals = log["about"], log["totals"]
-    rows = [h for h in log["history"] if h["val_wer"] is not None and h.get("step")]
+    rows = []
+    for h in log["history"]: # the line that led to the end: what a crash destroyed, or a smaller budget before, is not on it
+        while rows and rows[-1]["step"] >= h.get("step", 0): rows.pop()
+        if h["val_wer"] is not None and h.get("step"): rows.append(h)
     if not log["finished"] or log["reason"] != "finished" or not rows: return None
     labels = about.get("label_hours", label_hours)
     for key,value,mend in (("parameters", about.get("parameters"), "train it again with this version"), ("label_hours", labels, "give --label-hours, the hours of speech that it was trained on"),
                            ("evaluation_set", about.get("evaluation_set"), "train it again with this version"), ("audio_hours", totals.get("audio_hours"), "train it again with this version")):
         if value is None: raise ConfigError(f"{name}: its log does not say {key}; {mend}")
     best = min(rows, key=lambda h: h["val_wer"])
+    useful = 1 - (totals.get("lost_hours") or 0.)/totals["elapsed_hours"] if totals.get("elapsed_hours") else 1. # lost: done twice, or for a smaller budget
     low, high = best.get("interval") or (best["val_wer"],)*2
     start = next((h["val_wer"] for h in log["history"] if h.get("step") == 0), None)
-    return Point(name, about.get("model", name), family, int(about["parameters"]), float(labels), float(totals["audio_hours"]), float(totals["device_hours"]), int(totals["step"]), best["val_wer"], low, high,
+    return Point(name, about.get("model", name), family, int(about["parameters"]), float(labels), float(totals["audio_hours"]), float(totals["device_hours"]*useful), int(totals["step"]), best["val_wer"], low, high,
                  about["evaluation_set"], about.get("normaliser") or "", start, tuple((round(h["audio_hours"], 4), round(h["elapsed_hours"], 5), round(h["val_wer"], 5)) for h in rows if h.get("audio_hours") is not None))
 
 # %% ../../nbs/ttq/40_points.ipynb #32157e50
