@@ -88,7 +88,8 @@ def fit_surface(
         start = [p.wer if p.start_wer is None else p.start_wer for p in points if p.start_wer is not None][:1]
         D, C, N, seen = np.r_[D, 0.], np.r_[C, 0.], np.r_[N, N[-1]], np.r_[seen, strain(np.array(start))]
     unit = tuple(float(np.exp(np.log(x[x > 0]).mean())) for x in (D, C, N)) + (float(np.median(seen)),)
-    centre, width = np.array([PRIOR[k] for k in NAMES]).T
+    one_size = N.max() < 1.2*N.min() # what size is worth is then part of the floor
+    centre, width = np.array([(math.log(.01), .1) if k == "g" and one_size else PRIOR[k] for k in NAMES]).T
     log_seen = np.log(seen)
 
     def density(x_WK): # log posterior
