@@ -66,7 +66,7 @@ WORDS = {
     "notebook renumbered": lambda h: h.move("audio/20_augment", "audio/25_augment"),
     "notebook moved to another room": lambda h: h.move("audio/20_augment", "models/05_augment"),
     "plot changed": lambda h: h.edit("ttq/30_plots", "figsize=(", "figsize=(1 + "),
-    "forecast changed": lambda h: h.edit("ttq/00_forecast", "WER_JITTER = 0.015", "WER_JITTER = 0.02")}
+    "forecast changed": lambda h: h.edit("ttq/00_forecast", "SHARED = 0.2", "SHARED = 0.3")}
 CODE = {
     "loss changed": lambda h: h.edit("models/00_ctc", "zero_infinity=True", "zero_infinity=False"),
     "augmentation changed": lambda h: h.edit("audio/20_augment", "freq_masks:int=2", "freq_masks:int=3"),

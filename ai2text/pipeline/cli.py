@@ -20,6 +20,7 @@ COMMANDS = dict(
     train=("ai2text.training.publish:train", "train a model outside of the pipeline, for a few steps or for long"),
     summary=("ai2text.training.publish:summary", "show what the pipeline has reached, and where the reports are"),
     ttq=("ai2text.ttq.plots:ttq", "say how far runs are from their milestones, and whether they will make them; the exit status tells a script", "logs"),
+    plan=("ai2text.ttq.plan:plan", "say what it would take: labels or compute, at which cost, how sure, and which short run to do next"),
     lm=("ai2text.decoding.ngram_lm:build_lm", "make a language model from text files, for decoding"),
     tune=("ai2text.evaluation.tune_lm:tune_lm", "find the weights of a language model with which a model makes the fewest errors on dev", "lm"),
     pseudo=("ai2text.decoding.pseudo:pseudo_curve", "say how wrong a model is where it is sure, before it transcribes recordings for training (see `pseudo` in params.yaml)", "teacher"),
