@@ -287,7 +287,8 @@ def forecast_run(
     (now, elapsed), half = (float(share_N[-1]), float(hours_N[-1])), len(line)//2
     pace = float(elapsed - hours_N[half])/(now - float(share_N[half])) # hours a schedule
     hours = lambda share: None if share == math.inf else round(elapsed + (share - now)*pace, 6)
-    seen = _futures(line, schedule.get("decay", 0.))
+    decay = schedule.get("decay")
+    seen = _futures(line, "constant" if decay == 0 else decay)
     told = dict(step=line[-1][1].get("step"), at_hours=elapsed, progress=round(now, 6), refused=seen.refused or None, horizon_hours=hours(1.), end=None, curve=[], milestones=[])
     if seen.refused: return told
     wer_3M = seen.quantiles(EARLY_QUANTILE, .5, LATE_QUANTILE).round(6)
