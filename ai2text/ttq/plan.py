@@ -19,7 +19,7 @@ from ..core.layout import Layout, find_root
 from ..core.params import ConfigError, load_params
 from ..core.tables import columns, spell_hours
 from .points import find_points, keep_point
-from .plots import INK
+from .plots import INK, plain_numbers
 from .surface import Surface, check_points, fit_surface
 
 # %% ../../nbs/ttq/60_plan.ipynb #580e85ed
@@ -243,7 +243,8 @@ def plot_contours(plan:dict, surface:Surface, every:Purchases, ax=None):
     ax.plot(at["label_hours"], at["machine_hours"], "*", ms=15, color="#d55e00", mec="white", label="the plan")
     if plan["prices"]["hours"]: ax.axhline(plan["prices"]["hours"], color="black", ls=":", lw=1, label="deadline")
     ax.set(xscale="log", yscale="log", xlabel="hours of labels", ylabel="hours of the machine", title=f"{at['parameters']/1e6:.3g} million parameters")
-    ax.legend(fontsize=8, loc="upper right")
+    for axis in (ax.xaxis, ax.yaxis): plain_numbers(axis)
+    ax.legend(fontsize=8, loc="upper left")
     return ax
 
 def plot_cost(plan:dict, every:Purchases, ax=None):
@@ -262,6 +263,7 @@ def plot_cost(plan:dict, every:Purchases, ax=None):
             if o := plan["to_target"][name]: ax.plot(o["cost"], 100*plan["target"], "*", ms=12, color=GREEN); ax.annotate(f"{o['cost']:.3g}: {odds:.0%} sure", (o["cost"], 100*plan["target"]), xytext=(4, 6 if name == "even" else -14), textcoords="offset points", fontsize=8)
     if plan["budget"]: ax.axvline(plan["budget"], color="#d55e00", lw=1.2, label=f"budget {plan['budget']:g}")
     ax.set(xscale="log", xlabel="cost", ylabel="WER on dev, %")
+    plain_numbers(ax.xaxis)
     ax.legend(fontsize=8)
     return ax
 
