@@ -493,7 +493,7 @@ def command(capsys, *words)->tuple:
 @pytest.mark.parametrize("words, says", [
     ("stge", "argument COMMAND: invalid choice: 'stge' (choose from"),
     ("stage", "the following arguments are required: name"),
-    ("stage trian", "ai2text stage: trian: no such stage; known are corpus, pseudo, prepare, shards, init, train, evaluate, compare, export"),
+    ("stage trian", "ai2text stage: trian: no such stage; known are corpus, pseudo, prepare, shards, init, train, evaluate, compare, export, plan"),
     ("stage train", f"ai2text stage: stage train: runs once a model; add --model and one of {M}"),
     ("stage train --model conformer", f"--model conformer: params.yaml has no models.conformer; known are {M}"),
     ("stage corpus --model conformer_ctc", "this stage is the same for all models; leave --model out"),

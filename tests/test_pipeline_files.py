@@ -83,7 +83,7 @@ def test_parameters_fit(name):
     "params.yaml, dataclass and notebook have the same names, and every value is in range."
     for item in items(name): stage_parameters(name, PARAMS, list(inspect_notebook(notebook(name))), **item)
     depends = dict(corpus=["corpora.${key}"], pseudo=["pseudo.${key}"], prepare=["prepare", "corpora", "pseudo"], init=["init", "models.${key}"], train=["train", "milestones.${train.milestones}", "models.${key}"], evaluate=["stream", "models.${key}"],
-                   compare=["compare", "models"], export=["export", "stream", "corpora"])
+                   compare=["compare", "models"], export=["export", "stream", "corpora"], plan=["plans.${key}"])
     assert PIPELINE[name]["params"] == depends.get(name, [name])
 
 

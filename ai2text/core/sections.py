@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'DemoConfig', 'CorpusConfig', 'PseudoConfig', 'PrepareConfig', 'ShardsConfig', 'InitConfig', 'TrainConfig',
-           'StreamConfig', 'CompareConfig', 'ExportConfig', 'section']
+           'StreamConfig', 'CompareConfig', 'ExportConfig', 'PlanConfig', 'section']
 
 # %% ../../nbs/core/05_sections.ipynb #6592bf59
 from dataclasses import dataclass
@@ -126,7 +126,7 @@ class TrainConfig:
     seed:int = opt(0, "of order and noise", ge=0)
 
     def __post_init__(self):
-        if not (self.max_steps or self.max_hours or self.max_audio_hours): raise ConfigError("max_steps, max_hours, max_audio_hours: all are 0; give the run a budget")
+        if not (self.max_steps or self.max_hours or self.max_audio_hours): raise ValueError("max_steps, max_hours, max_audio_hours: all are 0; give the run a budget")
 
 # %% ../../nbs/core/05_sections.ipynb #0ea683f6
 @dataclass
@@ -150,8 +150,24 @@ class ExportConfig:
     max_wer_gap:float = opt(0.05, "WER that a stream may lose against whole utterances", ge=0, le=1)
     max_int8_gap:float = opt(0.01, "WER that 8 bits may lose against a stream", ge=0, le=1)
 
+@dataclass
+class PlanConfig:
+    "An item of the section `plans`."
+    label_price:float = opt(help="of an hour of labels, in your currency; 0 where all labels are there already", ge=0)
+    compute_price:float = opt(help="of an hour of the machine; 0 where it is yours", ge=0)
+    target:float = opt(0., "error rate to get to, as 0.2; 0 = none", ge=0, lt=1)
+    budget:float = opt(0., "what may be spent; 0 = no question of it", ge=0)
+    owned:float = opt(0., "hours of labels that are there already; 0 = those of the largest run", ge=0)
+    hours:float = opt(0., "hours of the machine until the deadline; 0 = any", ge=0)
+    more:float = opt(100., "the next sum, of which to say what it should buy", gt=0)
+    family:str = opt("", "of the models; empty = the one with the most runs")
+    runs:list[str] = opt([], "folders of runs that were kept with `ai2text plan --keep`; empty = the runs of this workspace")
+
+    def __post_init__(self):
+        if not (self.target or self.budget): raise ValueError("target, budget: both are 0; ask for an error rate (target: 0.2) or say what may be spent (budget: 300)")
+
 # %% ../../nbs/core/05_sections.ipynb #27e0dcdd
-SECTIONS = dict(corpus=CorpusConfig, pseudo=PseudoConfig, prepare=PrepareConfig, shards=ShardsConfig, init=InitConfig, train=TrainConfig, stream=StreamConfig, compare=CompareConfig, export=ExportConfig)
+SECTIONS = dict(corpus=CorpusConfig, pseudo=PseudoConfig, prepare=PrepareConfig, shards=ShardsConfig, init=InitConfig, train=TrainConfig, stream=StreamConfig, compare=CompareConfig, export=ExportConfig, plan=PlanConfig)
 
 def section(
     name:str,      # a key of SECTIONS

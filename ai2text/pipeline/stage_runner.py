@@ -20,11 +20,11 @@ from ..core.code import code_digest, identity
 from ..training.advice import ADVICE, train_values
 
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #28722d20
-STAGES = ("corpus", "pseudo", "prepare", "shards", "init", "train", "evaluate", "compare", "export")
+STAGES = ("corpus", "pseudo", "prepare", "shards", "init", "train", "evaluate", "compare", "export", "plan")
 
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #45547e7a
-EACH = dict(corpus="corpora", pseudo="pseudo", init="models", train="models", evaluate="models") # stages that run once an item of a section, and that section
-SINGULAR = dict(corpora="corpus", pseudo="corpus", models="model") # what one item is called: the option and the notebook's parameter
+EACH = dict(corpus="corpora", pseudo="pseudo", init="models", train="models", evaluate="models", plan="plans") # stages that run once an item of a section, and that section
+SINGULAR = dict(corpora="corpus", pseudo="corpus", models="model", plans="plan") # what one item is called: the option and the notebook's parameter
 
 def check_names(
     params:dict, # the content of params.yaml
@@ -37,11 +37,13 @@ def check_names(
         for name in params.get(part) or {}:
             if not re.fullmatch(r"[a-z0-9_]+", str(name)): raise ConfigError(f"params.yaml: {part}: {name!r} is no name for a corpus; write a-z, 0-9 and _ alone")
             if part == "pseudo" and name in (params.get("corpora") or {}): raise ConfigError(f"params.yaml: pseudo: {name!r} is a corpus of `corpora` already; give it another name")
+    for name in params.get("plans") or {}:
+        if not re.fullmatch(r"[a-z0-9_]+", str(name)): raise ConfigError(f"params.yaml: plans: {name!r} is no name for a plan; write a-z, 0-9 and _ alone")
 
 def pick_item(
     name:str,    # a stage
     params:dict, # the content of params.yaml
-    given:dict,  # the options --model and --corpus, None where left out
+    given:dict,  # the options --model, --corpus and --plan, None where left out
 )->tuple:        # section, chosen key, and the item beneath; ("", None, None) for a stage that runs once
     "What one run of a stage is about; raises `ConfigError` for an option too many, too few or unknown."
     section = EACH.get(name, "")
@@ -70,7 +72,7 @@ def stage_section(
 )->tuple:        # where the stage's section is, and the section; "", None for a stage that has none
     "The checked section of a stage; raises `ConfigError` naming file and key."
     if name not in SECTIONS: return "", None
-    where, values = (f"{each}.{key}", params[each][key]) if SINGULAR.get(each) == "corpus" else (name, params.get(name))
+    where, values = (f"{each}.{key}", params[each][key]) if each and each != "models" else (name, params.get(name))
     item = params["models"][key] if each == "models" and isinstance(params["models"][key], dict) else {}
     if not isinstance(values, dict): raise ConfigError(f"params.yaml: {where}: {values!r} is no section; write its keys beneath `{where.split('.')[-1]}:`")
     section(name, values, f"params.yaml: {where}")
@@ -365,7 +367,7 @@ def _values(name:str, root:Path, notebook:Path, given:dict, settings:list)->dict
     values = stage_parameters(name, params, list(asked), **given)
     for name in SECTIONS: # a typo must not wait for its own stage, which may be days away
         if name in params and name not in SINGULAR: section(name, params[name], f"params.yaml: {name}")
-    for kind,items in (("corpus", "corpora"), ("pseudo", "pseudo")):
+    for kind,items in (("corpus", "corpora"), ("pseudo", "pseudo"), ("plan", "plans")):
         for key,item in (params.get(items) or {}).items(): section(kind, item, f"params.yaml: {items}.{key}")
     for key,item in (params.get("models") or {}).items():
         if isinstance(item, dict) and isinstance(item.get("train"), dict): section("train", train_values(params.get("train") or {}, item), f"params.yaml: models.{key}.train")
@@ -376,16 +378,17 @@ def run_stage(
     name:str,         # the stage, as train; or a benchmark, as benchmarks/shards
     model:str=None,   # the model, a key of models in params.yaml
     corpus:str=None,  # the corpus, a key of corpora in params.yaml
+    plan:str=None,    # the plan, a key of plans in params.yaml
     set:list[str]=(), # parameters of a benchmark that differ from its defaults, as repeats=3
     root=None,        # the project's folder; found from the current one by default
 )->Path:              # the report
     "Run a stage: check its parameters, execute its notebook, write its report; raises `StageError` if it did not finish."
     sys.modules.setdefault("rfc3987_syntax", None) # comes with nbformat and builds a grammar of URLs for seconds; a notebook has no use for it, and does without
     root = find_root(root)
-    report = Layout(root).reports/f"{'-'.join(filter(None, [name, model or corpus]))}.ipynb"
+    report = Layout(root).reports/f"{'-'.join(filter(None, [name, model or corpus or plan]))}.ipynb"
     with Watch() as watch: # before the imports of seconds, in which a parent may die
         notebook = _notebook(name, root)
-        values = _values(name, root, notebook, dict(model=model, corpus=corpus), list(set))
+        values = _values(name, root, notebook, dict(model=model, corpus=corpus, plan=plan), list(set))
         nb, error = _execute(notebook, values, root, watch)
     if error is None and not watch.signum: # DVC leaves Ctrl-C to its stages: one that ended well in spite of it would let the next begin
         write_report(strip_report(nb), report)

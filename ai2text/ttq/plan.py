@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FURTHEST', 'DRAWN', 'EVEN', 'SURE', 'SHARES', 'NEAR', 'BLUE', 'GREEN', 'Prices', 'paces', 'Purchases', 'options',
            'owned', 'grid', 'best_for', 'cheapest', 'check_target', 'spend', 'experiments', 'make_plan', 'plan_text',
-           'store_plan', 'score_plan', 'score_plans', 'plot_contours', 'plot_cost', 'plan']
+           'store_plan', 'score_plan', 'score_plans', 'plot_contours', 'plot_cost', 'runs_for_plan', 'plan']
 
 # %% ../../nbs/ttq/60_plan.ipynb #0668dd52
-import math
+import json, math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,9 +189,10 @@ def plan_text(plan:dict)->str:
 NEAR = .05  # a run this close to a prediction, in logs of hours and size, scores it
 
 def store_plan(plan:dict, folder)->Path:
-    "Write a plan as the next FOLDER/0001.json."
-    number = max((int(p.stem) for p in Path(folder).glob("*.json") if p.stem.isdigit()), default=0) + 1
-    write_json(path := Path(folder)/f"{number:04d}.json", plan)
+    "Write a plan as the next FOLDER/0001.json; the same plan as the last is not written twice."
+    last = max((int(p.stem) for p in Path(folder).glob("*.json") if p.stem.isdigit()), default=0)
+    if last and read_json(path := Path(folder)/f"{last:04d}.json") == json.loads(json.dumps(plan)): return path
+    write_json(path := Path(folder)/f"{last + 1:04d}.json", plan)
     return path
 
 def score_plan(
@@ -268,6 +269,18 @@ def plot_cost(plan:dict, every:Purchases, ax=None):
     return ax
 
 # %% ../../nbs/ttq/60_plan.ipynb #a7efc0c0
+def runs_for_plan(
+    layout:Layout=None,     # the workspace
+    runs=(),                # folders of runs that were kept, in place of those of the workspace
+    family:str="",
+    label_hours:float=None,
+)->tuple[list,list,list]:   # Points of one family, doubts, and all Points
+    "The runs that a plan is made of; raises `ConfigError` where they do not suffice."
+    points, left_out = find_points(None if runs else layout, runs, label_hours)
+    try: mine, doubts = check_points(points, family)
+    except ConfigError as e: raise ConfigError(str(e) + (f" (left out: {'; '.join(left_out)[:300]})" if left_out else "")) from None
+    return mine, doubts + [f"left out: {why}" for why in left_out], points
+
 def plan(
     target:float=None,        # error rate to get to, as 0.2
     budget:float=None,        # what may be spent, in the currency of the prices
@@ -288,12 +301,12 @@ def plan(
     except ConfigError:
         if not runs: raise
         layout = None
-    points, left_out = find_points(None if runs else layout, runs, label_hours)
-    if keep: return f"{len([keep_point(p, keep) for p in points])} runs in {keep}" + "".join(f"\nleft out: {why}" for why in left_out)
-    try: mine, doubts = check_points(points, family)
-    except ConfigError as e: raise ConfigError(str(e) + (f" (left out: {'; '.join(left_out)[:300]})" if left_out else "")) from None
+    if keep:
+        points, left_out = find_points(None if runs else layout, runs, label_hours)
+        return f"{len([keep_point(p, keep) for p in points])} runs in {keep}" + "".join(f"\nleft out: {why}" for why in left_out)
+    mine, doubts, points = runs_for_plan(layout, runs, family, label_hours)
     if compute_price is None and layout: compute_price = load_params(layout.root/"params.yaml").get("train", {}).get("price_per_hour") or None
-    made, surface, every = make_plan(mine, Prices(label_price, compute_price, owned, hours), target, budget, more, doubts + [f"left out: {why}" for why in left_out])
+    made, surface, every = make_plan(mine, Prices(label_price, compute_price, owned, hours), target, budget, more, doubts)
     if figures:
         import matplotlib.pyplot as plt
         Path(figures).mkdir(parents=True, exist_ok=True)

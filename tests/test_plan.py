@@ -1,0 +1,50 @@
+"Plans: the stage from params.yaml to its report, in DVC's graph, and bad questions."
+import json, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+from ai2text.core.files import read_json
+from ai2text.core.params import ConfigError
+from ai2text.pipeline.stage_runner import run_stage
+from ai2text.testing.workspace import synthetic_runs
+
+ROOT = Path(__file__).parent.parent
+
+
+def asked(folder:Path, **item):
+    "A params.yaml with one plan."
+    (folder/"params.yaml").write_text((ROOT/"params.yaml").read_text("utf-8").replace("plans: {}", f"plans: {json.dumps(dict(friday=item))}"), "utf-8")
+
+
+def test_a_plan_is_a_stage(tmp_path):
+    "Report, stored plan, and the next run of it: stored once, and scored when a run exists that it spoke of."
+    for name in ("dvc.yaml", "nbs", "ai2text"): (tmp_path/name).symlink_to(ROOT/name)
+    question = dict(target=.3, label_price=25, compute_price=1.2, runs=["kept"])
+    asked(tmp_path, **question)
+    with pytest.raises(Exception, match="kept: no such file or folder of runs"): run_stage("plan", plan="friday", root=tmp_path)
+    synthetic_runs(tmp_path/"kept")
+    report = tmp_path/run_stage("plan", plan="friday", root=tmp_path)
+    text = report.read_text("utf-8")
+    assert report.name == "plan-friday.ipynb" and "image/png" in text and "30.0%, 50% sure: " in text
+    stored = read_json(tmp_path/"plans/0001.json")
+    assert stored["target"] == .3 and len(stored["runs"]) == 11 and stored["experiments"]
+    asked(tmp_path, **question | dict(targt=.2))
+    with pytest.raises(ConfigError, match="params.yaml: plans.friday.targt: no such parameter; did you mean target"): run_stage("plan", plan="friday", root=tmp_path)
+    asked(tmp_path, label_price=25, compute_price=1.2)
+    with pytest.raises(ConfigError, match="plans.friday.*target, budget: both are 0"): run_stage("plan", plan="friday", root=tmp_path)
+    asked(tmp_path, target=.3, compute_price=1.2)
+    with pytest.raises(ConfigError, match="plans.friday.label_price: missing"): run_stage("plan", plan="friday", root=tmp_path)
+    with pytest.raises(ConfigError, match="add --plan and one of friday"): run_stage("plan", root=tmp_path)
+
+
+def test_dvc_plans_after_training(tmp_path):
+    "The graph alone: a plan reads results, and runs each time."
+    for name in ("params.yaml", "dvc.yaml"): shutil.copy(ROOT/name, tmp_path)
+    asked(tmp_path, target=.3, label_price=25, compute_price=1.2)
+    def dvc(*command): return subprocess.run([sys.executable, "-m", "dvc", *command], cwd=tmp_path, capture_output=True, text=True)
+    dvc("init", "-q", "--no-scm")
+    done = dvc("dag", "--mermaid")
+    assert done.returncode == 0, done.stderr
+    names = {name: node for node, name in (line.strip().rstrip('"]').split('["') for line in done.stdout.splitlines() if '["' in line)}
+    assert f"{names['train@conformer_ctc']}-->{names['plan@friday']}" in done.stdout
