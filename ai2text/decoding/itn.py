@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['written_words', 'written']
 
-# %% ../../nbs/decoding/60_itn.ipynb #87e64ec3
+# %% ../../nbs/decoding/60_itn.ipynb #b95ab826
 import re
 from dataclasses import replace
 from typing import NamedTuple
@@ -14,9 +14,9 @@ from ..text.dates import COUNTED, SCORES
 from ..text.numbers import CALLED, DIGITS, IDS, MANNERS, any_of, below_thousand
 from ..text.quantities import UNITS
 
-# %% ../../nbs/decoding/60_itn.ipynb #a22c3d6c
+# %% ../../nbs/decoding/60_itn.ipynb #fe52b60b
 _SPELLINGS = {"lẻ": "linh", "ngàn": "nghìn", "bẩy": "bảy", "nhăm": "lăm", "rưởi": "rưỡi", "kỉ": "kỷ", "mồng": "mùng"} # words that are written in two ways
-_ALSO = [*MANNERS, (re.compile("linh bốn$"), "linh tư")]
+_ALSO = [*MANNERS, (re.compile("linh bốn$"), "linh tư"), (re.compile("linh năm$"), "linh lăm")]
 
 def _manners(words:str, first:int=0):
     "The words, and all that is said for them."
@@ -31,7 +31,7 @@ _TENTHS = {"mốt": 1, "hai": 2, "ba": 3, "tư": 4, "bốn": 4, "rưỡi": 5, "s
 _GROUPS |= {f"{DIGITS[n]} trăm {tail}": 100*n + 10*tenths for n in range(1, 10) for tail, tenths in _TENTHS.items()}
 _INNER = {f"{zeros}{words}": n for n in range(1, 100) for words in _manners(below_thousand(n)) for zeros in (("không trăm linh ", "linh ") if n < 10 else ("không trăm ",))}
 
-# %% ../../nbs/decoding/60_itn.ipynb #23d46bd4
+# %% ../../nbs/decoding/60_itn.ipynb #3e6add82
 _SCALES = {"nghìn": 10**3, "vạn": 10**4, "triệu": 10**6, "tỷ": 10**9, "tỉ": 10**9}
 _COUNTS = frozenset(o.replace("_", " ") for o in COUNTED.split()) - {"năm"} | {"đồng", "đô"}
 
@@ -55,7 +55,7 @@ def _group(w:list, i:int, known:dict)->tuple:
     for k in range(5, 0, -1):
         n = known.get(" ".join(w[i:i+k]))
         if n is None or w[i+k] in ("mươi", "trăm"): continue
-        if k == 3 and w[i+1] == "trăm" and w[i+2] in _TENTHS and _counted(w, i + 3): continue # một trăm, hai cái
+        if k == 3 and w[i+1] == "trăm" and w[i+2] in _TENTHS and w[i+3] not in _SCALES and _counted(w, i + 3): continue # một trăm, hai cái
         return n, i + k
     return None, i
 
@@ -101,7 +101,7 @@ def _whole(
         return _Number(" ".join(f"{_dots(v)} {name}".strip() for v, _, name in parts), end, value)
     return _Number(_dots(value), end, value, end == i + 1 and value < 10)
 
-# %% ../../nbs/decoding/60_itn.ipynb #510e8914
+# %% ../../nbs/decoding/60_itn.ipynb #261039f3
 _YEAR_GOES_ON = frozenset("nay ngoái trước sau tới qua này kia học đầu cuối".split())
 _YEARS = {f"{DIGITS[y // 1000]} {DIGITS[y // 100 % 10]} {tail}": y for y in range(1000, 2100) # một chín tám tư
           for tail in (f"{DIGITS[y // 10 % 10]} {DIGITS[y % 10]}", *(_manners(below_thousand(y % 100)) if y % 100 > 9 else [f"linh {DIGITS[y % 100]}"]))}
@@ -135,7 +135,7 @@ def _run(w:list, i:int, decimals:bool=False)->int:
 
 def _joined(w:list, i:int, end:int)->str: return "".join(str(_ONES[word]) for word in w[i:end])
 
-# %% ../../nbs/decoding/60_itn.ipynb #496348d1
+# %% ../../nbs/decoding/60_itn.ipynb #d3129fbb
 _CUES = re.compile(rf"(?:^| ){any_of(f'{CALLED} {IDS} số mã phòng lớp chuyến quốc_lộ')}(?: \S+){{0,3}} $")
 _MATCH = re.compile(rf"(?:^| ){any_of(f'{SCORES} sơ_đồ')}(?: \S+){{0,5}} $")
 _PLACES = ((r"02\d{9}", (3, 7)), (r"0\d{9}", (4, 7)), (r"1[89]00\d{4}", (4,)), (r"[35789]\d{8}", (3, 6)), (r"\d{16}", (4, 8, 12))) # where a telephone number, a hotline, a card has spaces
@@ -176,7 +176,7 @@ def _dotted(w:list, i:int)->tuple|None:
         end = max(k, n.end)
     return (".".join(parts), end) if len(parts) > 2 else None
 
-# %% ../../nbs/decoding/60_itn.ipynb #3c1fb581
+# %% ../../nbs/decoding/60_itn.ipynb #ed41789d
 def _about(w:list, i:int)->int:
     "The end of digits that are about so many (hai ba triệu, hai ba mươi, năm mười phút), or 0."
     a, n = _ONES.get(w[i]), _whole(w, i + 1)
@@ -203,13 +203,13 @@ def _number(w:list, i:int)->_Number|None:
     while w[end] in _SCALES: text, end = f"{text} {w[end]}", end + 1
     return _Number(text, end, n.value)
 
-# %% ../../nbs/decoding/60_itn.ipynb #e6374dbf
+# %% ../../nbs/decoding/60_itn.ipynb #eafac252
 _IN_WORDS = "giờ,phút,giây,nghìn,triệu,sao,in,độ,lít,ôm,ca lo,mã lực,phần triệu".split(",") # units that stay in words
 _ASKING = frozenset("phút giây độ lít tuổi điểm tấn tạ cân ký kí đô euro rúp ringgit".split()) # a digit before them is written
 _UNIT_SIGNS = {}
 for _sign, _name in UNITS.items():
     if _name not in _IN_WORDS: _UNIT_SIGNS.setdefault(_name, re.sub("(?<=[ms])[23]$", lambda m: "²³"[int(m[0]) - 2], _sign))
-for _a, _b in (("xen ti", "xăng ti"), ("gam", "gram"), ("ki lô", "kí lô"), ("am pe", "ampe"), ("mi crô", "muy crô")): _UNIT_SIGNS |= {name.replace(_a, _b): sign for name, sign in _UNIT_SIGNS.items()}
+for _a, _b in (("xen ti", "xăng ti"), ("gam", "gram"), ("ki lô", "kí lô"), ("am pe", "ampe"), ("mi crô", "muy crô"), ("ki lô ", "kilo"), ("mê ga ", "mega"), ("gi ga ", "giga"), ("tê ra ", "tera"), ("bai", "byte"), ("bít", "bit"), ("mét", "met")): _UNIT_SIGNS |= {name.replace(_a, _b): sign for name, sign in _UNIT_SIGNS.items()}
 _UNIT_SIGNS |= {"ki lô": "kg", "kí lô": "kg", "đô la mỹ": "USD", "ơ rô": "EUR"}
 
 def _unit(w:list, i:int)->tuple|None:
@@ -247,7 +247,7 @@ def _amount(w:list, i:int)->tuple|None:
     if height := _height(w, n): return height
     return (f"{sign}{n.text}{'' if unit[0][0] in '%‰°' else ' '}{unit[0]}", unit[1]) if unit else (sign + n.text, n.end)
 
-# %% ../../nbs/decoding/60_itn.ipynb #603086be
+# %% ../../nbs/decoding/60_itn.ipynb #9520957f
 _PARTS_OF_DAY = frozenset("sáng trưa chiều tối đêm khuya".split())
 _ANNOUNCE = _PARTS_OF_DAY | set("ngày mùng rằm hôm đến tới từ và lễ qua nay".split())
 _SEVERAL = frozenset("một hai ba bốn sáu bảy tám chín mười mấy vài mỗi hàng hằng nhiều các những cả".split()) # they count months
@@ -299,7 +299,7 @@ def _clock(w:list, i:int)->tuple|None:
         return f"{n.value}h{m.value:02}", end
     return (f"{n.value} giờ", j) if n.value > 1 or w[j] in _PARTS_OF_DAY else None
 
-# %% ../../nbs/decoding/60_itn.ipynb #3de4e721
+# %% ../../nbs/decoding/60_itn.ipynb #12e62ede
 _ROMAN = re.compile("(?:^| )(?:quý|thế kỷ|đại hội(?: đảng)?(?: lần)?|thế kỷ [^ ]+ (?:và|đến|tới))(?: thứ)? $")
 _ROMAN_ONES = ",I,II,III,IV,V,VI,VII,VIII,IX".split(",")
 
@@ -321,7 +321,7 @@ def _century(w:list, i:int)->tuple|None:
     if not n or not 1 <= n.value < 40 or _counted(w, n.end) or w[i-1] == "quý" and not (n.value < 5 and _is_year(w, n.end)): return None
     return "X"*(n.value // 10) + _ROMAN_ONES[n.value % 10], n.end
 
-# %% ../../nbs/decoding/60_itn.ipynb #ed0a6547
+# %% ../../nbs/decoding/60_itn.ipynb #7f989d84
 _RULES = (_weekday, _after_year, _century, _date, _clock, _dotted, _one_by_one, _share, _amount)
 _STARTS = _ONES.keys() | {"mười", "tháng", "âm", "trừ", "cộng", "sao"}
 _PIECE = re.compile(r"\w+(?:[^\w\s]+\w+)*|[^\w\s]+")
