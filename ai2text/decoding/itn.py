@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['written_words', 'written']
 
-# %% ../../nbs/decoding/60_itn.ipynb #b95ab826
+# %% ../../nbs/decoding/60_itn.ipynb #e4019912
 import re
 from dataclasses import replace
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from ..text.dates import COUNTED, SCORES
 from ..text.numbers import CALLED, DIGITS, IDS, MANNERS, any_of, below_thousand
 from ..text.quantities import UNITS
 
-# %% ../../nbs/decoding/60_itn.ipynb #fe52b60b
+# %% ../../nbs/decoding/60_itn.ipynb #d670a0eb
 _SPELLINGS = {"lẻ": "linh", "ngàn": "nghìn", "bẩy": "bảy", "nhăm": "lăm", "rưởi": "rưỡi", "kỉ": "kỷ", "mồng": "mùng"} # words that are written in two ways
 _ALSO = [*MANNERS, (re.compile("linh bốn$"), "linh tư"), (re.compile("linh năm$"), "linh lăm")]
 
@@ -31,7 +31,7 @@ _TENTHS = {"mốt": 1, "hai": 2, "ba": 3, "tư": 4, "bốn": 4, "rưỡi": 5, "s
 _GROUPS |= {f"{DIGITS[n]} trăm {tail}": 100*n + 10*tenths for n in range(1, 10) for tail, tenths in _TENTHS.items()}
 _INNER = {f"{zeros}{words}": n for n in range(1, 100) for words in _manners(below_thousand(n)) for zeros in (("không trăm linh ", "linh ") if n < 10 else ("không trăm ",))}
 
-# %% ../../nbs/decoding/60_itn.ipynb #3e6add82
+# %% ../../nbs/decoding/60_itn.ipynb #24e1b992
 _SCALES = {"nghìn": 10**3, "vạn": 10**4, "triệu": 10**6, "tỷ": 10**9, "tỉ": 10**9}
 _COUNTS = frozenset(o.replace("_", " ") for o in COUNTED.split()) - {"năm"} | {"đồng", "đô"}
 
@@ -68,7 +68,7 @@ def _parts(w:list, i:int)->tuple:
         if not inner: n, end = _group(w, i, _GROUPS)
         if n is None: break
         names = []
-        while w[end] in _SCALES:
+        while w[end] in _SCALES and len(names) < 3:
             names.append(w[end])
             end += 1
         if len(names) > 1 and names[0] == "nghìn": n, names = 1000*n, names[1:] # nghìn tỷ
@@ -101,7 +101,7 @@ def _whole(
         return _Number(" ".join(f"{_dots(v)} {name}".strip() for v, _, name in parts), end, value)
     return _Number(_dots(value), end, value, end == i + 1 and value < 10)
 
-# %% ../../nbs/decoding/60_itn.ipynb #261039f3
+# %% ../../nbs/decoding/60_itn.ipynb #af681259
 _YEAR_GOES_ON = frozenset("nay ngoái trước sau tới qua này kia học đầu cuối".split())
 _YEARS = {f"{DIGITS[y // 1000]} {DIGITS[y // 100 % 10]} {tail}": y for y in range(1000, 2100) # một chín tám tư
           for tail in (f"{DIGITS[y // 10 % 10]} {DIGITS[y % 10]}", *(_manners(below_thousand(y % 100)) if y % 100 > 9 else [f"linh {DIGITS[y % 100]}"]))}
@@ -135,7 +135,7 @@ def _run(w:list, i:int, decimals:bool=False)->int:
 
 def _joined(w:list, i:int, end:int)->str: return "".join(str(_ONES[word]) for word in w[i:end])
 
-# %% ../../nbs/decoding/60_itn.ipynb #d3129fbb
+# %% ../../nbs/decoding/60_itn.ipynb #8d9d2109
 _CUES = re.compile(rf"(?:^| ){any_of(f'{CALLED} {IDS} số mã phòng lớp chuyến quốc_lộ')}(?: \S+){{0,3}} $")
 _MATCH = re.compile(rf"(?:^| ){any_of(f'{SCORES} sơ_đồ')}(?: \S+){{0,5}} $")
 _PLACES = ((r"02\d{9}", (3, 7)), (r"0\d{9}", (4, 7)), (r"1[89]00\d{4}", (4,)), (r"[35789]\d{8}", (3, 6)), (r"\d{16}", (4, 8, 12))) # where a telephone number, a hotline, a card has spaces
@@ -176,7 +176,7 @@ def _dotted(w:list, i:int)->tuple|None:
         end = max(k, n.end)
     return (".".join(parts), end) if len(parts) > 2 else None
 
-# %% ../../nbs/decoding/60_itn.ipynb #ed41789d
+# %% ../../nbs/decoding/60_itn.ipynb #134fbfc6
 def _about(w:list, i:int)->int:
     "The end of digits that are about so many (hai ba triệu, hai ba mươi, năm mười phút), or 0."
     a, n = _ONES.get(w[i]), _whole(w, i + 1)
@@ -203,7 +203,7 @@ def _number(w:list, i:int)->_Number|None:
     while w[end] in _SCALES: text, end = f"{text} {w[end]}", end + 1
     return _Number(text, end, n.value)
 
-# %% ../../nbs/decoding/60_itn.ipynb #eafac252
+# %% ../../nbs/decoding/60_itn.ipynb #47f65960
 _IN_WORDS = "giờ,phút,giây,nghìn,triệu,sao,in,độ,lít,ôm,ca lo,mã lực,phần triệu".split(",") # units that stay in words
 _ASKING = frozenset("phút giây độ lít tuổi điểm tấn tạ cân ký kí đô euro rúp ringgit".split()) # a digit before them is written
 _UNIT_SIGNS = {}
@@ -212,13 +212,16 @@ for _sign, _name in UNITS.items():
 for _a, _b in (("xen ti", "xăng ti"), ("gam", "gram"), ("ki lô", "kí lô"), ("am pe", "ampe"), ("mi crô", "muy crô"), ("ki lô ", "kilo"), ("mê ga ", "mega"), ("gi ga ", "giga"), ("tê ra ", "tera"), ("bai", "byte"), ("bít", "bit"), ("mét", "met")): _UNIT_SIGNS |= {name.replace(_a, _b): sign for name, sign in _UNIT_SIGNS.items()}
 _UNIT_SIGNS |= {"ki lô": "kg", "kí lô": "kg", "đô la mỹ": "USD", "ơ rô": "EUR"}
 
-def _unit(w:list, i:int)->tuple|None:
-    "(sign, end) of a unit, or of a rate: km/h."
+def _name(w:list, i:int)->tuple|None:
+    "(sign, end) of a unit."
     for k in range(6, 0, -1):
-        if sign := _UNIT_SIGNS.get(" ".join(w[i:i+k])):
-            end = i + k
-            per = _unit(w, end + 1) or {"giờ": ("h", end + 2), "giây": ("s", end + 2)}.get(w[end+1]) if w[end] == "trên" else None
-            return (f"{sign}/{per[0]}", per[1]) if per else (sign, end)
+        if sign := _UNIT_SIGNS.get(" ".join(w[i:i+k])): return sign, i + k
+
+def _unit(w:list, i:int)->tuple|None:
+    "(sign, end) of a unit or a rate: km/h."
+    if not (one := _name(w, i)) or w[one[1]] != "trên": return one
+    per = _name(w, one[1] + 1) or {"giờ": ("h", one[1] + 2), "giây": ("s", one[1] + 2)}.get(w[one[1]+1])
+    return (f"{one[0]}/{per[0]}", per[1]) if per else one
 
 def _height(w:list, n:_Number)->tuple|None:
     "1m70"
@@ -232,7 +235,8 @@ def _asked(w:list, i:int, n:_Number, unit:tuple|None)->bool:
     if w[i-1] in _MORE or w[i-1][-1:].isdigit() or w[i-1] in ("mười", "đồng", "đô", "la", "mỹ"): return False # 5 triệu một tháng
     if unit: return n.value > 0 or unit[1] - n.end > 1 or unit[0] == "m"
     if w[n.end] in _ASKING: return n.value > 1
-    return w[n.end] in ("đến", "tới") and n.value > 0 and bool((_amount(w, n.end + 1) or [""])[0])
+    to = _number(w, n.end + 1) if w[n.end] in ("đến", "tới") and n.value else None # bốn đến sáu triệu
+    return bool(to and to.text and (not to.small or _unit(w, to.end) or w[to.end] in _ASKING))
 
 def _amount(w:list, i:int)->tuple|None:
     "A number with its sign and its unit."
@@ -247,7 +251,7 @@ def _amount(w:list, i:int)->tuple|None:
     if height := _height(w, n): return height
     return (f"{sign}{n.text}{'' if unit[0][0] in '%‰°' else ' '}{unit[0]}", unit[1]) if unit else (sign + n.text, n.end)
 
-# %% ../../nbs/decoding/60_itn.ipynb #9520957f
+# %% ../../nbs/decoding/60_itn.ipynb #64eb45f4
 _PARTS_OF_DAY = frozenset("sáng trưa chiều tối đêm khuya".split())
 _ANNOUNCE = _PARTS_OF_DAY | set("ngày mùng rằm hôm đến tới từ và lễ qua nay".split())
 _SEVERAL = frozenset("một hai ba bốn sáu bảy tám chín mười mấy vài mỗi hàng hằng nhiều các những cả".split()) # they count months
@@ -299,20 +303,20 @@ def _clock(w:list, i:int)->tuple|None:
         return f"{n.value}h{m.value:02}", end
     return (f"{n.value} giờ", j) if n.value > 1 or w[j] in _PARTS_OF_DAY else None
 
-# %% ../../nbs/decoding/60_itn.ipynb #12e62ede
+# %% ../../nbs/decoding/60_itn.ipynb #8fcd442f
 _ROMAN = re.compile("(?:^| )(?:quý|thế kỷ|đại hội(?: đảng)?(?: lần)?|thế kỷ [^ ]+ (?:và|đến|tới))(?: thứ)? $")
 _ROMAN_ONES = ",I,II,III,IV,V,VI,VII,VIII,IX".split(",")
 
 def _share(w:list, i:int)->tuple|None:
     "A fraction or a ratio."
-    if w[i] == "âm": return (f"-{found[0]}", found[1]) if (found := _share(w, i + 1)) else None
+    sign, i = ("-", i + 1) if w[i] == "âm" else ("", i)
     n = _whole(w, i)
     if not n or not n.value or w[n.end] not in ("phần", "trên"): return None
     m = _Number("4", n.end + 2, 4) if w[n.end+1] == "tư" else _whole(w, n.end + 1)
     if not m or m.value < 2 or _is_year(w, n.end + 1) or n.value > m.value and w[i-1] in ("bài", "chương", "mục", "tập", "quyển"): return None
-    if w[n.end] == "phần": return f"{n.text}/{m.text}", m.end
+    if w[n.end] == "phần": return f"{sign}{n.text}/{m.text}", m.end
     if w[i-1] == "lệ": return f"{n.text}:{m.text}", m.end
-    return (f"{n.text}/{m.text}", m.end) if (m.value > 12 or m.value == 10) and not (_counted(w, m.end) or _unit(w, m.end)) else None
+    return (f"{sign}{n.text}/{m.text}", m.end) if (m.value > 12 or m.value == 10) and not (_counted(w, m.end) or _unit(w, m.end)) else None
 
 def _century(w:list, i:int)->tuple|None:
     "The Roman numeral of a century, a congress, a quarter."
@@ -321,7 +325,7 @@ def _century(w:list, i:int)->tuple|None:
     if not n or not 1 <= n.value < 40 or _counted(w, n.end) or w[i-1] == "quý" and not (n.value < 5 and _is_year(w, n.end)): return None
     return "X"*(n.value // 10) + _ROMAN_ONES[n.value % 10], n.end
 
-# %% ../../nbs/decoding/60_itn.ipynb #7f989d84
+# %% ../../nbs/decoding/60_itn.ipynb #d8f54424
 _RULES = (_weekday, _after_year, _century, _date, _clock, _dotted, _one_by_one, _share, _amount)
 _STARTS = _ONES.keys() | {"mười", "tháng", "âm", "trừ", "cộng", "sao"}
 _PIECE = re.compile(r"\w+(?:[^\w\s]+\w+)*|[^\w\s]+")
