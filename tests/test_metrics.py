@@ -13,6 +13,8 @@ from ai2text.evaluation.scorecard import details, matched_pairs, paired_differen
 from ai2text.text.syllables import FINALS, NUCLEI, ONSETS, TONES, VOWELS, place_tone
 from ai2text.text.tones import ERROR_KINDS, missed, split_tone, strip_diacritics, strip_tones
 
+from conftest import LIBRARY, STAGES
+
 
 def syllable(rng)->str:
     "One that Vietnamese spelling can make."
@@ -172,3 +174,11 @@ def test_pairs_are_closer_than_intervals():
 def test_training_knows_nothing_of_it():
     "What only evaluation needs is in no run's fingerprint: an edit of a figure trains nothing again."
     assert not {"evaluate", "scorecard", "tones", "variants"} & {path.stem for path in import_closure("training.run", "models.conformer")}
+
+
+def test_nothing_that_scores_can_reach_text_for_readers():
+    "Digits in one of two texts that are compared would be errors that nobody made; the service and transcribe alone may write them."
+    scoring = [f"{o.room}.{o.path.stem[3:]}" for o in LIBRARY if o.room in ("text", "corpora", "data", "models", "training", "evaluation")]
+    stages = [o.path for o in STAGES if o.path.stem in ("prepare", "pseudo", "shards", "init", "train", "evaluate")]
+    assert len(scoring) > 40 and len(stages) == 6
+    assert "itn" not in {path.stem for path in import_closure(*scoring, *stages, without=())}
