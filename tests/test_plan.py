@@ -2,12 +2,15 @@
 import json, shutil, subprocess, sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ai2text.core.files import read_json
 from ai2text.core.params import ConfigError
 from ai2text.pipeline.stage_runner import run_stage
 from ai2text.testing.workspace import synthetic_runs
+from ai2text.ttq.points import find_points
+from ai2text.ttq.surface import check_points, fit_surface
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,3 +51,19 @@ def test_dvc_plans_after_training(tmp_path):
     assert done.returncode == 0, done.stderr
     names = {name: node for node, name in (line.strip().rstrip('"]').split('["') for line in done.stdout.splitlines() if '["' in line)}
     assert f"{names['train@conformer_ctc']}-->{names['plan@friday']}" in done.stdout
+
+
+@pytest.mark.parametrize("kind,small,larger", [("demo", 11, 6)])
+def test_larger_runs_are_predicted_from_small_ones(kind, small, larger):
+    "Real runs, kept as small files: those with at most half of the labels and of the training, and the others."
+    points, _ = check_points(find_points(folders=[ROOT/"tests/runs"/kind])[0])
+    half = {key: .51*max(getattr(p, key) for p in points) for key in ("label_hours", "audio_hours")}
+    known = [p for p in points if all(getattr(p, key) <= most for key, most in half.items())]
+    held = [p for p in points if p not in known]
+    assert (len(known), len(held)) == (small, larger)
+    surface = fit_surface(known)
+    said = [np.quantile(surface.wer(p.label_hours, p.audio_hours, p.parameters, noise=True), (.1, .5, .9)) for p in held]
+    errors = [abs(middle/p.wer - 1) for p, (_, middle, _) in zip(held, said)]
+    rival = np.median([abs(min(k.wer for k in known)/p.wer - 1) for p in held])
+    assert np.median(errors) <= .1 and np.median(errors) < rival, (errors, rival)
+    assert np.mean([low <= p.wer <= high for p, (low, _, high) in zip(held, said)]) >= .7, said

@@ -123,23 +123,31 @@ def spend(surface:Surface, prices:Prices, every:Purchases, start:dict, euros:flo
 SHARES = (1/8, 1/4, 1/2, 1.)  # of the labels, that a short run is tried on
 
 def experiments(surface:Surface, prices:Prices, at:dict, count:int=3)->list[dict]: # the best first
-    "Short runs and the share of the prediction's variance at `at` that each is expected to take away."
+    "Short runs and the share of the prediction's variance at `at` that each is expected to take away, after those before it."
     points, pace = surface.points, paces(surface.points)
     have, longest = max(owned(surface, prices), max(p.label_hours for p in points)), max(p.machine_hours for p in points)
-    budgets = sorted({round(p.audio_hours, 3) for p in points} | {2*max(p.audio_hours for p in points)})
+    budgets = []
+    for C in sorted({p.audio_hours for p in points} | {2*max(p.audio_hours for p in points)}):
+        if not budgets or math.log(C/budgets[-1]) >= .1: budgets.append(C) # nearly the same budget, the same experiment
     near = lambda p, D, C, N: p.parameters == N and abs(math.log(p.label_hours/D)) < .1 and abs(math.log(p.audio_hours/C)) < .1
     tried = [(s, s*have, C, N) for s in SHARES for C in budgets for N in pace if C*pace[N] <= 1.05*longest and not any(near(p, s*have, C, N) for p in points)]
     if not tried: return []
     goal = np.log(surface.strain_of(at["label_hours"], at["audio_hours"], at["parameters"]))
     y_SO = np.log(surface.strain_of(*(np.array(x, dtype=float) for x in list(zip(*tried))[1:])))
     noise = float(np.median(np.exp(surface.draws_SK[:,7])))**2
-    together = ((y_SO - y_SO.mean(0))*(goal - goal.mean())[:,None]).mean(0)
-    gain = together**2/(y_SO.var(0) + noise)/max(goal.var(), 1e-12)
+    together, whole, best, gain = np.cov(np.c_[goal, y_SO], rowvar=False), max(goal.var(), 1e-12), [], []
+    for _ in range(min(count, len(tried))): # the best of them, then the best besides that
+        gains = together[0,1:]**2/(together.diagonal()[1:] + noise)/whole
+        gains[best] = -1
+        best.append(int(gains.argmax()))
+        gain.append(float(gains[best[-1]]))
+        column = together[:,1 + best[-1]]
+        together = together - np.outer(column, column)/(column[1 + best[-1]] + noise)
     found = options(surface, *(list(x) for x in list(zip(*tried))[1:]), prices)
     steps = {N: float(np.median([p.steps/p.audio_hours for p in points if p.parameters == N])) for N in pace}
     name = lambda N: max((p for p in points if p.parameters == N), key=lambda p: p.audio_hours)
-    return [found.row(int(i)) | dict(share=tried[i][0], surer=float(gain[i]), run=f"dvc exp run --queue -S train.data_share={tried[i][0]:g} -S train.max_steps={round(tried[i][2]*steps[tried[i][3]])} train@{name(tried[i][3]).model}"
-            + (f"  # with the size of {name(tried[i][3]).name}: {tried[i][3]:,} parameters" if len(pace) > 1 else "")) for i in np.argsort(-gain)[:count]]
+    return [found.row(i) | dict(share=tried[i][0], surer=surer, run=f"dvc exp run --queue -S train.data_share={tried[i][0]:g} -S train.max_steps={round(tried[i][2]*steps[tried[i][3]])} train@{name(tried[i][3]).model}"
+            + (f"  # with the size of {name(tried[i][3]).name}: {tried[i][3]:,} parameters" if len(pace) > 1 else "")) for i,surer in zip(best, gain)]
 
 # %% ../../nbs/ttq/60_plan.ipynb #ba855f36
 def make_plan(
@@ -182,7 +190,7 @@ def plan_text(plan:dict)->str:
         lines.append(f"{target:.1%}, {odds:.0%} sure: " + (f"{o['cost']:.2f}, with {way(o)}" if o else f"no way within {spell_hours(prices['hours'])} of the machine and {FURTHEST} times what was tried" if prices["hours"] else f"no way within {FURTHEST} times what was tried"))
     lines += [f"the next {plan['more']:g}:"] + ["  " + line for line in columns([("", "labels, h", "training, h", "error", "8 of 10", *([f"at most {target:.1%}"] if target else []))] + [(o["way"], f"{o['label_hours']:.3g}", f"{o['audio_hours']:.3g}", f"{o['middle']:.1%}", f"{o['low']:.1%} to {o['high']:.1%}",
               *([f"{o['probability']:.0%}"] if target else [])) for o in plan["next"]]).splitlines()]
-    if plan["experiments"]: lines += ["short runs that would make this surer, with the share of its variance that each takes away:"] + [f"  {e['surer']:.0%} in {spell_hours(e['machine_hours'])}: {e['run']}" for e in plan["experiments"]]
+    if plan["experiments"]: lines += ["short runs that would make this surer, with the share of its variance that each takes away, in this order:"] + [f"  {e['surer']:.0%} in {spell_hours(e['machine_hours'])}: {e['run']}" for e in plan["experiments"]]
     return "\n".join(lines + [f"but {d}" for d in plan["doubts"]])
 
 # %% ../../nbs/ttq/60_plan.ipynb #172f598d
