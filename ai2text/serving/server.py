@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SUBPROTOCOL', 'LOOPBACK', 'MIN_TOKEN', 'FRAME_BYTES', 'LOUDEST', 'ID', 'LONGEST_TEXT', 'MAX_AHEAD', 'LATENCIES',
            'shown_token', 'admit', 'Ended', 'read_frame', 'Store', 'new_id', 'Stream', 'processor_seconds', 'Metrics',
-           'Service', 'running', 'read_token', 'serve']
+           'trained_on', 'Service', 'running', 'read_token', 'serve']
 
 # %% ../../nbs/serving/60_server.ipynb #6ff42cf4
-import asyncio, base64, binascii, contextlib, hashlib, hmac, json, os, re, secrets, signal, sys, time, unicodedata
+import asyncio, base64, binascii, contextlib, hashlib, hmac, json, math, os, re, secrets, signal, sys, time, unicodedata
 from collections import deque
 from importlib.resources import files
 from pathlib import Path
@@ -17,15 +17,15 @@ from urllib.parse import urlsplit
 import numpy as np
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from aiohttp import ClientError, WSMsgType, web
+from aiohttp import WSMsgType, web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from .bundle import Bundle, check_bundle, session
+from .bundle import Bundle, check_bundle
 from ..core.files import atomic_write, read_json
 from ..core.batch import SAMPLE_RATE
 from ..core.params import ConfigError
 from ..audio.io import encode
-from .engine import Runtime, command, within
+from .workers import Workers, within
 
 # %% ../../nbs/serving/60_server.ipynb #5df261bc
 SUBPROTOCOL, LOOPBACK, MIN_TOKEN = "ai2text", ("127.0.0.1", "localhost", "::1"), 16 # characters of a token, at least
@@ -44,12 +44,13 @@ def shown_token(
 def admit(
     headers,    # of a request
     token:str,  # that it must show; empty: none
+    origins=(), # other sites whose pages may use the service, as https://a.vn
 ):
     "Raise the HTTP error of a request that may not come in."
     host, origin = headers.get("Host", ""), headers.get("Origin")
     try: site, name = urlsplit(origin or "").netloc, urlsplit(f"//{host}").hostname
     except ValueError: raise web.HTTPForbidden(text="Origin or Host is no address") from None
-    if origin is not None and site != host: raise web.HTTPForbidden(text=f"a page of {origin} may not use this service")
+    if origin is not None and site != host and origin not in origins: raise web.HTTPForbidden(text=f"a page of {origin} may not use this service; --origins allows it")
     if token and not hmac.compare_digest(shown_token(headers).encode("utf-8", "surrogateescape"), token.encode()):
         raise web.HTTPUnauthorized(text="no token, or a wrong one: send Authorization: Bearer TOKEN", headers={"WWW-Authenticate": "Bearer"})
     if not token and name not in LOOPBACK: raise web.HTTPForbidden(text=f"{host!r} is not this machine, and without a token nobody else is served")
@@ -83,26 +84,18 @@ class Store:
         folder,        # made
         bundle:Bundle, # that recognises
     ):
-        self.folder, self.bundle, self.graph = Path(folder), bundle, session(bundle.offline)
+        self.folder, self.bundle = Path(folder), bundle
         self.folder.mkdir(parents=True, exist_ok=True)
-
-    def confidence(self,
-        wave, # (T,) float32
-    )->float: # 0 where nothing is heard
-        "How sure the offline graph is of what it hears."
-        if len(wave) < self.bundle.config["offline"].get("min_samples", 1): return 0.
-        best = self.graph.run(None, {"audio": wave[None]})[0][0]
-        said = best.max(1)[best.argmax(1) != 0]
-        return float(np.exp(said.mean())) if len(said) else 0.
 
     def add(self,
         id:str,   # from `new_id`
         wave,     # (T,) float32
         text:str, # recognised
+        confidence:float=0.,
     ):
         "Save a segment."
         with atomic_write(self.folder/f"{id}.flac", "wb") as f: f.write(encode(wave.clip(-1, 1), SAMPLE_RATE, "flac"))
-        self._write(dict(id=id, audio_filepath=f"{id}.flac", duration=len(wave)/SAMPLE_RATE, pred_text=text, confidence=round(self.confidence(wave), 4), split="train", model=self.bundle.config["name"]))
+        self._write(dict(id=id, audio_filepath=f"{id}.flac", duration=len(wave)/SAMPLE_RATE, pred_text=text, confidence=round(confidence, 4), split="train", model=self.bundle.config["name"]))
 
     def correct(self,
         id:str,   # as clients give it
@@ -125,21 +118,21 @@ def new_id()->str:
     return secrets.token_hex(16)
 
 # %% ../../nbs/serving/60_server.ipynb #645f0bde
-MAX_AHEAD, _PIECE = 10., SAMPLE_RATE # s of audio that the runtime may have before it; samples that are passed on at once
+MAX_AHEAD, _PIECE = 10., SAMPLE_RATE # s of audio that a worker may have before it; samples that are passed on at once
 
 class Stream:
     "One client's audio, and the results."
     def __init__(self,
         service,      # a `Service`
         client,       # WebSocket
-        runtime,      # WebSocket
+        speech,       # a `Speech`
     ):
-        self.service, self.client, self.runtime, self.bundle = service, client, runtime, service.bundle
-        self.shift = round(0.04*self.bundle.chunk_size*SAMPLE_RATE) # samples from one chunk to the next
-        self.ahead = max(round(MAX_AHEAD*SAMPLE_RATE), 4*self.shift)
-        self.began, self.received, self.results, self.arrivals, self.done, self.moved = time.monotonic(), 0, 0, deque(), None, asyncio.Event()
+        self.service, self.client, self.speech = service, client, speech
+        self.began, self.decoded, self.arrivals, self.done, self.moved = time.monotonic(), 0, deque(), None, asyncio.Event()
         self.outcome = asyncio.get_running_loop().create_future()
-        self.id, self.cut, self.wave, self.text = new_id(), 0, bytearray(), "" # of the segment: its start in samples, its audio from there on
+        self.id, self.text = new_id(), "" # of the utterance
+
+    received = property(lambda self: self.speech.received, doc="samples that have come")
 
     async def run(self):
         "Until `Done!` is sent; raises `Ended` for any other end."
@@ -148,54 +141,38 @@ class Stream:
         finally:
             for task in tasks: task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            if self.wave: await self._keep(self.received)
+            self.speech.close()
+            if self.service.store and self.speech.kept: await self.service.save(self.id, np.frombuffer(bytes(self.speech.kept), "<f4"), self.text)
 
     async def _settle(self, part):
         try: await part
         except Exception as e:
-            if not isinstance(e, Ended) and isinstance(e, (ClientError, OSError)): e = Ended(1006, "client gone", str(e))
+            if isinstance(e, OSError): e = Ended(1006, "client gone", str(e))
             if not self.outcome.done(): self.outcome.set_exception(e)
-
-    async def _ask(self, sending):
-        "Await a sending to the runtime."
-        try: await sending
-        except (ClientError, OSError) as e: raise Ended(1012, "runtime", "the recogniser was restarted; connect again") from e
 
 # %% ../../nbs/serving/60_server.ipynb #f342f6de
 @patch
 async def _up(self:Stream):
-    service, last = self.service, time.monotonic()
+    service, speech, last = self.service, self.speech, time.monotonic()
     while True:
         message = await self._next(last)
         if message.type is WSMsgType.TEXT:
             if message.data != "Done": raise Ended(1003, "text", "a text other than Done; audio goes in binary frames of float32, 16 kHz")
             self.done = time.monotonic()
-            return await self._end()
+            return await speech.finish()
         if message.type is not WSMsgType.BINARY: raise Ended(1006, "frame too big" if self.client.close_code == 1009 else "client gone", "the client is gone")
         wave = read_frame(message.data)
         if not len(wave): continue
-        if self.received + len(wave) > service.seconds*SAMPLE_RATE: raise Ended(1008, "too long", f"more than {service.seconds:g} s of audio; open a new stream")
+        if speech.received + len(wave) > service.seconds*SAMPLE_RATE: raise Ended(1008, "too long", f"more than {service.seconds:g} s of audio; open a new stream")
         for start in range(0, len(wave), _PIECE):
             piece = wave[start:start+_PIECE]
-            self.arrivals.append((self.received + len(piece), time.monotonic()))
-            while self.received - self.results*self.shift > self.ahead:
+            self.arrivals.append((speech.received + len(piece), time.monotonic()))
+            while speech.received - self.decoded > MAX_AHEAD*SAMPLE_RATE:
                 self.moved.clear()
                 await self.moved.wait()
-            self.received += len(piece)
-            if service.store: self.wave += piece.tobytes()
-            await self._ask(self.runtime.send_bytes(piece.tobytes()))
+            await speech.feed(piece)
         service.audio.inc(len(wave)/SAMPLE_RATE)
         last = time.monotonic()
-
-@patch
-async def _end(self:Stream):
-    "Let the runtime hear the end, once it has answered for all that was said."
-    wanted = -(-self.received//self.shift)
-    if wanted: await self._ask(self.runtime.send_bytes(bytes(4*max(0, (wanted - 1)*self.shift + self.bundle.window - self.received))))
-    while self.results < wanted:
-        self.moved.clear()
-        await self.moved.wait()
-    await self._ask(self.runtime.send_str("Done"))
 
 @patch
 async def _next(self:Stream,
@@ -216,6 +193,8 @@ async def _next(self:Stream,
         pinged = False
 
 # %% ../../nbs/serving/60_server.ipynb #a0ef3d60
+_ENDS = dict(lost=(1012, "runtime", "the recogniser was restarted; connect again"), failed=(1011, "error", "the recogniser failed in this stream"), refused=(1008, "refused", "{error}"))
+
 @patch
 async def _say(self:Stream, text:str):
     "Send to the client, who must read."
@@ -225,37 +204,34 @@ async def _say(self:Stream, text:str):
 
 @patch
 async def _down(self:Stream):
-    async for message in self.runtime:
-        if message.data == "Done!":
+    async for event in self.speech:
+        if event["what"] == "closed":
             await self._say("Done!")
             return self.outcome.set_result(None)
-        result = json.loads(message.data)
-        self.results += 1
+        if event["what"] in _ENDS:
+            code, kind, text = _ENDS[event["what"]]
+            if event["what"] == "failed": self.service.log(f"stream: {event['error']}")
+            raise Ended(code, kind, text.format(**event)[:120])
+        decoded, now, store = event["decoded"], time.monotonic(), self.service.store
+        more, self.decoded = decoded - self.decoded, max(decoded, self.decoded)
         self.moved.set()
-        self.text, now = result["text"], time.monotonic()
-        decoded = min(self.results*self.shift, self.received) if self.done else self.results*self.shift
-        latency = max(0., now - self._needed())
-        result |= dict(decoded=round(decoded/SAMPLE_RATE, 3), received=round(self.received/SAMPLE_RATE, 3), latency=round(latency, 4)) | (dict(id=self.id) if self.service.store else {})
-        self.service.measure(latency if self.received/SAMPLE_RATE < now - self.began + 1 else None, self.shift/SAMPLE_RATE)
+        if not (result := event.get("result")): continue
+        self.text = result["text"]
+        latency = max(0., now - (self.done if result["is_eof"] and self.done else self._needed(event["needs"])))
+        result |= dict(decoded=round(decoded/SAMPLE_RATE, 3), received=round(self.received/SAMPLE_RATE, 3), latency=round(latency, 4)) | (dict(id=self.id) if store else {})
+        self.service.measure(latency if self.received/SAMPLE_RATE < now - self.began + 1 else None, max(0, more)/SAMPLE_RATE)
         await self._say(json.dumps(result, ensure_ascii=False))
-        if result["is_final"] and self.service.store: await self._keep(decoded)
-    raise Ended(1012, "runtime", "the recogniser was restarted; connect again")
+        if result["is_final"]:
+            if store: await self.service.save(self.id, event["wave"], self.text, result["confidence"])
+            self.id, self.text = new_id(), ""
 
 @patch
-def _needed(self:Stream)->float:
-    "When the last sample that the newest result needed had come; the time of `Done` if silence after the end was part of it."
-    last = (self.results - 1)*self.shift + self.bundle.window
+def _needed(self:Stream,
+    last:int, # sample
+)->float:
+    "When a sample had come."
     while self.arrivals and self.arrivals[0][0] < last: self.arrivals.popleft()
     return self.arrivals[0][1] if self.arrivals else self.done or time.monotonic()
-
-@patch
-async def _keep(self:Stream, end:int):
-    "Save the segment that ends at a sample, and begin the next."
-    count = 4*(end - self.cut)
-    wave, id, text = np.frombuffer(bytes(self.wave[:count]), "<f4"), self.id, self.text
-    del self.wave[:count]
-    self.cut, self.id, self.text = end, new_id(), ""
-    await self.service.save(id, wave, text)
 
 # %% ../../nbs/serving/60_server.ipynb #3f01b05f
 LATENCIES = 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12 # s
@@ -271,10 +247,10 @@ def processor_seconds(
 class Metrics:
     "The numbers of a service."
     def __init__(self,
-        runtime:Runtime,
+        workers:Workers,
         open_streams, # function: their number
     ):
-        self.registry, self.runtime, self.spent = CollectorRegistry(), runtime, (None, 0.)
+        self.registry, self.workers, self.spent = CollectorRegistry(), workers, {}
         of = lambda kind, name, help, *labels, **more: kind(f"ai2text_{name}", help, labels, registry=self.registry, **more)
         self.streams  = of(Counter, "streams", "streams that ended, by how", "end")
         self.refused  = of(Counter, "refused", "requests refused before a stream began, by HTTP status", "status")
@@ -282,24 +258,33 @@ class Metrics:
         self.decoded  = of(Counter, "decoded_seconds", "audio decoded, with the silence after the end")
         self.latency  = of(Histogram, "partial_latency_seconds", "from the last sample that a result needs to the result", buckets=LATENCIES)
         self.kept     = of(Counter, "segments", "segments: kept, without words, or failed to be written", "what")
-        self.cpu      = of(Counter, "runtime_processor_seconds", "processor time of the runtime")
-        self.factor   = of(Gauge, "real_time_factor", "processor seconds of the runtime a second of audio decoded")
+        self.cpu      = of(Counter, "runtime_processor_seconds", "processor time of the workers")
+        self.factor   = of(Gauge, "real_time_factor", "processor seconds of the workers a second of audio decoded")
         of(Gauge, "streams_open", "streams now").set_function(open_streams)
-        of(Gauge, "runtime_ready", "1: transcribes").set_function(lambda: runtime.ready.is_set())
-        of(Gauge, "runtime_restarts", "times that the runtime was started again").set_function(lambda: runtime.restarts)
+        of(Gauge, "runtime_ready", "1: a worker is there").set_function(lambda: workers.ready.is_set())
+        of(Gauge, "runtime_restarts", "times that a worker was started again").set_function(lambda: workers.restarts)
 
     def text(self)->bytes:
         "All of them, as Prometheus reads them."
-        pid, seconds = self.runtime.pid, processor_seconds(self.runtime.pid)
-        known, before = self.spent
-        self.cpu.inc(max(0., seconds - (before if pid == known else 0.)))
-        self.spent = pid, seconds
+        spent = {pid: processor_seconds(pid) for pid in self.workers.pids}
+        self.cpu.inc(sum(max(0., seconds - self.spent.get(pid, 0.)) for pid,seconds in spent.items()))
+        self.spent = spent
         total = lambda name: self.registry.get_sample_value(f"ai2text_{name}_total")
         if decoded := total("decoded_seconds"): self.factor.set(total("runtime_processor_seconds")/decoded)
         return generate_latest(self.registry)
 
 # %% ../../nbs/serving/60_server.ipynb #02c286d1
-_PATIENCE = 5. # s that a new stream waits for a runtime that is just starting
+_PATIENCE = 5. # s that a new stream waits for a worker that is just starting
+
+def trained_on(
+    config:dict, # of a bundle
+)->str:
+    "What a model was trained on, for those who will speak to it."
+    speech = config.get("speech")
+    if not speech: return "on nothing that is known; do not expect words"
+    corpora, hours = speech["training_corpora"], f"{speech['training_hours']:.1f} h"
+    if set(corpora) <= set(speech["synthetic"]): return f"on {hours} of synthetic speech ({', '.join(corpora)}); it will not understand people"
+    return f"on {hours} of {', '.join(c + ' (synthetic)' if c in speech['synthetic'] else c for c in corpora)}"
 
 class Service:
     "A recogniser behind a door."
@@ -307,31 +292,43 @@ class Service:
         bundle,               # folder of an exported model
         token:str="",         # that every request must show; empty: none, and only this machine is served
         int8:bool=False,      # the graph with weights of 8 bits
-        threads:int=0,        # that decode; 0 = one for each core
+        workers:int=0,        # processes that recognise; 0 = one for each core
         streams:int=64,       # at once
         seconds:float=14400., # of audio in one stream, at most
         idle:float=60.,       # seconds without audio after which a stream is closed
         heartbeat:float=30.,  # seconds of silence after which a client is pinged, and in which it must read what it is sent
-        silence:float=1.2,    # seconds of silence that end a segment
-        longest:float=20.,    # seconds of a segment, at most
+        silence:float=2.4,    # seconds without a word that end an utterance in which nothing was said
+        silence_after_words:float=1.2, # seconds of silence that end an utterance
+        longest:float=20.,    # seconds of an utterance, at most
+        windowed:bool=False,  # whole utterances for a model that streams as well: more accurate, and later
+        every:float=0.5,      # seconds from one partial result to the next, at least, of a model of whole utterances
+        vad:str="silero",     # what finds utterances for it: silero, or loudness
+        origins:list[str]=(), # other sites whose pages may use the service, as https://a.vn
         keep:str="",          # folder for recordings and their texts; empty: nothing is kept
-        alone:bool=True,      # the runtime in a network of its own, where the system allows it
+        patience:float=20.,   # seconds without a word from a worker after which it must prove that it lives
         log=print,            # gets a line of text
     ):
         if token and len(token) < MIN_TOKEN: raise ConfigError(f"token: {len(token)} characters; take at least {MIN_TOKEN}, as from `openssl rand -hex 16`")
-        for name,value,least in (("threads", threads, 0), ("streams", streams, 1), ("seconds", seconds, 1), ("idle", idle, 0.1), ("heartbeat", heartbeat, 0.1), ("silence", silence, 0.1), ("longest", longest, 1)):
+        for name,value,least in (("workers", workers, 0), ("streams", streams, 1), ("seconds", seconds, 1), ("idle", idle, 0.1), ("heartbeat", heartbeat, 0.1), ("silence", silence, 0.1), ("silence-after-words", silence_after_words, 0.1), ("longest", longest, 1), ("every", every, 0.05), ("patience", patience, 0.1)):
             if not least <= value < float("inf"): raise ConfigError(f"--{name} {value}: give {least} or more")
-        self.bundle, self.token, self.most, self.seconds, self.idle, self.heartbeat, self.log = check_bundle(bundle), token, streams, seconds, idle, heartbeat, log
+        if wrong := [o for o in origins if not re.fullmatch(r"https?://[^/]+", o)]: raise ConfigError(f"--origins {wrong[0]}: write a site as https://a.vn, or http://localhost:3000")
+        self.bundle, self.token, self.most, self.seconds, self.idle, self.heartbeat, self.origins, self.log = check_bundle(bundle), token, streams, seconds, idle, heartbeat, tuple(origins), log
         self.store = Store(keep, self.bundle) if keep else None
-        self.runtime = Runtime(command(self.bundle, int8, threads or os.cpu_count(), silence, longest), alone, log=log)
-        self.inside, self.metrics, self.streams, self.page = 0, Metrics(self.runtime, lambda: self.inside), set(), (files("ai2text")/"web/index.html").read_text("utf-8")
+        self.kind = self.bundle.config.get("kind", "streaming_ctc") + (", whole utterances" if windowed else "")
+        self.workers = Workers(dict(folder=str(Path(bundle).resolve()), int8=int8, windowed=windowed, vad=vad, every=every, silence=silence, silence_after_words=silence_after_words, longest=longest), workers, patience, log)
+        self.inside, self.metrics, self.streams, self.page = 0, Metrics(self.workers, lambda: self.inside), set(), (files("ai2text")/"web/index.html").read_text("utf-8")
         self.audio = self.metrics.audio
 
+    def routes(self)->list:
+        "What is answered, at which path."
+        return [web.get("/", self._front), web.get("/health", self._health), web.get("/metrics", self._metrics), web.post("/correct", self._correct)]
+
     async def start(self, host:str="127.0.0.1", port:int=8000):
-        "Listen, once the runtime transcribes."
+        "Listen, once the workers are there."
         if not self.token and host not in LOOPBACK: raise ConfigError(f"--host {host}: without a token only this machine may be served; set --token-file or AI2TEXT_TOKEN")
         app = web.Application(client_max_size=1 << 16, middlewares=[self._errors])
-        app.add_routes([web.get("/", self._front), web.get("/health", self._health), web.get("/metrics", self._metrics), web.post("/correct", self._correct)])
+        app.add_routes(self.routes())
+        app.on_response_prepare.append(self._allow)
         self.runner = web.AppRunner(app, access_log=None, shutdown_timeout=20.)
         await self.runner.setup()
         try:
@@ -341,7 +338,7 @@ class Service:
             name = f"[{host}]" if ":" in host else host
             self.url = f"http://{name}:{self.runner.addresses[0][1]}"
             self.websocket = self.url.replace("http", "ws", 1) + "/"
-            await self.runtime.start()
+            await self.workers.start()
         except BaseException:
             await self.runner.cleanup()
             raise
@@ -351,25 +348,35 @@ class Service:
         for stream in self.streams:
             if not stream.outcome.done(): stream.outcome.set_exception(Ended(1012, "stopped", "the service stops; connect again"))
         await self.runner.cleanup()
-        await self.runtime.stop()
+        await self.workers.stop()
+
+    def admit(self, request):
+        "Raise the HTTP error of a request that may not come in."
+        admit(request.headers, self.token, self.origins)
 
     @web.middleware
     async def _errors(self, request, handler):
-        try: return await handler(request)
+        try:
+            if request.method == "OPTIONS" and request.headers.get("Origin") in self.origins: return web.Response(status=204)
+            return await handler(request)
         except web.HTTPException as e:
             self.metrics.refused.labels(e.status).inc()
             raise
+
+    async def _allow(self, request, response):
+        "Let a browser show answers to pages of other sites that may use the service."
+        if (origin := request.headers.get("Origin")) in self.origins:
+            response.headers.update({"Access-Control-Allow-Origin": origin, "Access-Control-Allow-Headers": "Authorization, Content-Type", "Access-Control-Allow-Methods": "GET, POST", "Vary": "Origin"})
 
 # %% ../../nbs/serving/60_server.ipynb #cdf13808
 @patch
 def about(self:Service)->str:
     "What is on, and what is not."
-    b, r = self.bundle, self.runtime
-    network = "in a network of its own: reachable through this service only" if r.private else (f"LISTENS ON EVERY INTERFACE at port {r.port}, WITHOUT A LOGIN: this system allows no network of its own to it. Close the port with a firewall, "
-                                                                                                "or run the service in a container that publishes its own port only")
-    return "\n".join([f"{self.url}  model {b.config['name']}, a result each {0.04*b.chunk_size:g} s",
+    b, n = self.bundle, self.workers.count
+    return "\n".join([f"{self.url}  model {b.config['name']}, kind {self.kind}" + (f", a result each {0.04*b.config['chunk_size']:g} s" if "whole" not in self.kind and "chunk_size" in b.config else ""),
+                      f"  trained   {trained_on(b.config)}",
                       f"  token     {'required' if self.token else 'none: every account and program of this machine may use it'}",
-                      f"  runtime   {network}",
+                      f"  workers   {n} {'process' if n == 1 else 'processes'}",
                       f"  limits    {self.most} streams, {self.seconds:g} s of audio each, closed after {self.idle:g} s without audio; TLS and rate limits are a reverse proxy's",
                       f"  keep      {f'RECORDINGS ARE SAVED in {self.store.folder}' if self.store else 'nothing'}"])
 
@@ -383,17 +390,17 @@ async def _front(self:Service, request):
 
 @patch
 async def _health(self:Service, request):
-    ready = self.runtime.ready.is_set()
-    return web.json_response(dict(ready=ready, token=bool(self.token), keep=bool(self.store), model=self.bundle.config["name"]), status=200 if ready else 503)
+    ready = self.workers.ready.is_set()
+    return web.json_response(dict(ready=ready, token=bool(self.token), keep=bool(self.store), model=self.bundle.config["name"], kind=self.kind, trained=trained_on(self.bundle.config)), status=200 if ready else 503)
 
 @patch
 async def _metrics(self:Service, request):
-    admit(request.headers, self.token)
+    self.admit(request)
     return web.Response(body=self.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 @patch
 async def _correct(self:Service, request):
-    admit(request.headers, self.token)
+    self.admit(request)
     if not self.store: raise web.HTTPNotFound(text="nothing is kept here: start with --keep DIR")
     if request.content_type != "application/json": raise web.HTTPUnsupportedMediaType(text="send JSON: {\"id\": ..., \"text\": ...}")
     try: asked = await request.json()
@@ -406,39 +413,31 @@ async def _correct(self:Service, request):
 # %% ../../nbs/serving/60_server.ipynb #3a5e2877
 @patch
 async def _stream(self:Service, request):
-    admit(request.headers, self.token)
+    self.admit(request)
     busy = lambda text: web.HTTPServiceUnavailable(text=text, headers={"Retry-After": "1"})
     if self.inside >= self.most: raise busy(f"{self.most} streams are open, which is the most; try again later")
     self.inside += 1
     try:
         try:
-            async with within(_PATIENCE): runtime = await self._connected()
+            async with within(_PATIENCE): await self.workers.ready.wait()
         except asyncio.TimeoutError: raise busy("the recogniser is starting; try again") from None
         client = web.WebSocketResponse(autoping=False, max_msg_size=4*FRAME_BYTES, timeout=5., compress=False, protocols=(SUBPROTOCOL,))
-        async with runtime:
-            await client.prepare(request)
-            self.streams.add(stream := Stream(self, client, runtime))
-            end, code, text = "done", 1000, ""
-            try: await stream.run()
-            except Ended as e: end, code, text = e.kind, e.code, str(e)
-            except Exception as e:
-                end, code, text = "error", 1011, "an error of the service"
-                self.log(f"stream: {type(e).__name__}: {e}")
-            finally: self.streams.discard(stream)
-            self.metrics.streams.labels(end).inc()
-            try: # before the runtime's connection, whose end may take longer
-                async with within(6): await client.close(code=code, message=text.encode())
-            except asyncio.TimeoutError: request.transport.abort() # who does not read does not hear this either
+        await client.prepare(request)
+        phrases = [p for p in request.query.getall("hotwords", ()) if p.strip()]
+        self.streams.add(stream := Stream(self, client, self.workers.open(audio=bool(self.store), **(dict(hotwords=phrases) if phrases else {}))))
+        end, code, text = "done", 1000, ""
+        try: await stream.run()
+        except Ended as e: end, code, text = e.kind, e.code, str(e)
+        except Exception as e:
+            end, code, text = "error", 1011, "an error of the service"
+            self.log(f"stream: {type(e).__name__}: {e}")
+        finally: self.streams.discard(stream)
+        self.metrics.streams.labels(end).inc()
+        try:
+            async with within(6): await client.close(code=code, message=text.encode()[:120])
+        except asyncio.TimeoutError: request.transport.abort() # who does not read does not hear this either
     finally: self.inside -= 1
     return client
-
-@patch
-async def _connected(self:Service):
-    "A WebSocket to the runtime; one that has just died is not known to be dead at once."
-    while True:
-        await self.runtime.ready.wait()
-        with contextlib.suppress(ClientError, OSError): return await self.runtime.connect()
-        await asyncio.sleep(0.05)
 
 @patch
 def measure(self:Service, latency, decoded:float):
@@ -447,12 +446,12 @@ def measure(self:Service, latency, decoded:float):
     self.metrics.decoded.inc(decoded)
 
 @patch
-async def save(self:Service, id:str, wave, text:str):
-    "Keep a segment that has words; a full disk does not end a stream."
+async def save(self:Service, id:str, wave, text:str, confidence:float=0.):
+    "Keep an utterance that has words; a full disk does not end a stream."
     what = "without words"
     if text:
         try:
-            await asyncio.to_thread(self.store.add, id, wave, text)
+            await asyncio.to_thread(self.store.add, id, wave, text, confidence)
             what = "kept"
         except OSError as e:
             what = "failed"
@@ -485,7 +484,7 @@ def read_token( # nosec B107 # the name of a file, not a token
     return token
 
 # %% ../../nbs/serving/60_server.ipynb #80c3e8d7
-@delegates(Service.__init__, but=["token", "alone", "log"])
+@delegates(Service.__init__, but=["token", "log"])
 def serve( # nosec B107 # the name of a file, not a token
     bundle:Path,          # folder of an exported model, as models/export
     host:str="127.0.0.1", # address to listen on; another than this machine's own needs a token
