@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MIN_SAMPLES', 'TOLERANCE', 'PIECES_MS', 'CHUNKS', 'LEFT_CHUNKS', 'NoPast', 'spectrum_matrix', 'Offline',
-           'write_graph', 'write_int8', 'write_graphs', 'run_stream', 'with_silence', 'ExportError', 'Agreement',
-           'compare_graphs', 'transcribe_pieces', 'compare_runtime', 'latency_curve', 'settings', 'export_bundle',
-           'verdict', 'streaming_model', 'recommended', 'export']
+           'write_graphs', 'run_stream', 'with_silence', 'ExportError', 'Agreement', 'compare_graphs',
+           'transcribe_pieces', 'compare_runtime', 'latency_curve', 'settings', 'export_bundle', 'verdict',
+           'streaming_model', 'recommended', 'export']
 
 # %% ../../nbs/serving/30_export.ipynb #4474cdb9
-import contextlib, dataclasses, json, logging, math, tempfile, time, warnings
+import dataclasses, json, math, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,8 @@ from ..models.store import load_model
 from ..evaluation.metrics import score_rows, utterance_rows
 from ..evaluation.score_split import evenly, split_loader
 from ..evaluation.scorecard import rates_beside
-from .bundle import Bundle, BUNDLE_FORMAT, INPUTS, MODEL_TYPE, OUTPUTS, check_bundle, seal, session, window_samples
+from ..streams.graphs import session, write_graph, write_int8
+from .bundle import Bundle, BUNDLE_FORMAT, INPUTS, MODEL_TYPE, OUTPUTS, check_bundle, seal, window_samples
 from .model_card import WAYS, card
 
 # %% ../../nbs/serving/30_export.ipynb #aede0727
@@ -76,55 +77,7 @@ class Offline(nn.Module):
         for block in m.blocks: y = block(y, turns, None, NoPast(c.kernel))
         return nnf.log_softmax(m.head(m.norm(y)).float(), -1)
 
-# %% ../../nbs/serving/30_export.ipynb #371477da
-@contextlib.contextmanager
-def _quiet():
-    "Without the exporter's remarks on what else could be installed."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try: yield
-        finally: logging.disable(logging.NOTSET)
-
-def _clean(model, metadata:dict):
-    "Take out of an ONNX model what says where and how it was made, and say what a runtime asks for."
-    g = model.graph
-    for part in (*g.node, *g.input, *g.output, *g.value_info, *g.initializer, g):
-        part.ClearField("doc_string")
-        part.ClearField("metadata_props")
-    model.ClearField("doc_string")
-    model.ClearField("metadata_props")
-    for key,value in metadata.items(): model.metadata_props.add(key=key, value=str(value))
-    return model
-
 # %% ../../nbs/serving/30_export.ipynb #7cfb5156
-def write_graph(
-    module:nn.Module,  # in evaluation mode
-    inputs:dict,       # name -> example
-    outputs:tuple,     # names
-    path,              # the file
-    metadata:dict,     # what the runtime reads of it
-    **more,            # for `torch.onnx.export`
-):
-    "Export a module to one ONNX file."
-    import onnx
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(module, tuple(inputs.values()), dynamo=True, opset_version=18, external_data=False, verbose=False,
-                                    input_names=list(inputs), output_names=list(outputs), **more)
-    onnx.save(_clean(program.model_proto, metadata), str(path))
-
-def write_int8(
-    source, # model.onnx
-    path,   # model.int8.onnx
-):
-    "Round the weights of the matrix products to 8 bits, of which 7 are used: with all 8, processors without VNNI overflow and the error rate depends on the machine."
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    with tempfile.TemporaryDirectory() as d, _quiet():
-        quantize_dynamic(source, Path(d)/"int8.onnx", op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
-        model = onnx.load(Path(d)/"int8.onnx")
-    onnx.save(_clean(model, {p.key: p.value for p in onnx.load(source).metadata_props}), str(path))
-
 def write_graphs(
     model:Conformer,
     folder,            # the three go there

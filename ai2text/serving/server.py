@@ -314,7 +314,7 @@ class Service:
         if wrong := [o for o in origins if not re.fullmatch(r"https?://[^/]+", o)]: raise ConfigError(f"--origins {wrong[0]}: write a site as https://a.vn, or http://localhost:3000")
         self.bundle, self.token, self.most, self.seconds, self.idle, self.heartbeat, self.origins, self.log = check_bundle(bundle), token, streams, seconds, idle, heartbeat, tuple(origins), log
         self.store = Store(keep, self.bundle) if keep else None
-        self.kind = self.bundle.config.get("kind", "streaming_ctc") + (", whole utterances" if windowed else "")
+        self.kind = self.bundle.kind + ("" if self.bundle.streams and not windowed else ", whole utterances")
         self.workers = Workers(dict(folder=str(Path(bundle).resolve()), int8=int8, windowed=windowed, vad=vad, every=every, silence=silence, silence_after_words=silence_after_words, longest=longest), workers, patience, log)
         self.inside, self.metrics, self.streams, self.page = 0, Metrics(self.workers, lambda: self.inside), set(), (files("ai2text")/"web/index.html").read_text("utf-8")
         self.audio = self.metrics.audio

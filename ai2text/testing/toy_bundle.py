@@ -14,9 +14,11 @@ import torch
 
 from ..audio.fbank import Fbank
 from ..core.batch import SAMPLE_RATE
-from ..core.files import sha256
 from ..text.normalise import NORMALISER, NORMALISER_FILE, normaliser_name
 from ..text.tokenizer import BLANK
+from ..streams.chunk_graph import graph_metadata, signature
+from ..streams.chunks import ChunkShape
+from ..serving.bundle import seal
 
 # %% ../../nbs/testing/10_toy_bundle.ipynb #b532bcc4
 WORDS = dict(một=400, hai=700, ba=1100, bốn=1700, năm=2600, sáu=4000) # Hz of each
@@ -54,43 +56,64 @@ def _loudness()->np.ndarray: # (words, mels) natural logs
     return Fbank()(waves_WT, torch.full((len(WORDS),), waves_WT.shape[1]))[0][:,20].numpy()
 
 # %% ../../nbs/testing/10_toy_bundle.ipynb #95ec17f1
-def toy_bundle(
-    folder,            # made
-    chunk:int=8,       # encoder frames of a chunk
-    left_chunks:int=4, # chunks of the past
-    deaf:tuple=(),     # words that it does not understand
-)->Path:               # the folder
-    "Write a bundle that understands whistles."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+def _words(deaf:tuple): return [BLANK, *("▁" + w for w in WORDS)], np.array([w not in deaf for w in WORDS], np.float32)
+
+def _stream_graph(path, chunk:int, left_chunks:int, deaf:tuple):
+    "sherpa-onnx's contract: features in."
     loud_WM = _loudness()
-    channels, symbols = loud_WM.argmax(1), [BLANK, *("▁" + w for w in WORDS)]
+    symbols, heard = _words(deaf)
     window, past, V, sharp = 4*(chunk - 1) + 7, chunk*left_chunks, len(symbols), 2.
-    heard = np.array([w not in deaf for w in WORDS], np.float32)
     pick_MV = np.zeros((loud_WM.shape[1], V), np.float32)
-    pick_MV[channels, range(1, V)] = sharp*heard
-    bias_V = np.where([True, *heard], 0., -100.).astype(np.float32)
+    pick_MV[loud_WM.argmax(1), range(1, V)] = sharp*heard
+    blank_V = np.array([1.] + [0.]*(V - 1), np.float32)*sharp*(loud_WM.max(1).min() - 2)
     says = dict(model_type="wenet_ctc", head=1, num_blocks=1, output_size=4, cnn_module_kernel=3, right_context=6, subsampling_factor=4, vocab_size=V)
     attn, conv = (1, (1, 1, past, 8)), (1, (1, 1, 4, 2))
     inputs = dict(x=(1, (1, window, 80)), offset=(7, (1,)), required_cache_size=(7, (1,)), attn_cache=attn, conv_cache=conv, attn_mask=(9, (1, 1, past + chunk)))
     nodes = [("Transpose", "x", "m", dict(perm=[0, 2, 1])), ("AveragePool", "m", "p", dict(kernel_shape=[7], strides=[4])), ("Transpose", "p", "t", dict(perm=[0, 2, 1])),
              ("MatMul", "t pick", "s", {}), ("Add", "s bias", "b", {}), ("LogSoftmax", "b", "log_probs", dict(axis=-1)),
              ("Identity", "attn_cache", "next_attn_cache", {}), ("Identity", "conv_cache", "next_conv_cache", {})]
-    blank = np.array([1.] + [0.]*(V - 1), np.float32)*sharp*(loud_WM.max(1).min() - 2)
-    for file in ("model.onnx", "model.int8.onnx"):
-        _graph(folder/file, inputs, dict(log_probs=(1, (1, chunk, V)), next_attn_cache=attn, next_conv_cache=conv), nodes, dict(pick=pick_MV, bias=bias_V + blank), says)
+    _graph(path, inputs, dict(log_probs=(1, (1, chunk, V)), next_attn_cache=attn, next_conv_cache=conv), nodes, dict(pick=pick_MV, bias=np.where([True, *heard], 0., -100.).astype(np.float32) + blank_V), says)
+
+def _samples_graph(path, deaf:tuple, shape:ChunkShape|None=None):
+    "Samples in: a whole utterance, or with a shape the contract of `streams.chunk_graph`."
+    symbols, heard = _words(deaf)
+    V = len(symbols)
     angle_WT = 2*np.pi*np.array(list(WORDS.values()))[:,None]*np.arange(640)/SAMPLE_RATE
     waves = (np.stack([np.sin(angle_WT), np.cos(angle_WT)], 1).reshape(-1, 1, 640)/320/LOUD).astype(np.float32)  # a loud word has 1
     pair = np.kron(np.concatenate([np.zeros((len(WORDS), 1)), np.diag(100*heard)], 1), np.ones((2, 1))).astype(np.float32)
     nodes = [("Unsqueeze", "audio one", "a", {}), ("Conv", "a waves", "c", dict(strides=[640])), ("Mul", "c c", "e", {}), ("Transpose", "e", "t", dict(perm=[0, 2, 1])),
              ("MatMul", "t pair", "s", {}), ("Add", "s bias", "b", {}), ("LogSoftmax", "b", "log_probs", dict(axis=-1))]
-    _graph(folder/"model.offline.onnx", dict(audio=(1, (1, "samples"))), dict(log_probs=(1, (1, "frames", V))), nodes,
-           dict(one=np.array([1]), waves=waves, pair=pair, bias=bias_V + np.array([20.] + [0.]*(V - 1), np.float32)), {})
+    inputs, outputs, says = dict(audio=(1, (1, "samples"))), dict(log_probs=(1, (1, "frames", V))), {}
+    if shape:
+        sizes = 1, 1, 4
+        inputs, outputs, says = *signature(shape, sizes), graph_metadata(shape, sizes)
+        nodes += [("Identity", name, f"next_{name}", {}) for name in ("loudest", "attn_cache")]
+    _graph(path, inputs, outputs, nodes, dict(one=np.array([1]), waves=waves, pair=pair, bias=np.where([True, *heard], 0., -100.).astype(np.float32) + np.array([20.] + [0.]*(V - 1), np.float32)), says)
+
+# %% ../../nbs/testing/10_toy_bundle.ipynb #da05eba3
+def toy_bundle(
+    folder,            # made
+    chunk:int=8,       # encoder frames of a chunk
+    left_chunks:int=4, # chunks of the past
+    deaf:tuple=(),     # words that it does not understand
+    kind:str="streaming_ctc", # a kind of bundles
+)->Path:               # the folder
+    "Write a bundle that understands whistles."
+    folder, (symbols, _) = Path(folder), _words(deaf)
+    folder.mkdir(parents=True, exist_ok=True)
+    both = [folder/"model.onnx", folder/"model.int8.onnx"]
+    if kind == "streaming_ctc":
+        for path in both: _stream_graph(path, chunk, left_chunks, deaf)
+    if kind == "chunk_ctc":
+        for path in both: _samples_graph(path, deaf, ChunkShape(chunk, left_chunks, len(symbols), 640, 2, 640*chunk, 0, 0, 640))
+    for path in both if kind == "ctc" else [folder/"model.offline.onnx"]: _samples_graph(path, deaf)
     (folder/"tokens.txt").write_text("".join(f"{s} {i}\n" for i,s in enumerate(symbols)), encoding="utf-8")
-    config = dict(format=1, name="toy", chunk_size=chunk, num_left_chunks=left_chunks, sample_rate=SAMPLE_RATE, vocab_size=V, right_context=6, frame_seconds=0.04, normaliser=normaliser_name(NORMALISER),
+    streams = {} if kind == "ctc" else dict(chunk_size=chunk, num_left_chunks=left_chunks)
+    config = dict(format=1, name="toy", **{} if kind == "streaming_ctc" else dict(kind=kind), **streams, sample_rate=SAMPLE_RATE, vocab_size=len(symbols), right_context=6, frame_seconds=0.04, normaliser=normaliser_name(NORMALISER),
                   features=dict(bins=80), offline=dict(min_samples=640), wer={})
     NORMALISER.save(folder/NORMALISER_FILE)
     (folder/"config.json").write_text(json.dumps(config))
     (folder/"README.md").write_text("# toy\n")
-    (folder/"SHA256SUMS").write_text("".join(f"{sha256(p)}  {p.name}\n" for p in sorted(folder.iterdir()) if p.name != "SHA256SUMS"))
+    (folder/"SHA256SUMS").unlink(missing_ok=True)
+    seal(folder)
     return folder
