@@ -8,7 +8,6 @@ __all__ = ['HEAD', 'MOST_MOVES', 'ENGINE', 'FIRST', 'LAST', 'SPARE', 'START_SECO
 
 # %% ../../nbs/serving/45_workers.ipynb #4f829f92
 import asyncio, contextlib, itertools, json, os, signal, socket, struct, subprocess, sys, time
-from pathlib import Path
 
 import numpy as np
 
@@ -195,12 +194,12 @@ class Workers:
         while True:
             try:
                 async with within(self.patience/2 if worker.ready else START_SECONDS): data = await reader.read(1 << 18)
-            except OSError: return ""
-            except asyncio.TimeoutError:
+            except asyncio.TimeoutError: # an OSError as well, since Python 3.11
                 if asked or not worker.ready: return f"no answer within {self.patience if worker.ready else START_SECONDS:g} s; it is killed"
                 worker.tell("ping")
                 asked = True
                 continue
+            except OSError: return ""
             if not data: return ""
             held, asked = held + data, False
             for event,_ in unpack(held):
