@@ -34,7 +34,7 @@ COMMANDS = dict(
     join=("ai2text.training.run:join", "take part in a training run as one of several machines", "model"),
     compare=("ai2text.evaluation.compare:compare", "put the models of params.yaml side by side, and say which to take"),
     report=("ai2text.pipeline.site:site", "write what was reached and all reports as pages that need nothing but a browser"),
-    get=("ai2text.serving.release:get", "fetch a released bundle by its git tag, and check it", "tag"),
+    get=("ai2text.pipeline.release:get", "fetch a released bundle by its git tag, and check it", "tag"),
     manifest=("ai2text.corpora.manifests:export_manifest", "write a manifest of ours as one that NeMo reads", "manifest", "to"),
     runs=("ai2text.training.checkpoint:list_runs", "list training runs, or delete old ones"))
 

@@ -12,16 +12,11 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ..core.batch import SAMPLE_RATE, collate
 from ..core.params import ConfigError
 from ..models.registry import model_class
-from ..models.store import load_config, load_model
-from ..models.whisper import quiet_cuts
-from ..models.whisper_writing import load_tokens
 from ..decoding.beam_search import Decoder, Word
-from ..streams.ctranslate import TranslatedWhisper
 from ..streams.graphs import session
 from .bundle import SUMS, check_bundle
 
@@ -74,7 +69,8 @@ class TrainedRecogniser(Recogniser):
 
     @functools.cached_property
     def model(self):
-        "Loaded on first use."
+        "Loaded on first use, with torch; a bundle's graph does without."
+        from ai2text.models.store import load_model
         return load_model(self.folder)
 
     def log_probs(self, wave_T)->np.ndarray:
@@ -115,6 +111,9 @@ class WritingRecogniser:
     @functools.cached_property
     def model(self):
         "Loaded on first use."
+        from ai2text.models.store import load_model
+        from ai2text.models.whisper_writing import load_tokens
+        from ai2text.streams.ctranslate import TranslatedWhisper
         if not self.bundle: return load_model(self.folder)
         return TranslatedWhisper(self.bundle.whole(self.int8), self.bundle.config["config"], load_tokens(self.folder), self.threads)
 
@@ -125,6 +124,8 @@ class WritingRecogniser:
         start:float=0.,       # seconds, added to the words' times
     )->tuple[str,list[Word]]: # text and words
         "Recognise one piece."
+        import torch
+        from ai2text.models.whisper import quiet_cuts
         wave_T, texts, words = np.asarray(wave_T, np.float32), [], []
         if not len(wave_T): return "", []
         for a,b in quiet_cuts(torch.from_numpy(wave_T), getattr(self.model, "samples", len(wave_T) + 1)):
@@ -161,7 +162,10 @@ def load_recogniser(
     "What recognises whole utterances, by what the folder holds."
     bundled, search = is_bundle(folder), dict(lm=lm, hotwords=hotwords, **decoding)
     if not bundled and int8: raise ConfigError(f"{folder}: a trained model has weights of 32 bits alone; leave int8 out, or export the model and name the bundle")
-    writes = check_bundle(folder).kind == "whisper" if bundled else not hasattr(model_class(load_config(folder)["family"]), "log_probs")
+    if bundled: writes = check_bundle(folder).kind == "whisper"
+    else:
+        from ai2text.models.store import load_config
+        writes = not hasattr(model_class(load_config(folder)["family"]), "log_probs")
     if writes and any(search.values()): raise ConfigError(f"{folder}: a Whisper writes its text itself, and takes neither a language model nor hotwords; leave them out, or name a model of a CTC family, as conformer or wav2vec")
     if writes: return WritingRecogniser(folder, int8)
     return Recogniser(folder, int8=int8, **search) if bundled else TrainedRecogniser(folder, **search)

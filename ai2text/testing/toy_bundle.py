@@ -15,7 +15,7 @@ import torch
 from ..audio.fbank import Fbank
 from ..core.batch import SAMPLE_RATE
 from ..text.normalise import NORMALISER, NORMALISER_FILE, normaliser_name
-from ..text.tokenizer import BLANK
+from ..text.tokenizer import BLANK, train_tokenizer
 from ..streams.chunk_graph import graph_metadata, signature
 from ..streams.chunks import ChunkShape
 from ..serving.bundle import seal
@@ -90,6 +90,39 @@ def _samples_graph(path, deaf:tuple, shape:ChunkShape|None=None):
         nodes += [("Identity", name, f"next_{name}", {}) for name in ("loudest", "attn_cache")]
     _graph(path, inputs, outputs, nodes, dict(one=np.array([1]), waves=waves, pair=pair, bias=np.where([True, *heard], 0., -100.).astype(np.float32) + np.array([20.] + [0.]*(V - 1), np.float32)), says)
 
+# %% ../../nbs/testing/10_toy_bundle.ipynb #1de0317f
+def _whisper(deaf:tuple):
+    "A `Whisper` of one layer that understands whistles."
+    from ai2text.models.whisper import Whisper
+    words, D = list(WORDS), 96
+    tokenizer = train_tokenizer([" ".join(WORDS)]*9, "bpe", 116)
+    model = Whisper.start(dict(size="demo", d_model=D, layers=1, heads=len(words), ff=8, window_seconds=10., max_tokens=40), tokenizer).eval().requires_grad_(False)
+    net, block, written, sung, end = model.net, model.net.decoder[0], 20, 30, 40 # channels of the decoder: what is to be written, what was written last, the end
+    waves_WT = torch.from_numpy(np.stack([whistle(w, 0.4, 0.)[0] for w in words]))
+    mels = net.features(waves_WT, torch.full((len(words),), waves_WT.shape[1]), 0)[0][:,:,20].argmax(1).tolist()
+    for name,p in net.named_parameters():
+        if p.ndim > 1 or name.endswith("bias"): p.zero_()
+    for j,(word,mel) in enumerate(zip(words, mels)):
+        for k,floor in enumerate((0.6, 0.65)):
+            net.conv1.weight[2*j + k, mel, 1], net.conv1.bias[2*j + k] = 40., -40*floor
+            net.conv2.weight[j, 2*j + k, 1] = 8.*(-1)**k*(word not in deaf)
+        head = D//len(words)*j
+        block.cross.q.bias[head], block.cross.kv.weight[head, j], block.cross.kv.weight[D + head, j], block.cross.out.weight[written + j, head] = 16., 1., 1., 0.1
+        token, = tokenizer.encode(word)
+        net.embedding.weight[token, [written + j, sung + j]] = 1.
+        block.up.weight[j, sung + j], block.up.bias[j] = 10., -15.
+        block.down.weight[written:written + j + 1, j], block.down.bias[written + j] = -1., -0.03*j
+    net.embedding.weight[model.tokenizer.end, [end, end + 1]], block.down.bias[end] = 1., 0.5
+    net.decoder_norm.weight.fill_(40.)
+    return model
+
+def _toy_whisper(folder, deaf:tuple)->dict: # settings
+    from ai2text.streams.ctranslate import write_ctranslate
+    model = _whisper(deaf)
+    model.tokenizer.save(folder)
+    for weights in ("float32", "int8"): write_ctranslate(model, folder/weights, weights)
+    return dict(vocab_size=model.tokenizer.vocab_size, config=model.config | dict(window="cut"))
+
 # %% ../../nbs/testing/10_toy_bundle.ipynb #da05eba3
 def toy_bundle(
     folder,            # made
@@ -98,19 +131,20 @@ def toy_bundle(
     deaf:tuple=(),     # words that it does not understand
     kind:str="streaming_ctc", # a kind of bundles
 )->Path:               # the folder
-    "Write a bundle that understands whistles."
+    "Write a bundle that understands whistles, and says no kind if it is of the first."
     folder, (symbols, _) = Path(folder), _words(deaf)
     folder.mkdir(parents=True, exist_ok=True)
-    both = [folder/"model.onnx", folder/"model.int8.onnx"]
+    graphs = kind != "whisper"
+    both = [folder/"model.onnx", folder/"model.int8.onnx"] if graphs else []
     if kind == "streaming_ctc":
         for path in both: _stream_graph(path, chunk, left_chunks, deaf)
     if kind == "chunk_ctc":
         for path in both: _samples_graph(path, deaf, ChunkShape(chunk, left_chunks, len(symbols), 640, 2, 640*chunk, 0, 0, 640))
-    for path in both if kind == "ctc" else [folder/"model.offline.onnx"]: _samples_graph(path, deaf)
-    (folder/"tokens.txt").write_text("".join(f"{s} {i}\n" for i,s in enumerate(symbols)), encoding="utf-8")
-    streams = {} if kind == "ctc" else dict(chunk_size=chunk, num_left_chunks=left_chunks)
-    config = dict(format=1, name="toy", **{} if kind == "streaming_ctc" else dict(kind=kind), **streams, sample_rate=SAMPLE_RATE, vocab_size=len(symbols), right_context=6, frame_seconds=0.04, normaliser=normaliser_name(NORMALISER),
-                  features=dict(bins=80), offline=dict(min_samples=640), wer={})
+    for path in both if kind in ("ctc", "whisper") else [folder/"model.offline.onnx"]: _samples_graph(path, deaf)
+    if graphs: (folder/"tokens.txt").write_text("".join(f"{s} {i}\n" for i,s in enumerate(symbols)), encoding="utf-8")
+    more = _toy_whisper(folder, deaf) if kind == "whisper" else {} if kind == "ctc" else dict(chunk_size=chunk, num_left_chunks=left_chunks)
+    config = dict(format=1, name="toy", **{} if kind == "streaming_ctc" else dict(kind=kind), sample_rate=SAMPLE_RATE, vocab_size=len(symbols), right_context=6, frame_seconds=0.04, normaliser=normaliser_name(NORMALISER),
+                  features=dict(bins=80), offline=dict(min_samples=640), wer={}) | more
     NORMALISER.save(folder/NORMALISER_FILE)
     (folder/"config.json").write_text(json.dumps(config))
     (folder/"README.md").write_text("# toy\n")
