@@ -25,6 +25,7 @@ from ..streams.graphs import session
 from ..streams.chunks import ChunkShape, ChunkStream
 from ..streams.chunk_graph import ChunkGraph
 from .bundle import INPUTS, OUTPUTS, Bundle
+from .recogniser import load_recogniser
 from .workers import pack, unpack
 
 # %% ../../nbs/serving/50_engine.ipynb #8675d4e7
@@ -380,17 +381,13 @@ def load_engine(
     "The engine of a bundle, by its `kind`."
     bundle = Bundle(Path(folder), read_json(Path(folder)/"config.json"))
     if vad not in DETECTORS: raise ConfigError(f"vad {vad}: not known; choose from {', '.join(DETECTORS)}")
-    how = dict(make_recogniser=lambda: _whole(folder, int8), ends=Ends(**ends), every=every, detector=DETECTORS[vad])
+    how = dict(make_recogniser=functools.partial(load_recogniser, folder, int8 and not bundle.streams), ends=Ends(**ends), every=every, detector=DETECTORS[vad])
     if bundle.streams and not windowed: return Engine(ChunkHearing, graph=ConformerGraph(bundle, int8) if bundle.kind == "streaming_ctc" else ChunkGraph(folder, int8), **how)
     Endpointer(how["ends"].silence, how["ends"].silence_after_words, how["ends"].longest)
     engine = Engine(WindowHearing, **how)
     engine.whole(np.zeros(SAMPLE_RATE, np.float32)) # loads what there is to load
     how["detector"]()
     return engine
-
-def _whole(folder, int8):
-    from ai2text.serving.recogniser import load_recogniser # which needs torch: a model that streams does without
-    return load_recogniser(folder, int8)
 
 # %% ../../nbs/serving/50_engine.ipynb #8962896b
 PARENT_DEATH = 1 # PR_SET_PDEATHSIG of prctl(2)
