@@ -69,6 +69,8 @@ def test_microphone(tmp_path):
             await page.get_by_role("button", name="Stop").click()
             await state(page, "Done.")
             assert (await page.get_by_role("log").inner_text()).split() == ["một", "hai", "ba"]
+            assert re.fullmatch(r"confidence \d+%, [\d.]+ to [\d.]+ s", await page.locator("#text p").first.get_attribute("title"))
+            assert "do not expect words" in await page.locator("#model").inner_text() # what the model was trained on
             assert await page.get_by_role("button", name="Start microphone").get_attribute("aria-pressed") == "false"
             assert not errors
     asyncio.run(main())

@@ -184,7 +184,7 @@ class Served:
     def __init__(self, websocket:str, pid:int): self.websocket, self.pid = websocket, pid
 
     def pids(self)->list[int]:
-        "The proxy and all processes beneath it."
+        "The service and all processes beneath it."
         return [self.pid, *(p.pid for p in psutil.Process(self.pid).children(recursive=True))]
 
     def _sum(self, pids, read)->float:
@@ -198,9 +198,9 @@ class Served:
         return self._sum(self.pids(), lambda p: sum(p.cpu_times()[:2]))
 
     def memory(self)->dict:
-        "MB of the proxy, and of the runtime with what watches it."
-        proxy, *others = self.pids()
-        return {name: self._sum(pids, lambda p: p.memory_info().rss)/1e6 for name,pids in dict(proxy=[proxy], runtime=others).items()}
+        "MB of the service, and of its workers."
+        service, *others = self.pids()
+        return {name: self._sum(pids, lambda p: p.memory_info().rss)/1e6 for name,pids in dict(service=[service], workers=others).items()}
 
 # %% ../../nbs/serving/80_latency.ipynb #b8599ab5
 _SERVE = "import json, sys; from ai2text.serving.server import serve; serve(**json.loads(sys.argv[1]))"

@@ -238,6 +238,7 @@ class Metrics:
         self.factor   = of(Gauge, "real_time_factor", "processor seconds of the workers a second of audio decoded")
         of(Gauge, "streams_open", "streams now").set_function(open_streams)
         of(Gauge, "runtime_ready", "1: a worker is there").set_function(lambda: workers.ready.is_set())
+        of(Gauge, "workers", "processes that are ready").set_function(lambda: len(workers.alive))
         of(Gauge, "runtime_restarts", "times that a worker was started again").set_function(lambda: workers.restarts)
 
     def text(self)->bytes:
