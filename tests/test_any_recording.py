@@ -16,8 +16,9 @@ from ai2text.corpora.prepare import prepare
 from ai2text.data.shard_index import member_audio, members
 from ai2text.data.shards import write_shards
 from ai2text.pipeline.cli import main
-from ai2text.serving.client import Recogniser, stream, transcribe
+from ai2text.serving.client import stream, transcribe
 from ai2text.serving.latency import served
+from ai2text.serving.recogniser import Recogniser
 from ai2text.testing.recordings import RECORDINGS, of_kind
 from ai2text.testing.toy_bundle import WORDS, toy_bundle, whistle
 
