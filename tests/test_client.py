@@ -138,10 +138,10 @@ def test_harness_on_a_real_service(service, tmp_path):
     chunks = int((heard[0].duration - EDGE)/0.32)
     assert f["service"]["n"] >= 4*(chunks - 1) and f["word"]["n"] == 4*len(spans) and f["flicker"] == 0
     for h in heard:
-        needs = [n - EDGE for _, n, _ in h.told]
+        needs = [n for _, n, _ in h.told]
         assert needs == sorted(needs) and needs[-1] >= h.duration - 0.01  # nothing was dropped
         assert np.all(np.diff([when for _, when in h.sent]) > 0) and h.final > h.done >= h.duration
-    assert f["service"]["p50"] > 0 and f["word"]["p50"] > 0 and 0 < f["real_time_factor"] < 10
+    assert f["service"]["p50"] > 0 and f["word"]["p50"] > -0.24 and 0 < f["real_time_factor"] < 10  # a whistle of 0.24 s is understood before it ends
 
 
 def test_refused_streams_are_errors_of_the_harness(service):

@@ -123,7 +123,7 @@ class Hearing:
     def event(self, what:str, decoded:int, keep:int, needs:int=None, **more)->dict:
         "What the service gets."
         decoded = min(decoded, self.received)
-        return dict(what=what, decoded=decoded, keep=min(keep, decoded), needs=min(decoded if needs is None else needs, self.received), **more)
+        return dict(what=what, decoded=decoded, keep=min(keep, decoded), needs=decoded if needs is None else needs, **more)
 
     def result(self, text:str, tokens, timestamps, begin:int, final:bool=False, **more)->dict:
         "What the client gets, besides what the service adds; the utterance begins at sample `begin`."
@@ -250,12 +250,16 @@ class WindowHearing(Hearing):
     @property
     def keep(self)->int: return self.start + (self.jobs[0][0] if self.jobs else self.ends.keep)
 
+    def done(self, heard:int)->int:
+        "Up to where all is decoded, of what was heard: who sends faster than that has to wait."
+        return self.start + min(heard, self.jobs[0][0] if self.jobs else heard)
+
     def _listen(self, now:float)->list[dict]:
         samples, self.waiting, spoke = self.waiting, self.waiting[:0], self.speaking
         self.held, self.heard = np.concatenate([self.held, samples]), self.heard + len(samples)
         self._take(self.ends(self.detector(samples)))
         if self.speaking and not spoke: self.due = now + self.engine.every
-        if not self.over: return [self.event("progress", self.start + self.heard, self.keep)]
+        if not self.over: return [self.event("progress", self.done(self.heard), self.keep)]
         self._take(self.ends.finish(self.heard))
         self.ended, self.closed = True, not self.jobs
         return [self._final(self.heard, self.heard, self.heard, "", []), dict(what="closed")] if self.closed else []
@@ -264,7 +268,7 @@ class WindowHearing(Hearing):
         self.shown, self.before = [], []
         begin = self.start + start
         result = self.result(text, [" " + w.word for w in words], [round(w.start - begin/SAMPLE_RATE, 3) for w in words], begin, True, **spelled(words))
-        return self.event("final", self.start + heard, self.keep, begin=begin, end=self.start + end, result=result)
+        return self.event("final", self.done(heard), self.keep, self.start + heard, begin=begin, end=self.start + end, result=result)
 
     def _decode(self)->list[dict]:
         start, end, heard, wave = self.jobs.popleft()
@@ -281,7 +285,7 @@ class WindowHearing(Hearing):
         said = text.split()
         self.shown, self.before = agreed(self.shown, self.before, said), said
         times = [round(w.start - (self.start + begin)/SAMPLE_RATE, 3) for w in words[:len(self.shown)]]
-        return [self.event("partial", self.start + heard, self.keep, result=self.result(" ".join(self.shown), [" " + w for w in self.shown], times, self.start + begin))]
+        return [self.event("partial", self.done(heard), self.keep, self.start + heard, result=self.result(" ".join(self.shown), [" " + w for w in self.shown], times, self.start + begin))]
 
 class WholeHearing(Hearing):
     "One piece of a file, which is decoded when it is whole and nobody who speaks has to wait."

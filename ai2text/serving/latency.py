@@ -60,7 +60,7 @@ def sessions(
     return out
 
 # %% ../../nbs/serving/80_latency.ipynb #4a521fd3
-EDGE = 0.0475 # seconds that a chunk needs beyond its own: 3 frames that the convolutions look ahead, one that the runtime holds back, and half of a frame's window
+EDGE = 0.0475 # seconds that a chunk needs beyond its own in a service that does not say it: 3 frames that the convolutions look ahead, one that sherpa-onnx's server holds back, and half of a frame's window
 
 @dataclass
 class Heard:
@@ -144,7 +144,7 @@ async def stream_session(
             samples += len(block)//4
             h.sent.append((samples/SAMPLE_RATE, loop.time() - start))
             yield block
-    def told(message): h.told.append((loop.time() - start, message.get("decoded", chunk*(len(h.told) + 1)) + EDGE, segments.add(message)))
+    def told(message): h.told.append((loop.time() - start, message.get("needs", message.get("decoded", chunk*(len(h.told) + 1)) + EDGE), segments.add(message)))
     def done(): h.done = loop.time() - start
     try: await talk(http, url, noted(), told, done, token)
     except OSError as e: h.error = str(e)

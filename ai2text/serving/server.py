@@ -194,7 +194,7 @@ async def _down(self:Stream):
         if not (result := event.get("result")): continue
         self.text = result["text"]
         latency = max(0., now - (self.done if result["is_eof"] and self.done else self._needed(event["needs"])))
-        result |= dict(decoded=round(decoded/SAMPLE_RATE, 3), received=round(self.received/SAMPLE_RATE, 3), latency=round(latency, 4)) | (dict(id=self.id) if store else {})
+        result |= dict(decoded=round(decoded/SAMPLE_RATE, 3), needs=round(event["needs"]/SAMPLE_RATE, 4), received=round(self.received/SAMPLE_RATE, 3), latency=round(latency, 4)) | (dict(id=self.id) if store else {})
         self.service.measure(latency if self.received/SAMPLE_RATE < now - self.began + 1 else None, max(0, more)/SAMPLE_RATE)
         await self._say(json.dumps(result, ensure_ascii=False))
         if result["is_final"]:

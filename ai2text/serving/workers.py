@@ -159,7 +159,7 @@ class Workers:
 
     async def _watch(self):
         pause = FIRST
-        while not self.error:
+        while True:
             worker = Worker()
             why = await self._live(worker)
             pause = FIRST if worker.ready else min(2*pause, LAST)
@@ -178,12 +178,13 @@ class Workers:
             reader, worker.writer = await asyncio.open_unix_connection(sock=ours)
             worker.writer.write(pack(self.settings))
             why = await self._listen(worker, reader)
+        except Exception as e: why = f"{type(e).__name__}: {e}" # of ours: the next worker is to be watched as well
         finally:
             if worker in self.alive: self.alive.remove(worker)
             if not self.alive: self.ready.clear()
             with contextlib.suppress(ProcessLookupError): os.kill(worker.process.pid, signal.SIGKILL) # Process.kill would take the status from asyncio
             for speech in list(worker.streams.values()): self._move(speech)
-            worker.writer.close()
+            if worker.writer: worker.writer.close()
             status = await worker.process.wait()
             await lines
         return why or f"ended with status {status}"
@@ -209,6 +210,7 @@ class Workers:
                 elif event["what"] == "refused":
                     self.error = event["error"]
                     async with self.changed: self.changed.notify_all()
+                    return event["error"]
 
     async def _begin(self, worker:Worker):
         worker.ready = True
