@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .client import Recogniser
+from .recogniser import load_recogniser
 from ..core.files import read_jsonl, write_json
 from ..core.params import ConfigError
 from ..core.tables import columns
@@ -156,7 +156,7 @@ def handover(
     parts = dict(A=what if shadow else [s for s in what if not pick(s.id, share)], B=chosen)
     if empty := [name for name,part in parts.items() if not part]: raise ConfigError(f"--share {share}: of {len(what)} sessions none goes to {' and '.join(empty)}; give another share, or more recordings")
     bundles = dict(A=a, B=b)
-    recognisers = {name: Recogniser(folder) for name,folder in bundles.items()}
+    recognisers = {name: load_recogniser(folder) for name,folder in bundles.items()}
     with contextlib.ExitStack() as stack:
         services = {name: stack.enter_context(served(folder, int8=int8)) for name,folder in bundles.items()}
         before = {name: s.processor() for name,s in services.items()}
