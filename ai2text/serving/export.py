@@ -44,7 +44,7 @@ from ..streams.ctranslate import TranslatedWhisper, write_ctranslate
 from ..streams.graph_export import write_chunk_graph
 from ..streams.graphs import session, write_graph, write_int8
 from ..streams.whole_graphs import whole_graph, write_whole_graph
-from .bundle import Bundle, BUNDLE_FORMAT, INPUTS, MODEL_TYPE, OUTPUTS, WEIGHTS, check_bundle, seal, window_samples
+from .bundle import Bundle, BUNDLE_FORMAT, INPUTS, MODEL_TYPE, OUTPUTS, PRECISIONS, check_bundle, seal, window_samples
 from .model_card import WAYS, card
 
 # %% ../../nbs/serving/30_export.ipynb #7cfb5156
@@ -201,7 +201,7 @@ class WhisperExport(CTCExport):
 
     def write(self, folder):
         self.model.tokenizer.save(folder)
-        for weights in WEIGHTS:
+        for weights in PRECISIONS:
             write_ctranslate(self.model, folder/weights, weights)
             if isinstance(self.model.tokenizer.text, ReleasedText): shutil.copy(folder/"tokenizer.json", folder/weights) # where faster-whisper looks for it
 
