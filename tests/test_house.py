@@ -66,7 +66,7 @@ def run_python(code):
 
 # Rooms: where a notebook stands
 
-ROOMS = "core text audio corpora data models decoding ttq evaluation training serving streams pipeline testing".split()
+ROOMS = "core text audio corpora data models decoding ttq evaluation training protocols serving streams pipeline testing".split()
 EXTRA = ["stages", "benchmarks", "tutorials"]                      # folders of notebooks that export nothing
 PLACE = {o.module: (ROOMS.index(o.room), o.number) for o in LIBRARY if o.room in ROOMS and o.number is not None}
 
