@@ -6,7 +6,7 @@
 __all__ = ['RESPONSES', 'WATCH', 'KEEPALIVE', 'ApiError', 'Asked', 'read_fields', 'answer', 'upload', 'watched', 'Transcriptions',
            'add_routes']
 
-# %% ../../nbs/protocols/20_transcriptions.ipynb #14e15a4f
+# %% ../../nbs/protocols/20_transcriptions.ipynb #8538fb62
 import asyncio, contextlib, errno, json, math, os, sys, tempfile, zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from .access import admit, check_origins, allowed_origin
 if sys.version_info >= (3, 11): from asyncio import timeout as within
 else: from async_timeout import timeout as within
 
-# %% ../../nbs/protocols/20_transcriptions.ipynb #fe95d8e6
+# %% ../../nbs/protocols/20_transcriptions.ipynb #fca6946e
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 class ApiError(Exception):
@@ -41,7 +41,7 @@ class ApiError(Exception):
         "As an answer."
         return web.json_response(self.body, status=self.status, headers=self.headers)
 
-# %% ../../nbs/protocols/20_transcriptions.ipynb #c64efda0
+# %% ../../nbs/protocols/20_transcriptions.ipynb #687533c7
 RESPONSES = ("json", "text", "srt", "vtt", "verbose_json")
 _GRANULARITIES, _VIETNAMESE, _SEVERAL = ("segment", "word"), ("vi", "vi-vn", "vie", "vietnamese"), "timestamp_granularities"
 
@@ -78,7 +78,7 @@ def read_fields(
     if stream and form not in ("json", "text"): raise ApiError(400, f"stream: gives text alone; ask for response_format json, not {form}, or do not stream", "invalid_value", "stream")
     return Asked(given["model"], given.get("prompt", ""), form, tuple(dict.fromkeys(several)) or ("segment",), stream)
 
-# %% ../../nbs/protocols/20_transcriptions.ipynb #9d94bdf1
+# %% ../../nbs/protocols/20_transcriptions.ipynb #c345c658
 def _segment(number:int, words)->dict:
     text = " ".join(w.word for w in words)
     return dict(id=number, seek=0, start=round(words[0].start, 3), end=round(words[-1].end, 3), text=text, tokens=[], temperature=0., avg_logprob=round(float(np.mean([math.log(max(w.confidence, 1e-10)) for w in words])), 4), compression_ratio=round(len(text.encode())/len(zlib.compress(text.encode())), 4), no_speech_prob=0.)
@@ -95,14 +95,17 @@ def answer(
     parts = dict(segments=lambda: [_segment(n, words) for n,words in enumerate(cues(found.words))], words=lambda: [dict(word=w.word, start=round(w.start, 3), end=round(w.end, 3)) for w in found.words])
     return json.dumps(dict(task="transcribe", language="vietnamese", duration=round(found.duration, 3), text=found.text) | {name: make() for name,make in parts.items() if name[:-1] in asked.granularities} | usage, ensure_ascii=False), "application/json"
 
-# %% ../../nbs/protocols/20_transcriptions.ipynb #5188f7ed
+# %% ../../nbs/protocols/20_transcriptions.ipynb #f2ee0395
 _BLOCK, _TEXT, _FIELDS = 1 << 18, 1 << 16, 64 # bytes that are written at once; of a field of text; fields of a form
 
 def _too_large(most:int)->ApiError:
     return ApiError(413, f"file: larger than {most/2**20:g} MiB, which is the most; send less, or compressed as Opus or FLAC", "file_too_large", "file")
 
+def _no_space(e:OSError)->Exception:
+    return ApiError(507, "file: no space is left for it; try again later, or send less", "insufficient_storage", "file") if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else e
+
 async def _next(coming, stall:float):
-    "The next block or part; TimeoutError if nothing comes."
+    "What comes in that time, or TimeoutError."
     async with within(stall): return await coming
 
 async def _read_field(part, stall:float)->str:
@@ -121,9 +124,7 @@ async def _save(part, path:Path, most:int, stall:float):
                 size += len(block)
                 if size > most: raise _too_large(most)
                 await asyncio.to_thread(_write, file, block)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
-        raise ApiError(507, "file: no space is left for it; try again later, or send less", "insufficient_storage", "file") from e
+    except OSError as e: raise _no_space(e) from None
     if not size: raise ApiError(400, "file: is empty", "invalid_value", "file")
 
 def _write(file, block):
@@ -141,7 +142,9 @@ async def upload(
     if request.content_type != "multipart/form-data": raise ApiError(400, f"the body is {request.content_type}; send a form, multipart/form-data, with file and model", "invalid_content_type")
     if (request.content_length or 0) > most + (_FIELDS + 1)*_TEXT: raise _too_large(most)
     fields, path = [], None
-    with tempfile.TemporaryDirectory(prefix="ai2text-upload-", dir=folder) as home:
+    try: made = tempfile.TemporaryDirectory(prefix="ai2text-upload-", dir=folder)
+    except OSError as e: raise _no_space(e) from None
+    with made as home:
         try:
             reader = await request.multipart()
             while part := await _next(reader.next(), stall):
@@ -157,18 +160,22 @@ async def upload(
         if not path: raise ApiError(400, "file: is missing; send the recording as a file of the form", "missing_required_parameter", "file")
         yield path, fields
 
-# %% ../../nbs/protocols/20_transcriptions.ipynb #b4869071
+# %% ../../nbs/protocols/20_transcriptions.ipynb #95a0abe4
 WATCH, KEEPALIVE = 0.25, 15. # s between two looks whether a client is still there; s of silence in a stream before a comment
 
+def _stops()->ApiError: return ApiError(503, "the service stops; try again", "service_stopped", **{"Retry-After": "5"})
+
 async def watched(
-    request, # of a client that waits
-    work,    # a coroutine
-):           # its result
-    "Work for a client, as long as it is there."
+    request,  # of a client that waits
+    work,     # a coroutine
+    stopping, # whether the service stops
+):            # its result
+    "Work for a client, as long as it is there, and we are."
     task = asyncio.ensure_future(work)
     try:
         while not (await asyncio.wait([task], timeout=WATCH))[0]:
             if request.transport is None or request.transport.is_closing(): raise ConnectionResetError("the client is gone")
+            if stopping(): raise _stops()
         return task.result()
     finally:
         task.cancel()
@@ -183,7 +190,7 @@ def _refusal(e:Exception)->ApiError:
     if isinstance(e, ConfigError): return ApiError(400, str(e), "invalid_value")
     return ApiError(500, "an error of the service; it has been noted", "internal_error")
 
-# %% ../../nbs/protocols/20_transcriptions.ipynb #717d678c
+# %% ../../nbs/protocols/20_transcriptions.ipynb #f7681880
 class Transcriptions:
     "OpenAI's routes before a service."
     def __init__(self, # nosec B107 # no token is the empty one
@@ -193,14 +200,14 @@ class Transcriptions:
         folder=None,           # for files while they are recognised; None: the system's for temporary files
         most:int=1 << 30,      # bytes of a file: 1 GiB is 3 h of 16-bit stereo at 48 kHz, or 70 h of MP3
         at_once:int=16,        # requests; one more is told to come back
-        stall:float=60.,       # s without a byte after which an upload is given up
+        stall:float=60.,       # s without a byte after which an upload, or a client that does not read its stream, is given up
         aliases=("whisper-1",),# other names of the first model
         log=print,             # gets a line of text for each error of ours
     ):
         if most < 1 or at_once < 1 or stall <= 0: raise ConfigError(f"most {most}, at_once {at_once}, stall {stall}: give 1 or more bytes and requests, and more than 0 s")
         if folder and not os.path.isdir(folder): raise ConfigError(f"folder {folder}: no such folder for uploads; make it")
         self.service, self.token, self.origins, self.folder, self.most, self.at_once, self.stall, self.aliases, self.log = service, token, check_origins(origins), folder, most, at_once, stall, tuple(aliases), log
-        self.inside = 0
+        self.inside, self.stopping = 0, False
 
     def add_to(self, app):
         "Put the routes into an application."
@@ -209,6 +216,11 @@ class Transcriptions:
         app.router.add_post("/v1/audio/transcriptions", self._answered(self._transcribe), expect_handler=self._expected)
         app.router.add_route("*", "/v1{rest:(/.*)?}", self._answered(self._other))
         app.on_response_prepare.append(self._cors)
+        app.on_shutdown.append(self._stop)
+
+    async def _stop(self, app):
+        "Whoever waits is told."
+        self.stopping = True
 
     async def _cors(self, request, response):
         if not request.path.startswith("/v1") or not allowed_origin(request.headers.get("Origin"), self.origins): return
@@ -260,16 +272,17 @@ class Transcriptions:
     def _about(self, name)->dict:
         return dict(id=name, object="model", created=int(self.service.models.get(name) or next(iter(self.service.models.values()))), owned_by="ai2text")
 
-# %% ../../nbs/protocols/20_transcriptions.ipynb #ec61729d
+# %% ../../nbs/protocols/20_transcriptions.ipynb #f8ad20c3
 @patch
 async def _transcribe(self:Transcriptions, request):
     if self.inside >= self.at_once: raise ApiError(429, f"{self.at_once} recordings are being recognised, which is the most; try again later", "too_many_requests", **{"Retry-After": "5"})
+    if self.stopping: raise _stops()
     self.inside += 1
     try:
         async with upload(request, self.folder, self.most, self.stall) as (path, fields):
             asked = read_fields(fields, self._names())
             if asked.stream: return await self._stream(request, path, asked)
-            found = await watched(request, self.service.recognise(path, language="vi", prompt=asked.prompt))
+            found = await watched(request, self.service.recognise(path, language="vi", prompt=asked.prompt), lambda: self.stopping)
             text, kind = answer(found, asked)
             return web.Response(text=text, content_type=kind)
     finally: self.inside -= 1
@@ -278,9 +291,11 @@ async def _transcribe(self:Transcriptions, request):
 async def _stream(self:Transcriptions, request, path, asked):
     "Text as it is recognised; the answer begins with the first of it, so that a file that is none still gets its status."
     texts, response = asyncio.Queue(), web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-    async def send(event):
+    async def write(text):
         if not response.prepared: await response.prepare(request)
-        await response.write(f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode())
+        try: await _next(response.write(text.encode()), self.stall)
+        except asyncio.TimeoutError: raise ConnectionResetError(f"the client has read nothing for {self.stall:g} s") from None
+    send = lambda event: write(f"data: {json.dumps(event, ensure_ascii=False)}\n\n")
     async def work():
         try: return await self.service.recognise(path, language="vi", prompt=asked.prompt, said=texts.put_nowait)
         finally: texts.put_nowait(None)
@@ -289,10 +304,7 @@ async def _stream(self:Transcriptions, request, path, asked):
         try:
             while True:
                 try: text = await _next(texts.get(), KEEPALIVE)
-                except asyncio.TimeoutError:
-                    if not response.prepared: await response.prepare(request)
-                    await response.write(b": \n\n")
-                    continue
+                except asyncio.TimeoutError: await write(": \n\n"); continue
                 if text is None: break
                 if text:
                     deltas.append(" "*bool(deltas) + text)
@@ -302,10 +314,10 @@ async def _stream(self:Transcriptions, request, path, asked):
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-    try: await watched(request, pass_on())
+    try: await watched(request, pass_on(), lambda: self.stopping)
     except Exception as e:
         if isinstance(e, (ClientError, ConnectionError)) or not response.prepared: raise
-        await response.write(f"event: error\ndata: {json.dumps(self._told(e).body, ensure_ascii=False)}\n\n".encode())
+        await write(f"event: error\ndata: {json.dumps(self._told(e).body, ensure_ascii=False)}\n\n")
     await response.write_eof()
     return response
 
