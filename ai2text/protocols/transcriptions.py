@@ -6,7 +6,7 @@
 __all__ = ['RESPONSES', 'WATCH', 'KEEPALIVE', 'ApiError', 'Asked', 'read_fields', 'answer', 'upload', 'watched', 'Transcriptions',
            'add_routes']
 
-# %% ../../nbs/protocols/20_transcriptions.ipynb #8538fb62
+# %% ../../nbs/protocols/20_transcriptions.ipynb #924f3904
 import asyncio, contextlib, errno, json, math, os, sys, tempfile, zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from .access import admit, check_origins, allowed_origin
 if sys.version_info >= (3, 11): from asyncio import timeout as within
 else: from async_timeout import timeout as within
 
-# %% ../../nbs/protocols/20_transcriptions.ipynb #fca6946e
+# %% ../../nbs/protocols/20_transcriptions.ipynb #410f86d0
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 class ApiError(Exception):
@@ -41,7 +41,7 @@ class ApiError(Exception):
         "As an answer."
         return web.json_response(self.body, status=self.status, headers=self.headers)
 
-# %% ../../nbs/protocols/20_transcriptions.ipynb #687533c7
+# %% ../../nbs/protocols/20_transcriptions.ipynb #a797d27f
 RESPONSES = ("json", "text", "srt", "vtt", "verbose_json")
 _GRANULARITIES, _VIETNAMESE, _SEVERAL = ("segment", "word"), ("vi", "vi-vn", "vie", "vietnamese"), "timestamp_granularities"
 
@@ -78,7 +78,7 @@ def read_fields(
     if stream and form not in ("json", "text"): raise ApiError(400, f"stream: gives text alone; ask for response_format json, not {form}, or do not stream", "invalid_value", "stream")
     return Asked(given["model"], given.get("prompt", ""), form, tuple(dict.fromkeys(several)) or ("segment",), stream)
 
-# %% ../../nbs/protocols/20_transcriptions.ipynb #c345c658
+# %% ../../nbs/protocols/20_transcriptions.ipynb #581e7ee4
 def _segment(number:int, words)->dict:
     text = " ".join(w.word for w in words)
     return dict(id=number, seek=0, start=round(words[0].start, 3), end=round(words[-1].end, 3), text=text, tokens=[], temperature=0., avg_logprob=round(float(np.mean([math.log(max(w.confidence, 1e-10)) for w in words])), 4), compression_ratio=round(len(text.encode())/len(zlib.compress(text.encode())), 4), no_speech_prob=0.)
@@ -95,7 +95,7 @@ def answer(
     parts = dict(segments=lambda: [_segment(n, words) for n,words in enumerate(cues(found.words))], words=lambda: [dict(word=w.word, start=round(w.start, 3), end=round(w.end, 3)) for w in found.words])
     return json.dumps(dict(task="transcribe", language="vietnamese", duration=round(found.duration, 3), text=found.text) | {name: make() for name,make in parts.items() if name[:-1] in asked.granularities} | usage, ensure_ascii=False), "application/json"
 
-# %% ../../nbs/protocols/20_transcriptions.ipynb #f2ee0395
+# %% ../../nbs/protocols/20_transcriptions.ipynb #7ddda340
 _BLOCK, _TEXT, _FIELDS = 1 << 18, 1 << 16, 64 # bytes that are written at once; of a field of text; fields of a form
 
 def _too_large(most:int)->ApiError:
@@ -160,7 +160,7 @@ async def upload(
         if not path: raise ApiError(400, "file: is missing; send the recording as a file of the form", "missing_required_parameter", "file")
         yield path, fields
 
-# %% ../../nbs/protocols/20_transcriptions.ipynb #95a0abe4
+# %% ../../nbs/protocols/20_transcriptions.ipynb #24b5f757
 WATCH, KEEPALIVE = 0.25, 15. # s between two looks whether a client is still there; s of silence in a stream before a comment
 
 def _stops()->ApiError: return ApiError(503, "the service stops; try again", "service_stopped", **{"Retry-After": "5"})
@@ -190,7 +190,7 @@ def _refusal(e:Exception)->ApiError:
     if isinstance(e, ConfigError): return ApiError(400, str(e), "invalid_value")
     return ApiError(500, "an error of the service; it has been noted", "internal_error")
 
-# %% ../../nbs/protocols/20_transcriptions.ipynb #f7681880
+# %% ../../nbs/protocols/20_transcriptions.ipynb #8ea3bf3c
 class Transcriptions:
     "OpenAI's routes before a service."
     def __init__(self, # nosec B107 # no token is the empty one
@@ -272,7 +272,7 @@ class Transcriptions:
     def _about(self, name)->dict:
         return dict(id=name, object="model", created=int(self.service.models.get(name) or next(iter(self.service.models.values()))), owned_by="ai2text")
 
-# %% ../../nbs/protocols/20_transcriptions.ipynb #f8ad20c3
+# %% ../../nbs/protocols/20_transcriptions.ipynb #583814ba
 @patch
 async def _transcribe(self:Transcriptions, request):
     if self.inside >= self.at_once: raise ApiError(429, f"{self.at_once} recordings are being recognised, which is the most; try again later", "too_many_requests", **{"Retry-After": "5"})
@@ -310,7 +310,7 @@ async def _stream(self:Transcriptions, request, path, asked):
                     deltas.append(" "*bool(deltas) + text)
                     await send(dict(type="transcript.text.delta", delta=deltas[-1]))
             found = await task
-            await send(dict(type="transcript.text.done", text=found.text, usage=dict(type="duration", seconds=math.ceil(found.duration))))
+            await send(dict(type="transcript.text.done", text=found.text))
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
