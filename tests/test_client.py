@@ -13,7 +13,7 @@ from ai2text.serving.client import recognise, stream, transcribe
 from ai2text.serving.recogniser import load_recogniser
 from ai2text.serving.latency import EDGE, Session, figures, load, served
 from ai2text.audio.segment import LONGEST
-from ai2text.serving.protocol import Refused, run
+from ai2text.protocols.streaming import Refused, run
 from ai2text.testing.toy_bundle import WORDS, toy_bundle, whistle
 
 RATE, TOKEN = 16_000, "0123456789abcdef"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPEECH_WINDOW', 'SpeechDetector', 'Segment', 'Endpointer', 'speech_segments']
 
-# %% ../../nbs/audio/40_vad.ipynb #3080f767
+# %% ../../nbs/audio/40_vad.ipynb #bdffa464
 import importlib.util, itertools, math
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..core.batch import SAMPLE_RATE
 from ..core.params import ConfigError
 from .segment import LONGEST
 
-# %% ../../nbs/audio/40_vad.ipynb #1d992fda
+# %% ../../nbs/audio/40_vad.ipynb #9126178e
 SPEECH_WINDOW, _CONTEXT, _STATE = 512, 64, 128 # samples of a window; those before it that the network sees as well; size of its state
 _GRAPH = "silero_vad_16k_sequence.onnx"
 
@@ -54,7 +54,7 @@ class SpeechDetector:
         prob_N, *self.state = self.network.run(None, dict(input=windows_NT, h=self.state[0], c=self.state[1]))
         return prob_N
 
-# %% ../../nbs/audio/40_vad.ipynb #df034e06
+# %% ../../nbs/audio/40_vad.ipynb #b35d8b34
 _BELOW = 0.15 # how far under the threshold silence begins
 _MEAN  = 9    # windows over which the least probable place of a long segment is looked for
 
@@ -133,7 +133,7 @@ class Endpointer:
         start, self.free = self.free if start is None else start, end
         return [Segment(start, end, reason)]
 
-# %% ../../nbs/audio/40_vad.ipynb #10bc749f
+# %% ../../nbs/audio/40_vad.ipynb #81beca1a
 def speech_segments(
     blocks,                # of samples, as `read_blocks` gives them
     longest:float=LONGEST, # s of a segment

@@ -23,7 +23,7 @@ from ..audio.segment import LONGEST, pieces
 from ..decoding.transcript import FORMATS, Transcript
 from .recogniser import load_recogniser
 from .server import read_token
-from .protocol import Segments, at_once, paced, pcm, talk
+from ..protocols.streaming import Segments, at_once, paced, pcm, talk
 
 # %% ../../nbs/serving/70_client.ipynb #e236b2cd
 _recogniser = None # of a worker

@@ -19,7 +19,7 @@ from ..audio.io import piece_of, read_audio
 from ..core.batch import SAMPLE_RATE
 from ..core.params import ConfigError
 from ..evaluation.metrics import align
-from .protocol import Segments, at_once, paced, talk
+from ..protocols.streaming import Segments, at_once, paced, talk
 
 # %% ../../nbs/serving/80_latency.ipynb #74cae9a1
 BLOCK_SECONDS = 0.1 # of a block, as browsers and telephones send them

@@ -19,7 +19,7 @@ from .latency import figures, flicker, load, served, sessions
 from ..text.normalise import NORMALISER
 from ..evaluation.metrics import count_errors, bootstrap, score_rows, utterance_rows
 from ..evaluation.scorecard import paired_difference
-from .protocol import run
+from ..protocols.streaming import run
 
 # %% ../../nbs/serving/90_shadow_test.ipynb #2ac13862
 def pick(
