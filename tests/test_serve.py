@@ -55,6 +55,24 @@ def test_foreign_client_works_as_it_is(bundle, tmp_path):
         assert "hai một ba" in out, out
 
 
+def test_foreign_python_client(bundle):
+    "As sherpa-onnx's examples in Python do it, with their library: samples in frames, Done, results until Done!."
+    import websockets
+    wave = whistle("sáu hai")[0]
+    async def main():
+        async with running(bundle, workers=1) as service, websockets.connect(service.websocket) as ws:
+            async def receive():
+                last = ""
+                async for message in ws:
+                    if message == "Done!": return last
+                    last = json.loads(message)["text"]
+            receiving = asyncio.create_task(receive())
+            for at in range(0, len(wave), 3200): await ws.send(wave[at:at+3200].tobytes())
+            await ws.send("Done")
+            return await asyncio.wait_for(receiving, 30)
+    assert asyncio.run(main()) == "sáu hai"
+
+
 def test_the_last_chunk_is_heard(bundle):
     "Whatever the runtime is doing when a client says Done: the last result speaks for all of its audio."
     waves = [np.concatenate([np.zeros(641*i % 5120, np.float32), whistle("ba một")[0]]) for i in range(32)]

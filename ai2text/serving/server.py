@@ -29,6 +29,7 @@ from ..audio.segment import pieces
 from ..audio.vad import speech_segments
 from ..decoding.beam_search import Word
 from ..decoding.transcript import Transcript
+from ..decoding.itn import written
 from .workers import Workers, within
 
 # %% ../../nbs/serving/60_server.ipynb #8291cb5c
@@ -195,6 +196,7 @@ async def _down(self:Stream):
         self.text = result["text"]
         latency = max(0., now - (self.done if result["is_eof"] and self.done else self._needed(event["needs"])))
         result |= dict(decoded=round(decoded/SAMPLE_RATE, 3), needs=round(event["needs"]/SAMPLE_RATE, 4), received=round(self.received/SAMPLE_RATE, 3), latency=round(latency, 4)) | (dict(id=self.id) if store else {})
+        if result["is_final"]: result["written"] = written(result["text"], sentence=True)
         self.service.measure(latency if self.received/SAMPLE_RATE < now - self.began + 1 else None, max(0, more)/SAMPLE_RATE)
         await self._say(json.dumps(result, ensure_ascii=False))
         if result["is_final"]:

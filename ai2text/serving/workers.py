@@ -42,7 +42,7 @@ def unpack(
     return found
 
 # %% ../../nbs/serving/45_workers.ipynb #ee345cb5
-MOST_MOVES = 3 # workers that may die under a stream: the fourth is not tried, it may be the stream that kills them
+MOST_MOVES = 3 # workers that may die under an utterance: the fourth is not tried, it may be the utterance that kills them
 
 class Speech:
     "Samples on their way to a worker, and the events that come back."
@@ -85,7 +85,7 @@ class Speech:
         if event["what"] == "partial" and event["decoded"] < self.decoded: return
         if "decoded" in event:
             if event["what"] == "final":
-                self.segment = event["result"]["segment"] + bool(event["result"]["text"])
+                self.segment, self.moves = event["result"]["segment"] + bool(event["result"]["text"]), 0
                 if self.audio: event["wave"] = np.frombuffer(bytes(self.kept[4*(event["begin"] - self.cut):4*(event["end"] - self.cut)]), "<f4")
             self.decoded = max(self.decoded, event["decoded"])
             del self.kept[:4*(event["keep"] - self.cut)]
