@@ -157,7 +157,9 @@ class Bundle:
     @property
     def window(self)->int:
         "Samples that must have come before a stream's first chunk is decoded."
-        return window_samples(self.chunk_size, self.config["right_context"]) if self.kind == "streaming_ctc" else check_chunk_graph(self.model())[0].window - check_chunk_graph(self.model())[0].lead
+        if self.kind == "streaming_ctc": return window_samples(self.chunk_size, self.config["right_context"])
+        shape, _ = check_chunk_graph(self.model())
+        return shape.window - shape.lead
 
     @property
     def symbols(self)->list[str]:

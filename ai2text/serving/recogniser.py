@@ -70,12 +70,14 @@ class TrainedRecogniser(Recogniser):
     "The same by a trained model, in torch."
     def __init__(self, folder, lm=None, hotwords=(), **decoding): # as of `Recogniser`
         self.folder = Path(folder)
-        self._decode(self.folder/"tokenizer/tokens.txt", self.model.frame_seconds, lm, hotwords, decoding)
+        self._decode(self.folder/"tokenizer/tokens.txt", 0.04, lm, hotwords, decoding)
 
     @functools.cached_property
     def model(self):
-        "Loaded on first use."
-        return load_model(self.folder)
+        "Loaded on first use, by whoever uses it: torch may not have worked in a process that is forked."
+        model = load_model(self.folder)
+        self.decoder.frame_seconds = model.frame_seconds
+        return model
 
     def log_probs(self, wave_T)->np.ndarray:
         "As of `Recogniser`."
