@@ -245,6 +245,11 @@ def test_every_family_becomes_a_bundle_that_says_what_the_model_says(families, n
     for folder in (bundle.folder, there.model(name)):
         assert transcribe(folder, [tmp_path/"speech.wav"], processes=1) == 0
         assert " ".join(capsys.readouterr().out.split()) == text, folder
+    if kind == "whisper": # two processes, as the command starts them
+        soundfile.write(tmp_path/"again.wav", wave, 16_000)
+        for folder in (bundle.folder, there.model(name)):
+            done = subprocess.run([sys.executable, "-m", "ai2text.pipeline.cli", "transcribe", folder, tmp_path/"speech.wav", tmp_path/"again.wav", "--processes", "2"], capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0 and done.stdout.count(text) == 2, done.stdout + done.stderr
     if kind != "chunk_ctc": assert transcribe(bundle.folder, [tmp_path/"speech.wav"], processes=1, int8=True) == 0
     (next(bundle.folder.glob("**/model.*"))).write_bytes(b"")
     with pytest.raises(BundleError, match="its content is not what SHA256SUMS says"): check_bundle(bundle.folder)

@@ -157,7 +157,9 @@ class Bundle:
     @property
     def window(self)->int:
         "Samples that must have come before a stream's first chunk is decoded."
-        return window_samples(self.chunk_size, self.config["right_context"]) if self.kind == "streaming_ctc" else check_chunk_graph(self.model())[0].window - check_chunk_graph(self.model())[0].lead
+        if self.kind == "streaming_ctc": return window_samples(self.chunk_size, self.config["right_context"])
+        shape, _ = check_chunk_graph(self.model())
+        return shape.window - shape.lead
 
     @property
     def symbols(self)->list[str]:
@@ -219,6 +221,10 @@ def _check_ctc(bundle:Bundle):
 def _check_whisper(bundle:Bundle):
     V, about = bundle.config["vocab_size"], read_json(bundle.folder/"whisper.json")
     expect(bundle.folder/"whisper.json", "vocab_size", isinstance(about, dict) and about.get("vocab_size"), V)
+    where, c = bundle.folder/"config.json", bundle.config["config"]
+    if c.get("window") not in ("cut", "full"): raise BundleError(f"{where}: config.window: {c.get('window')!r} is neither cut nor full; {MEND}")
+    if not isinstance(net := c.get("net"), dict) or any(type(n) is not int or not 0 < n < 1 << 20 for n in net.values()): raise BundleError(f"{where}: config.net: {net!r} is no shape of a network; {MEND}")
+    expect(where, "config.net.vocab_size", net.get("vocab_size"), V)
     for int8 in (False, True): check_translated(bundle.model(int8), V)
 
 # %% ../../nbs/serving/00_bundle.ipynb #b0a6f9f1

@@ -18,19 +18,19 @@ from ..core.params import ConfigError
 from ..models.registry import model_class
 from ..decoding.beam_search import Decoder, Word
 from ..streams.graphs import session
-from .bundle import SUMS, check_bundle
+from .bundle import SUMS, Bundle, check_bundle
 
 # %% ../../nbs/serving/35_recogniser.ipynb #74a9b2c9
 class Recogniser:
     "What turns samples into words by scores of each moment: a bundle's graph for whole utterances, and a decoder."
     def __init__(self,
-        bundle,          # its folder
+        bundle,          # its folder, or a `Bundle`
         lm=None,         # folder of a language model
         hotwords=(),     # texts that are likely to be said
         int8:bool=False, # weights of 8 bits
         **decoding,      # more for `Decoder`
     ):
-        self.bundle = check_bundle(bundle)
+        self.bundle = bundle if isinstance(bundle, Bundle) else check_bundle(bundle)
         self.graph, self.min_samples = self.bundle.whole(int8), self.bundle.config["offline"]["min_samples"]
         self._decode(self.bundle.tokens, self.bundle.config.get("frame_seconds", 0.04), lm, hotwords, decoding)
 
@@ -65,13 +65,15 @@ class TrainedRecogniser(Recogniser):
     "The same by a trained model, in torch."
     def __init__(self, folder, lm=None, hotwords=(), **decoding): # as of `Recogniser`
         self.folder = Path(folder)
-        self._decode(self.folder/"tokenizer/tokens.txt", self.model.frame_seconds, lm, hotwords, decoding)
+        self._decode(self.folder/"tokenizer/tokens.txt", 0.04, lm, hotwords, decoding)
 
     @functools.cached_property
     def model(self):
-        "Loaded on first use, with torch; a bundle's graph does without."
+        "Loaded on first use, by whoever uses it: torch may not have worked in a process that is forked."
         from ai2text.models.store import load_model
-        return load_model(self.folder)
+        model = load_model(self.folder)
+        self.decoder.frame_seconds = model.frame_seconds
+        return model
 
     def log_probs(self, wave_T)->np.ndarray:
         "As of `Recogniser`."
@@ -101,12 +103,12 @@ def token_words(
 class WritingRecogniser:
     "What turns samples into words by a model that writes: of a bundle, or a trained one."
     def __init__(self,
-        folder,          # a bundle of kind whisper, or a trained model
+        model,           # a `Bundle` of kind whisper, or the folder of a trained model
         int8:bool=False, # weights of 8 bits
         threads:int=1,   # of CTranslate2
     ):
-        self.bundle = check_bundle(folder) if is_bundle(folder) else None
-        self.folder, self.int8, self.threads = Path(folder), int8, threads
+        self.bundle = model if isinstance(model, Bundle) else None
+        self.folder, self.int8, self.threads = self.bundle.folder if self.bundle else Path(model), int8, threads
 
     @functools.cached_property
     def model(self):
@@ -160,12 +162,12 @@ def load_recogniser(
     **decoding,      # more for `Decoder`
 ):                   # recogniser(wave_T, start=0.) -> text, words
     "What recognises whole utterances, by what the folder holds."
-    bundled, search = is_bundle(folder), dict(lm=lm, hotwords=hotwords, **decoding)
-    if not bundled and int8: raise ConfigError(f"{folder}: a trained model has weights of 32 bits alone; leave int8 out, or export the model and name the bundle")
-    if bundled: writes = check_bundle(folder).kind == "whisper"
+    bundle, search = check_bundle(folder) if is_bundle(folder) else None, dict(lm=lm, hotwords=hotwords, **decoding)
+    if not bundle and int8: raise ConfigError(f"{folder}: a trained model has weights of 32 bits alone; leave int8 out, or export the model and name the bundle")
+    if bundle: writes = bundle.kind == "whisper"
     else:
-        from ai2text.models.store import load_config
+        from ai2text.models.store import load_config # with torch, which a bundle's graph does without
         writes = not hasattr(model_class(load_config(folder)["family"]), "log_probs")
     if writes and any(search.values()): raise ConfigError(f"{folder}: a Whisper writes its text itself, and takes neither a language model nor hotwords; leave them out, or name a model of a CTC family, as conformer or wav2vec")
-    if writes: return WritingRecogniser(folder, int8)
-    return Recogniser(folder, int8=int8, **search) if bundled else TrainedRecogniser(folder, **search)
+    if writes: return WritingRecogniser(bundle or folder, int8)
+    return Recogniser(bundle, int8=int8, **search) if bundle else TrainedRecogniser(folder, **search)
