@@ -16,7 +16,8 @@ from ai2text.corpora.prepare import prepare
 from ai2text.data.shard_index import member_audio, members
 from ai2text.data.shards import write_shards
 from ai2text.pipeline.cli import main
-from ai2text.serving.client import Recogniser, stream, transcribe
+from ai2text.serving.client import stream, transcribe
+from ai2text.serving.recogniser import load_recogniser
 from ai2text.serving.latency import served
 from ai2text.testing.recordings import RECORDINGS, of_kind
 from ai2text.testing.toy_bundle import WORDS, toy_bundle, whistle
@@ -85,7 +86,7 @@ def test_corpus_prepare_and_shards(folder, toy):
     assert rejects == {name: reason for name, (_, _, reason) in CASES.items() if reason}
     told = {note["note"]: note["utterances"] for note in stats["notes"]}
     assert told == {NOTES[key]: sum(key in keys for _, keys, _ in CASES.values()) for key in {key for _, keys, _ in CASES.values() for key in keys}}
-    recogniser, found = Recogniser(toy), {}
+    recogniser, found = load_recogniser(toy), {}
     for split in ("train", "dev", "test"):
         rows = read_jsonl(folder/f"prepared/{split}.jsonl")
         index = write_shards(rows, folder/"shards"/split, folder/f"{split}.json", ShardsConfig(codec="wav", processes=1), audio_root=folder/"prepared")

@@ -9,10 +9,11 @@ import pytest
 import soundfile as sf
 
 from ai2text.audio.io import resample
-from ai2text.serving.client import Recogniser, recognise, stream, transcribe
+from ai2text.serving.client import recognise, stream, transcribe
+from ai2text.serving.recogniser import load_recogniser
 from ai2text.serving.latency import EDGE, Session, figures, load, served
 from ai2text.audio.segment import LONGEST
-from ai2text.serving.protocol import Refused, run
+from ai2text.protocols.streaming import Refused, run
 from ai2text.testing.toy_bundle import WORDS, toy_bundle, whistle
 
 RATE, TOKEN = 16_000, "0123456789abcdef"
@@ -53,7 +54,7 @@ def test_words_and_times_of_a_joined_file_at_any_rate_and_format(toy, tmp_path, 
     wave, spans = talk(12)
     wave = resample(wave, RATE, rate)
     sf.write(tmp_path/name, np.stack([wave, wave], 1), rate)
-    (found, error), = recognise(Recogniser(toy), [tmp_path/name], processes=1)
+    (found, error), = recognise(load_recogniser(toy), [tmp_path/name], processes=1)
     assert not error and len(found.lines) > found.duration/LONGEST
     if rate < 16_000: spans = [s for s in spans if WORDS[s[0]] < rate/2 - 500]  # the others do not fit into it
     same([w for w in found.words if WORDS[w.word] < rate/2 - 500], spans, 0.1 if name in ("a.mp3", "a.ogg") else 0.08)  # frames of 0.04 s; a codec smears
@@ -93,7 +94,7 @@ def test_subtitles_are_well_formed(toy, tmp_path, capsys):
 def test_memory_does_not_grow_with_the_file(toy, tmp_path):
     wave, _ = talk(10)
     sf.write(tmp_path/"long.wav", np.tile(wave, 8), RATE)
-    recogniser = Recogniser(toy)
+    recogniser = load_recogniser(toy)
     tracemalloc.start()
     (found, error), = recognise(recogniser, [tmp_path/"long.wav"], processes=1)
     peak = tracemalloc.get_traced_memory()[1]
@@ -137,10 +138,10 @@ def test_harness_on_a_real_service(service, tmp_path):
     chunks = int((heard[0].duration - EDGE)/0.32)
     assert f["service"]["n"] >= 4*(chunks - 1) and f["word"]["n"] == 4*len(spans) and f["flicker"] == 0
     for h in heard:
-        needs = [n - EDGE for _, n, _ in h.told]
+        needs = [n for _, n, _ in h.told]
         assert needs == sorted(needs) and needs[-1] >= h.duration - 0.01  # nothing was dropped
         assert np.all(np.diff([when for _, when in h.sent]) > 0) and h.final > h.done >= h.duration
-    assert f["service"]["p50"] > 0 and f["word"]["p50"] > 0 and 0 < f["real_time_factor"] < 10
+    assert f["service"]["p50"] > 0 and f["word"]["p50"] > -0.24 and 0 < f["real_time_factor"] < 10  # a whistle of 0.24 s is understood before it ends
 
 
 def test_refused_streams_are_errors_of_the_harness(service):

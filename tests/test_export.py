@@ -18,15 +18,19 @@ from ai2text.serving import export as exporting
 from ai2text.audio.io import read_audio
 from ai2text.core.batch import collate
 from ai2text.serving.bundle import INPUTS, BundleError, check_bundle, seal
-from ai2text.models.store import save_model
+from ai2text.models.store import load_model, save_model
 from ai2text.core.files import read_json, read_jsonl, write_json
 from ai2text.core.layout import Layout
 from ai2text.core.params import ConfigError
 from ai2text.models.conformer import Conformer
+from ai2text.models.whisper_ctc import WhisperCTC
 from ai2text.serving.bundle import session
 from ai2text.core.sections import ExportConfig, StreamConfig
 from ai2text.serving.export import ExportError, export, recommended, run_stream, transcribe_pieces, with_silence
+from ai2text.serving.client import transcribe
 from ai2text.text.tokenizer import load_tokenizer
+from ai2text.testing.small_whisper import small_whisper
+from ai2text.testing.toy_bundle import toy_whisper
 from ai2text.testing.workspace import tiny_workspace
 
 CHUNK, LEFT = 4, 2
@@ -198,10 +202,62 @@ def test_a_model_that_fails_leaves_the_bundle_as_it_was(made, layout, monkeypatc
     assert read_json(layout.comparison/"export.json")["utterances"] == 6, "the figures are there to see why"
 
 
-def test_a_model_that_cannot_stream_is_refused(layout, monkeypatch):
-    with pytest.raises(ConfigError, match=r"models/whole: was trained without chunks \(chunk_share 0\)"): exporting.streaming_model(ExportConfig(model="whole"), layout)
-    monkeypatch.setattr(exporting, "load_model", lambda folder: torch.nn.Linear(2, 2))
-    with pytest.raises(ConfigError, match="m: a Linear hears whole utterances only and cannot be a stream"): exporting.streaming_model(ExportConfig(model="m"), layout)
+# Every family
+
+class Elsewhere(Layout):
+    "The same workspace, and another place for what export writes."
+    bundle = property(lambda self: self.root/f"elsewhere/{self.kind}/bundle")
+    comparison = property(lambda self: self.root/f"elsewhere/{self.kind}/comparison")
+
+
+@pytest.fixture(scope="module")
+def families(layout, tmp_path_factory):
+    "A model of each other kind, published beside the Conformer that streams."
+    tokenizer, folder = load_tokenizer(layout.tokenizer), tmp_path_factory.mktemp("released")
+    torch.manual_seed(2)
+    heard = WhisperCTC.start(dict(init=str(small_whisper(folder, ["một hai ba"], max_source_positions=60, window_seconds=30))), tokenizer)
+    torch.nn.init.normal_(heard.head.weight, std=0.3)
+    for name, model, family in (("heard", heard, "whisper_ctc"), ("written", toy_whisper(()), "whisper")):
+        save_model(layout.model(name), model, beside=lambda part, model=model: model.tokenizer.save(part/"tokenizer"), family=family)
+    return layout
+
+
+@pytest.mark.parametrize("name, kind, files", [("whole", "ctc", {"model.onnx"}), ("heard", "chunk_ctc", {"model.onnx", "model.offline.onnx"}), ("written", "whisper", {"float32"})])
+def test_every_family_becomes_a_bundle_that_says_what_the_model_says(families, name, kind, files, tmp_path, capsys):
+    there = Elsewhere(families.root)
+    object.__setattr__(there, "kind", kind)
+    rows, model = export(ExportConfig(**CONFIG | dict(model=name)), STREAM, there), load_model(there.model(name))
+    bundle, report = check_bundle(there.bundle), read_json(there.comparison/"export.json")
+    assert (bundle.kind, bundle.streams, report["kind"], bundle.config["name"]) == (kind, kind == "chunk_ctc", kind, name) and len(rows) == 6
+    assert {*report["graphs"]} == files and not any(o["texts_differ"] or o["apart"] > 1e-3 for o in report["graphs"].values()), report["graphs"]
+    assert sum(len(r["hypothesis"]) for r in rows) > 20, "silence agrees with silence"
+    assert report["wer"]["full"]["wer"] == bundle.config["wer"]["full"]["wer"] and "**Not measured.**" not in (bundle.folder/"README.md").read_text("utf-8")
+
+    wave = speech(families)
+    soundfile.write(tmp_path/"speech.wav", wave, 16_000)
+    text = model.transcribe(collate([wave], [""], ["u"]))[0].text
+    if kind != "whisper":
+        (code, *_) = [c for c in blocks(bundle.folder, "python") if "onnxruntime" in c]
+        shutil.copy(tmp_path/"speech.wav", bundle.folder)
+        said = subprocess.run([sys.executable, "-c", code], cwd=bundle.folder, capture_output=True, text=True, env=os.environ | dict(PYTHONIOENCODING="utf-8"))
+        (bundle.folder/"speech.wav").unlink()
+        assert said.returncode == 0 and " ".join(said.stdout.split()) == text, said.stderr
+    for folder in (bundle.folder, there.model(name)):
+        assert transcribe(folder, [tmp_path/"speech.wav"], processes=1) == 0
+        assert " ".join(capsys.readouterr().out.split()) == text, folder
+    if kind == "whisper": # two processes, as the command starts them
+        soundfile.write(tmp_path/"again.wav", wave, 16_000)
+        for folder in (bundle.folder, there.model(name)):
+            done = subprocess.run([sys.executable, "-m", "ai2text.pipeline.cli", "transcribe", folder, tmp_path/"speech.wav", tmp_path/"again.wav", "--processes", "2"], capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0 and done.stdout.count(text) == 2, done.stdout + done.stderr
+    if kind != "chunk_ctc": assert transcribe(bundle.folder, [tmp_path/"speech.wav"], processes=1, int8=True) == 0
+    (next(bundle.folder.glob("**/model.*"))).write_bytes(b"")
+    with pytest.raises(BundleError, match="its content is not what SHA256SUMS says"): check_bundle(bundle.folder)
+
+
+def test_what_fits_no_kind_is_refused(layout, monkeypatch):
+    monkeypatch.setattr(exporting, "load_model", lambda folder: SimpleNamespace(tokenizer=None))
+    with pytest.raises(ConfigError, match="SimpleNamespace: no kind of bundle fits"): export(ExportConfig(**CONFIG), STREAM, layout)
 
 
 def test_other_recommendation_is_told(layout):

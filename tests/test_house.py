@@ -66,7 +66,7 @@ def run_python(code):
 
 # Rooms: where a notebook stands
 
-ROOMS = "core text audio corpora data models decoding ttq evaluation training serving streams pipeline testing".split()
+ROOMS = "core text audio corpora data models decoding ttq evaluation training streams protocols serving pipeline testing".split()
 EXTRA = ["stages", "benchmarks", "tutorials"]                      # folders of notebooks that export nothing
 PLACE = {o.module: (ROOMS.index(o.room), o.number) for o in LIBRARY if o.room in ROOMS and o.number is not None}
 
@@ -150,7 +150,7 @@ def absolute(path):
 
 
 # A public name that more than one module defines, and why that is right.
-SHARED_NAMES = {"SIZES": "each family of models has its own, and `size` means the same in all"}
+SHARED_NAMES = {"SIZES": "each family of models has its own, and `size` means the same in all", "BLANK_ID": "a decoder does without torch, which `models.ctc` needs; a test says that they are equal"}
 
 
 def test_a_public_name_means_one_thing():

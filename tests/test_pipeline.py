@@ -62,3 +62,18 @@ def test_killed_training_goes_on_and_what_was_trained_before_is_not_trained_agai
     assert workspace.repro(f"train@{M}") == {f"train@{M}"}
     assert (workspace.metrics(), workspace.report(f"train-{M}").read_bytes()) == before
     assert {path: Path(path, "result.json").stat().st_mtime_ns for path in workspace.runs()} == {**stamps, str(killed): (killed/"result.json").stat().st_mtime_ns}
+
+
+@pytest.mark.slow
+def test_a_whisper_alone_goes_all_the_way(workspace, tmp_path):
+    "No model streams and none is asked to: compare recommends it, export writes a bundle of its kind, and what the bundle hears is there."
+    w = Workspace.copy(workspace.root, tmp_path/"whisper")
+    w.change(dict(models={M: None, "base": dict(family="whisper", size="demo", d_model=32, layers=1, heads=2, ff=64)}, compare=dict(latency=0.)))
+    assert "export.model: 'conformer_ctc' is none of the models; write one of base" in w.run("dvc", "repro", ok=False, stderr=True)
+    w.change(dict(export=dict(model="base")))
+    assert {"init@base", "train@base", "evaluate@base", "compare", "export"} <= w.repro()
+    assert "recommended: base" in w.run("ai2text", "compare")
+    config = json.loads((w.root/"models/export/config.json").read_text("utf-8"))
+    assert (config["kind"], config["name"]) == ("whisper", "base") and (w.root/"models/export/int8/model.bin").exists()
+    w.change(dict(compare=dict(latency=1.)))
+    assert w.repro() == {"compare", "export"} and "no model is allowed by this rule: of base, the quickest" in w.run("ai2text", "compare")

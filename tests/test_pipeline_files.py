@@ -52,7 +52,7 @@ def test_a_stage_depends_on_its_code_by_its_identity(name):
     of_model = EACH.get(name) == "models"
     for stages, folder in ((PIPELINE, "identity"), (COMPARE, "../identity")):
         if name not in stages: continue
-        wanted = f"{folder}/{name}{'-${item.family}' if of_model else '-conformer' if name in FAMILY_STAGES else ''}.json"
+        wanted = f"{folder}/{name}{'-${item.family}' if of_model else ''}.json"
         code = [d for d in stages[name]["deps"] if d.endswith((".py", ".ipynb")) or "identity/" in d]
         assert code == [wanted], f"dvc.yaml, deps of {name}: {code}; of code, write {wanted} and nothing else"
 

@@ -10,7 +10,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from ai2text.serving.bundle import BundleError, check_bundle
-from ai2text.serving.release import get
+from ai2text.pipeline.release import get
 from ai2text.testing.s3_faults import KEY, SECRET, Faults, bad_line, serve_s3
 from ai2text.data.storage import Server, client
 from ai2text.testing.toy_bundle import toy_bundle

@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 import soundfile as sf
 
+from ai2text.core.batch import SAMPLE_RATE
 from ai2text.core.files import read_jsonl
 from ai2text.core.params import ConfigError
 from ai2text.core.sections import CorpusConfig
 from ai2text.corpora.corpus import make_corpus
-from ai2text.serving.engine import SAMPLE_RATE
+from ai2text.serving.bundle import seal
 from ai2text.serving.latency import served
-from ai2text.serving.server import MAX_AHEAD, FRAME_BYTES, Service, running
+from ai2text.serving.server import FRAME_BYTES, MAX_AHEAD, running
+from ai2text.serving.workers import MOST_MOVES
 from ai2text.testing.raw_client import bearer, frames, metric, send, wait_for_metric
 from ai2text.testing.toy_bundle import toy_bundle, whistle
 
@@ -30,6 +32,12 @@ TOKEN = "a token of the service's tests"
 
 @pytest.fixture
 def bundle(tmp_path): return toy_bundle(tmp_path/"bundle")
+
+
+def of(service):
+    "The process that hears the only stream of a service."
+    (stream,) = service.streams
+    return stream.speech.worker.process.pid
 
 
 def test_foreign_client_works_as_it_is(bundle, tmp_path):
@@ -47,6 +55,24 @@ def test_foreign_client_works_as_it_is(bundle, tmp_path):
         assert "hai một ba" in out, out
 
 
+def test_foreign_python_client(bundle):
+    "As sherpa-onnx's examples in Python do it, with their library: samples in frames, Done, results until Done!."
+    import websockets
+    wave = whistle("sáu hai")[0]
+    async def main():
+        async with running(bundle, workers=1) as service, websockets.connect(service.websocket) as ws:
+            async def receive():
+                last = ""
+                async for message in ws:
+                    if message == "Done!": return last
+                    last = json.loads(message)["text"]
+            receiving = asyncio.create_task(receive())
+            for at in range(0, len(wave), 3200): await ws.send(wave[at:at+3200].tobytes())
+            await ws.send("Done")
+            return await asyncio.wait_for(receiving, 30)
+    assert asyncio.run(main()) == "sáu hai"
+
+
 def test_the_last_chunk_is_heard(bundle):
     "Whatever the runtime is doing when a client says Done: the last result speaks for all of its audio."
     waves = [np.concatenate([np.zeros(641*i % 5120, np.float32), whistle("ba một")[0]]) for i in range(32)]
@@ -60,7 +86,7 @@ def test_the_last_chunk_is_heard(bundle):
 def test_signals_leave_nothing(bundle, number):
     "A service that is killed, and one that is asked to stop; its streams learn of the latter."
     async def main():
-        with served(bundle) as target:
+        with served(bundle, workers=2) as target:
             _, *below = target.pids()
             client = asyncio.create_task(send(target, frames(whistle("một")[0]), done=False))
             await wait_for_metric(target, "streams_open", 1)
@@ -72,18 +98,75 @@ def test_signals_leave_nothing(bundle, number):
     asyncio.run(asyncio.wait_for(main(), 120))
 
 
-def test_killed_runtime(bundle):
-    "Each of ten streams is told, and the next one is served again."
-    wave = whistle("ba một")[0]
+@pytest.mark.parametrize("count", [1, 2])
+def test_killed_worker(bundle, count):
+    "Ten streams of which some lose their worker in the middle of a word: nothing is lost of any, with another worker at hand or without."
+    wave = np.concatenate([whistle("ba một")[0], np.zeros(SAMPLE_RATE*3, np.float32), whistle("hai sáu năm")[0]])
     async def main():
-        async with running(bundle) as service:
-            streams, old = [asyncio.create_task(send(service, list(frames(wave))*200, pace=0.1)) for _ in range(10)], service.runtime.pid
+        async with running(bundle, workers=count) as service:
+            old = service.workers.pids
+            streams = [asyncio.create_task(send(service, frames(wave), pace=0.05)) for _ in range(10)]
             await wait_for_metric(service, "streams_open", 10)
-            os.kill(old, signal.SIGKILL)
-            assert {t.code for t in await asyncio.gather(*streams)} == {1012}
-            await wait_for_metric(service, "runtime_restarts", 1)
-            assert (await send(service, frames(wave))).text == "ba một"
-            assert service.runtime.pid != old and not Path(f"/proc/{old}").exists()
+            while min((s.received for s in service.streams), default=0) < len(wave) - SAMPLE_RATE: await asyncio.sleep(0.01)
+            os.kill(old[0], signal.SIGKILL)
+            heard = await asyncio.gather(*streams)
+            assert {h.code for h in heard} == {1000} and {h.text for h in heard} == {"ba một hai sáu năm"}
+            assert all(abs(h.results[-1]["decoded"] - len(wave)/SAMPLE_RATE) < 0.001 for h in heard)
+            assert await wait_for_metric(service, "runtime_restarts", 1) < float("inf")
+            while len(service.workers.pids) < count or Path(f"/proc/{old[0]}").exists(): await asyncio.sleep(0.02)
+            assert old[0] not in service.workers.pids
+            assert (await send(service, frames(wave))).text == "ba một hai sáu năm"
+    asyncio.run(asyncio.wait_for(main(), 180))
+
+
+def test_stream_that_kills_workers_is_told(bundle):
+    "After so many workers have died under it, and a good stream goes on."
+    async def main():
+        async with running(bundle, workers=2) as service:
+            client = asyncio.create_task(send(service, frames(whistle("một")[0]), done=False))
+            while not service.streams or not next(iter(service.streams)).received: await asyncio.sleep(0.02)
+            (stream,) = service.streams
+            while not client.done():
+                if stream.speech.worker:
+                    os.kill((worker := stream.speech.worker).process.pid, signal.SIGKILL)
+                    while stream.speech.worker is worker and not client.done(): await asyncio.sleep(0.01)
+                else: await asyncio.sleep(0.01)
+            told = await client
+            assert (told.code, told.reason) == (1012, "the recogniser was restarted; connect again") and stream.speech.moves == MOST_MOVES + 1
+            await service.workers.ready.wait()
+            assert (await send(service, frames(whistle("ba")[0]))).text == "ba"
+    asyncio.run(asyncio.wait_for(main(), 120))
+
+
+def test_whole_utterances(bundle):
+    "The other kind of engine behind the same door: utterances found by their loudness, words with times, partial results that keep what they showed."
+    first, second = whistle("một hai", seconds=0.4), whistle("ba sáu năm", seconds=0.4)
+    pause = np.zeros(round(1.5*SAMPLE_RATE), np.float32)
+    wave, later = np.concatenate([first[0], pause, second[0]]), (len(first[0]) + len(pause))/SAMPLE_RATE
+    spans = first[1] + [[w, a + later, b + later] for w, a, b in second[1]]
+    async def main():
+        async with running(bundle, windowed=True, vad="loudness", every=0.1, silence_after_words=0.6) as service:
+            assert "whole utterances" in service.about()
+            live, fast = await asyncio.gather(send(service, frames(wave), pace=0.1), send(service, frames(wave)))
+            for heard in (live, fast):
+                finals = [r for r in heard.results if r["is_final"]]
+                assert [r["text"] for r in finals] == ["một hai", "ba sáu năm"] and finals[-1]["is_eof"] and heard.code == 1000
+                words = [w for r in finals for w in r["words"]]
+                assert [w["word"] for w in words] == [w for w, *_ in spans]
+                assert max(abs(w["start"] - a) + abs(w["end"] - b) for w, (_, a, b) in zip(words, spans, strict=True)) < 0.16
+            partial = [r["text"].split() for r in live.results if not r["is_final"] and r["segment"] == 0]
+            assert any(partial) and all(b[:len(a)] == a for a, b in zip(partial, partial[1:]))
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_phrases_of_a_request(bundle):
+    async def main():
+        async with running(bundle, workers=1) as service:
+            there = type("There", (), dict(websocket=service.websocket + "?hotwords=ba%20một&hotwords=năm"))
+            assert (await send(there, frames(whistle("ba một")[0]))).text == "ba một"
+            there.websocket = service.websocket + "?hotwords=☃"
+            refused = await send(there, frames(whistle("ba")[0]))
+            assert refused.code == 1008 and "☃" in refused.reason and "cannot be said" in refused.reason
     asyncio.run(main())
 
 
@@ -108,28 +191,30 @@ def test_lies_are_refused_beside_a_good_stream(bundle):
             honest, *told = await asyncio.gather(send(service, frames(wave)), *(send(service, [good, lie], done=False) for _, lie in lies), send(service, [bytes(5*FRAME_BYTES)], done=False))
             assert [t.code for t in told[:-1]] == [code for code, _ in lies] and all(t.reason for t in told[:-1])
             assert told[-1].code in (1009, 1006) # the rest of a frame far too big is not even read: words may be lost with the connection
-            assert honest.text == "ba một" and service.runtime.restarts == 0
+            assert honest.text == "ba một" and service.workers.restarts == 0
     asyncio.run(main())
 
 
 @pytest.mark.slow
 def test_back_pressure(bundle):
-    "While the runtime stands still, little is taken; when it goes on, all arrives. Five minutes are in memory at no time."
+    "While the worker stands still, little is taken; when it goes on, all arrives. Five minutes are in memory at no time."
     wave, times = whistle("hai ba")[0], 120
-    def pieces(runtime):
+    def pieces(worker):
         for i in range(times):
-            if i == 5: os.kill(runtime, signal.SIGSTOP)
+            if i == 5: os.kill(worker(), signal.SIGSTOP)
             yield from frames(wave, 8000)
     async def main():
-        async with running(bundle, longest=1000.) as service: # one segment: a cut could go through a word
-            pid = service.runtime.pid
-            client = asyncio.create_task(send(service, pieces(pid)))
+        async with running(bundle, longest=1000., workers=1) as service: # one utterance: a cut could go through a word
+            client = asyncio.create_task(send(service, pieces(lambda: of(service))))
             while not service.streams: await asyncio.sleep(0.05)
             (stream,) = service.streams
-            def waiting(): return stream.received/SAMPLE_RATE - stream.results*0.32
-            while waiting() <= MAX_AHEAD - 1 or stream.received < 6*len(wave): await asyncio.sleep(0.05)
-            await asyncio.sleep(1) # in which nothing more is taken
-            assert waiting() < MAX_AHEAD + 1 and not client.done()
+            pid = of(service)
+            def waiting(): return (stream.received - stream.decoded)/SAMPLE_RATE
+            taken = -1
+            while not Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T" or stream.received != taken:
+                taken = stream.received
+                await asyncio.sleep(1) # in which nothing more is taken, once it stands still
+            assert taken < 60*len(wave) and waiting() < MAX_AHEAD + 1 and not client.done()
             os.kill(pid, signal.SIGCONT)
             heard = await client
             assert heard.code == 1000 and abs(heard.results[-1]["decoded"] - times*len(wave)/SAMPLE_RATE) < 1
@@ -145,24 +230,22 @@ def test_back_pressure(bundle):
     asyncio.run(asyncio.wait_for(main(), 600))
 
 
-@pytest.mark.slow
-def test_hanging_runtime_is_replaced(bundle):
-    "One that stands still is found out, killed and replaced; its stream is told."
+def test_hanging_worker_is_replaced(bundle):
+    "One that stands still is found out, killed and replaced; its stream goes on."
     async def main():
-        service = Service(bundle)
-        service.runtime.patience = 5.
-        await service.start(port=0)
-        try:
-            old = service.runtime.pid
-            client = asyncio.create_task(send(service, frames(whistle("một")[0]), done=False))
-            while not service.streams: await asyncio.sleep(0.05)
-            os.kill(old, signal.SIGSTOP)
-            told = await asyncio.wait_for(client, 60)
-            await service.runtime.ready.wait()
-            assert (told.code, told.reason) == (1012, "the recogniser was restarted; connect again")
-            assert service.runtime.pid != old and not Path(f"/proc/{old}").exists()
-            assert (await send(service, frames(whistle("ba")[0]))).text == "ba"
-        finally: await service.stop()
+        async with running(bundle, workers=1, patience=3.) as service:
+            old = []
+            def pieces():
+                yield from frames(whistle("một")[0])
+                old.append(of(service))
+                os.kill(old[0], signal.SIGSTOP)
+                yield from frames(whistle("ba")[0])
+            heard = await asyncio.wait_for(send(service, pieces(), pace=0.05), 60)
+            assert (heard.code, heard.text) == (1000, "một ba")
+            while Path(f"/proc/{old[0]}").exists() or len(service.workers.pids) < len(service.workers.tasks): await asyncio.sleep(0.02)
+            assert old[0] not in (new := service.workers.pids)
+            await asyncio.sleep(4) # idle for longer than its patience: it is asked, and answers
+            assert service.workers.pids == new and service.workers.restarts == 1
     asyncio.run(main())
 
 
@@ -186,12 +269,49 @@ def test_limits(bundle):
     asyncio.run(main())
 
 
-def test_without_a_network_of_its_own_it_says_so(bundle):
+def test_pages_of_other_sites(bundle):
+    "Those that are named may speak; others may not."
     async def main():
-        async with running(bundle, alone=False) as service:
-            assert (await send(service, frames(whistle("ba")[0]))).text == "ba"
-            assert f"LISTENS ON EVERY INTERFACE at port {service.runtime.port}, WITHOUT A LOGIN" in service.about()
+        async with running(bundle, workers=1, origins=["https://a.vn"]) as service, aiohttp.ClientSession() as session:
+            with pytest.raises(aiohttp.WSServerHandshakeError, match="403"): await send(service, [], headers={"Origin": "https://b.vn"})
+            assert (await send(service, frames(whistle("ba")[0]), headers={"Origin": "https://a.vn"})).text == "ba"
+            async with session.get(service.url + "/v1/models", headers={"Origin": "https://a.vn"}) as answer: assert (answer.status, answer.headers["Access-Control-Allow-Origin"], (await answer.json())["data"][0]["id"]) == (200, "https://a.vn", "toy")
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", ["chunk_ctc", "ctc", "whisper"])
+def test_every_kind(tmp_path, kind):
+    "The same protocol, the same words, a file through OpenAI's route, and a worker that is killed in the middle of an utterance."
+    folder, wave = toy_bundle(tmp_path/kind, kind=kind), whistle("một hai ba", seconds=0.4)[0]
+    async def main():
+        async with running(folder, workers=1, vad="loudness", every=0.2) as service, aiohttp.ClientSession() as session:
+            about = service.about()
+            assert f"kind {kind}" in about and ("whole utterances" in about) == (kind != "chunk_ctc")
+            heard = await send(service, frames(wave))
+            assert (heard.code, heard.text, heard.results[-1]["is_eof"]) == (1000, "một hai ba", True) and len(heard.results[-1]["words"]) == 3
+            form = aiohttp.FormData(dict(model="whisper-1"))
+            sf.write(tmp_path/"talk.wav", wave, SAMPLE_RATE)
+            form.add_field("file", (tmp_path/"talk.wav").read_bytes(), filename="talk.wav")
+            async with session.post(service.url + "/v1/audio/transcriptions", data=form) as answer: assert (await answer.json())["text"] == "một hai ba"
+            def pieces():
+                for n, piece in enumerate(frames(wave)):
+                    if n == 8: os.kill(of(service), signal.SIGKILL)
+                    yield piece
+            again = await send(service, pieces(), pace=0.05)
+            assert (again.code, again.text) == (1000, "một hai ba") and await wait_for_metric(service, "runtime_restarts", 1) < float("inf")
+    asyncio.run(asyncio.wait_for(main(), 180))
+
+
+def test_unknown_kind_and_trained_on(bundle):
+    "A bundle that no engine runs is refused in words; what the model was trained on is said to everybody."
+    async def main():
+        async with running(bundle, workers=1) as service, aiohttp.ClientSession() as session, session.get(service.url + "/health") as answer: return await answer.json()
+    about = asyncio.run(main())
+    assert (about["kind"], about["ready"]) == ("streaming_ctc", True) and "do not expect words" in about["trained"]
+    config = json.loads((bundle/"config.json").read_text())
+    (bundle/"config.json").write_text(json.dumps(config | dict(kind="oracle")))
+    seal(bundle)
+    with pytest.raises(ConfigError, match="oracle"): asyncio.run(main())
 
 
 def test_tampered_bundle_and_wrong_settings(bundle, tmp_path):

@@ -57,6 +57,15 @@ def test_shadow_without_references(bundles, tmp_path):
     assert found["sides"]["A"]["confidence"] < found["sides"]["B"]["confidence"]
 
 
+@pytest.mark.parametrize("kind", ["chunk_ctc", "ctc", "whisper"])
+def test_between_kinds(bundles, tmp_path, kind):
+    "A bundle that streams serves, and one of another kind shall take over: both hear the same, and are measured the same way."
+    handover(bundles[1], toy_bundle(tmp_path/"other", kind=kind), manifest(tmp_path, ["một hai ba", "hai sáu"]), share=1., shadow=True, fast=True, vad="loudness", to=tmp_path/"out.json")
+    found = json.loads((tmp_path/"out.json").read_text("utf-8"))
+    assert found["disagreement"] == 0 and [found["sides"][s]["wer"] for s in "AB"] == [0, 0] and not any(s["errors"] for s in found["sides"].values())
+    assert all(0 < s["confidence"] <= 1 and s["final"]["n"] == 2 for s in found["sides"].values())
+
+
 def test_a_share_that_reaches_nobody(bundles, tmp_path):
     with pytest.raises(ConfigError, match="none goes to B"): handover(*bundles, manifest(tmp_path, texts(2)), share=0.)
     with pytest.raises(ConfigError, match="is not between 0 and 1"): handover(*bundles, tmp_path/"manifest.jsonl", share=2.)

@@ -128,7 +128,7 @@ def test_source_archive_and_wheel_are_whole(tmp_path):
     package = {n for n in found[0] if ".dist-info/" not in n}
     assert package == {n for n in names if n.startswith("ai2text/")}, package ^ {n for n in names if n.startswith("ai2text/")}
     assert all(found[0][n] == (ROOT/n).read_bytes() for n in package)
-    assert {"ai2text/demo/sentences.vi.txt", "ai2text/demo/LICENSE", "ai2text/web/index.html", "ai2text/web/report.html.j2", "ai2text/web/model_card.md", "ai2text/abbreviations.tsv", "ai2text/readings.tsv", "ai2text/variants.tsv"} <= package
+    assert {"ai2text/demo/sentences.vi.txt", "ai2text/demo/LICENSE", "ai2text/web/index.html", "ai2text/web/report.html.j2", "ai2text/web/card_streaming_ctc.md", "ai2text/web/card_whisper.md", "ai2text/abbreviations.tsv", "ai2text/readings.tsv", "ai2text/variants.tsv"} <= package
     assert any(n.endswith("entry_points.txt") and b"ai2text=ai2text.pipeline.cli:main" in data.replace(b" ", b"") for n, data in found[0].items())
     assert found[0] == found[1], "the archive builds another wheel"
     (to/"x").mkdir()

@@ -138,17 +138,17 @@ class StreamConfig:
 @dataclass
 class CompareConfig:
     "The section `compare`."
-    policy:str = opt("streaming", "which to recommend: streaming (of the models that stream, the best on dev) or quality (the best on dev)", choices=("quality", "streaming"))
+    latency:float = opt(1., "of the models whose text comes within so many seconds of a sound, the best on dev is recommended; 0 = any, as for recordings. A model that hears whole utterances needs as long as they are", ge=0)
 
 @dataclass
 class ExportConfig:
     "The section `export`."
-    model:str = opt("conformer_ctc", "a name in `models`")
+    model:str = opt("conformer_ctc", "a name in `models`, of any family")
     utterances:int = opt(1000, "of test that everything is measured on; 0 = all", ge=0)
-    runtime_utterances:int = opt(100, "of these that sherpa-onnx hears, three times each; 0 = all", ge=0)
+    runtime_utterances:int = opt(100, "of these that sherpa-onnx hears, three times each, if the model is a Conformer that streams; 0 = all", ge=0)
     min_utterances:int = opt(100, "fewer than this prove nothing", ge=1)
     max_wer_gap:float = opt(0.05, "WER that a stream may lose against whole utterances", ge=0, le=1)
-    max_int8_gap:float = opt(0.01, "WER that 8 bits may lose against a stream", ge=0, le=1)
+    max_int8_gap:float = opt(0.01, "WER that 8 bits may lose against 32, and a Whisper in CTranslate2 against the trained one", ge=0, le=1)
 
 @dataclass
 class PlanConfig:

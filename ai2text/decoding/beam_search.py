@@ -20,8 +20,7 @@ from fastcore.basics import patch
 from ..core.batch import Hypothesis
 from ..core.files import read_json, write_json
 from ..core.params import ConfigError
-from ..models.ctc import BLANK_ID
-from .alignment import align_tokens
+from .alignment import BLANK_ID, align_tokens
 from .ngram_lm import SENTENCE_END, LM, SPECIAL_WORDS, UNKNOWN_WORD, load_lm
 from ..core.parallel import in_parallel
 from ..text.normalise import NORMALISER, NORMALISER_FILE, Normaliser, check_normaliser, unknown_characters

@@ -52,6 +52,7 @@ class WhisperCTC(nn.Module):
     "An encoder and a head: a batch in, a `Loss` or hypotheses out."
     edges = ("net.conv", "head")  # outer layers, see `ai2text.training.optimizer`
     streams = True                # `transcribe` takes chunks
+    frame_seconds = FRAME_SECONDS # seconds from one row of `log_probs` to the next
 
     def __init__(self,
         config:dict,   # `net`: the shape; and the rest of `WhisperCTCConfig`

@@ -28,13 +28,13 @@ COMMANDS = dict(
     align=("ai2text.decoding.align:align_recordings", "cut long recordings into utterances by their text, with a trained model, and write a corpus; the exit status tells a script", "model", "recording", "text"),
     score=("ai2text.evaluation.score_files:score_files", "say how wrong transcripts in files are: error rates with intervals, variants, tones, and the worst of them", "ref", "hyp"),
     transcribe=("ai2text.serving.client:transcribe", "turn recordings into text, JSON or subtitles with a bundle; the exit status tells a script", "bundle", "files"),
-    serve=("ai2text.serving.server:serve", "run a bundle as a service: sherpa-onnx behind a proxy, with a page", "bundle"),
+    serve=("ai2text.serving.server:serve", "run a bundle as a service: streams, recordings, OpenAI's interface, a page", "bundle"),
     stream=("ai2text.serving.client:stream", "send recordings or a microphone to a service and show what it hears", "url", "files"),
     handover=("ai2text.serving.shadow_test:handover", "compare two bundles on recorded streams, as a shadow or as A/B", "a", "b"),
     join=("ai2text.training.run:join", "take part in a training run as one of several machines", "model"),
     compare=("ai2text.evaluation.compare:compare", "put the models of params.yaml side by side, and say which to take"),
     report=("ai2text.pipeline.site:site", "write what was reached and all reports as pages that need nothing but a browser"),
-    get=("ai2text.serving.release:get", "fetch a released bundle by its git tag, and check it", "tag"),
+    get=("ai2text.pipeline.release:get", "fetch a released bundle by its git tag, and check it", "tag"),
     manifest=("ai2text.corpora.manifests:export_manifest", "write a manifest of ours as one that NeMo reads", "manifest", "to"),
     runs=("ai2text.training.checkpoint:list_runs", "list training runs, or delete old ones"))
 

@@ -33,6 +33,8 @@ def check_names(
     for name in params.get("models") or {}:
         if name in ("init", "runs", "export") or not re.fullmatch(r"\w[\w.-]*", str(name)) or str(name).endswith("-eval"):
             raise ConfigError(f"params.yaml: models: {name!r} is no name for a model; init, runs, export and what ends with -eval name other folders, and only letters, digits, _, . and - may be in it")
+    exported, models = (params.get("export") or {}).get("model"), params.get("models") or {}
+    if exported and models and exported not in models: raise ConfigError(f"params.yaml: export.model: {exported!r} is none of the models; write one of {', '.join(map(str, models))}")
     for part in ("corpora", "pseudo"):
         for name in params.get(part) or {}:
             if not re.fullmatch(r"[a-z0-9_]+", str(name)): raise ConfigError(f"params.yaml: {part}: {name!r} is no name for a corpus; write a-z, 0-9 and _ alone")
@@ -97,8 +99,8 @@ def stage_parameters(
     return {parameter: values[parameter] for parameter in wanted}
 
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #06c7d593
-FAMILY_STAGES = ("init", "train", "evaluate", "export") # stages that build a model
-ANY_FAMILY = ("pseudo",)                               # that run a model of a family which params.yaml does not say
+FAMILY_STAGES = ("init", "train", "evaluate") # stages that build a model
+ANY_FAMILY = ("pseudo", "export")             # that run a model of a family which their own section does not say
 USED = dict(evaluate=("stream",), export=("export", "stream")) # sections of a stage, if not that of its name
 
 def stage_identity(

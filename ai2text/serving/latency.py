@@ -19,7 +19,7 @@ from ..audio.io import piece_of, read_audio
 from ..core.batch import SAMPLE_RATE
 from ..core.params import ConfigError
 from ..evaluation.metrics import align
-from .protocol import Segments, at_once, paced, talk
+from ..protocols.streaming import Segments, at_once, paced, talk
 
 # %% ../../nbs/serving/80_latency.ipynb #74cae9a1
 BLOCK_SECONDS = 0.1 # of a block, as browsers and telephones send them
@@ -60,7 +60,7 @@ def sessions(
     return out
 
 # %% ../../nbs/serving/80_latency.ipynb #4a521fd3
-EDGE = 0.0475 # seconds that a chunk needs beyond its own: 3 frames that the convolutions look ahead, one that the runtime holds back, and half of a frame's window
+EDGE = 0.0475 # seconds that a chunk needs beyond its own in a service that does not say it: 3 frames that the convolutions look ahead, one that sherpa-onnx's server holds back, and half of a frame's window
 
 @dataclass
 class Heard:
@@ -144,7 +144,7 @@ async def stream_session(
             samples += len(block)//4
             h.sent.append((samples/SAMPLE_RATE, loop.time() - start))
             yield block
-    def told(message): h.told.append((loop.time() - start, message.get("decoded", chunk*(len(h.told) + 1)) + EDGE, segments.add(message)))
+    def told(message): h.told.append((loop.time() - start, message.get("needs", message.get("decoded", chunk*(len(h.told) + 1)) + EDGE), segments.add(message)))
     def done(): h.done = loop.time() - start
     try: await talk(http, url, noted(), told, done, token)
     except OSError as e: h.error = str(e)
@@ -184,7 +184,7 @@ class Served:
     def __init__(self, websocket:str, pid:int): self.websocket, self.pid = websocket, pid
 
     def pids(self)->list[int]:
-        "The proxy and all processes beneath it."
+        "The service and all processes beneath it."
         return [self.pid, *(p.pid for p in psutil.Process(self.pid).children(recursive=True))]
 
     def _sum(self, pids, read)->float:
@@ -198,9 +198,9 @@ class Served:
         return self._sum(self.pids(), lambda p: sum(p.cpu_times()[:2]))
 
     def memory(self)->dict:
-        "MB of the proxy, and of the runtime with what watches it."
-        proxy, *others = self.pids()
-        return {name: self._sum(pids, lambda p: p.memory_info().rss)/1e6 for name,pids in dict(proxy=[proxy], runtime=others).items()}
+        "MB of the service, and of its workers."
+        service, *others = self.pids()
+        return {name: self._sum(pids, lambda p: p.memory_info().rss)/1e6 for name,pids in dict(service=[service], workers=others).items()}
 
 # %% ../../nbs/serving/80_latency.ipynb #b8599ab5
 _SERVE = "import json, sys; from ai2text.serving.server import serve; serve(**json.loads(sys.argv[1]))"

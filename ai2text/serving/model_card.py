@@ -9,7 +9,7 @@ __all__ = ['WAYS', 'card']
 from importlib.resources import files
 
 # %% ../../nbs/serving/20_model_card.ipynb #0459c5b1
-WAYS = dict(full="whole utterances", stream="stream", int8="stream, 8 bits")
+WAYS = dict(full="whole utterances", stream="stream", int8="stream, 8 bits", full_int8="whole utterances, 8 bits", float32="CTranslate2, 32 bits", whisper_int8="CTranslate2, 8 bits")
 
 def _measured(config:dict)->str:
     "How well it recognises, in a table or in a warning."
@@ -26,8 +26,13 @@ def _measured(config:dict)->str:
 def card(
     config:dict, # config.json
 )->str:          # Markdown
-    "The model card, from `ai2text/web/model_card.md`."
-    chunk, made = config["chunk_size"], config.get("revisions") or dict(weights="random")
-    cuts = "" if config["config"]["chunk_share"] else "\n- **It was not trained for chunks**, and loses accuracy as a stream: compare the rows above."
-    return (files("ai2text")/"web/model_card.md").read_text("utf-8").format(**config, measured=_measured(config), cuts=cuts, made="\n".join(f"- {what}: `{value}`" for what,value in made.items()), millions=config["parameters"]/1e6,
-        chunk_ms=1000*config["chunk_seconds"], window_ms=1000*config["window_seconds"], past_seconds=chunk*config["num_left_chunks"]*config["frame_seconds"])
+    "The model card, from `ai2text/web/card_KIND.md`."
+    made, c = config.get("revisions") or dict(weights="random"), config["config"]
+    words = dict(measured=_measured(config), made="\n".join(f"- {what}: `{value}`" for what,value in made.items()), millions=config["parameters"]/1e6)
+    if "chunk_size" in config: words |= dict(chunk_ms=1000*config["chunk_seconds"], past_seconds=config["chunk_size"]*config["num_left_chunks"]*config["frame_seconds"])
+    if "window_seconds" in config: words |= dict(window_ms=1000*config["window_seconds"])
+    if config["kind"] == "whisper":
+        words |= dict(window="was trained on windows cut to the utterance, with some silence behind it; a program that pads all windows to their full length may get other words" if c["window"] == "cut" else "was trained on full windows",
+                      writes="It writes as people do, with capitals, punctuation and digits." if c.get("text") == "written" else "It writes small letters, no punctuation, and numbers in words.", seconds=c["net"]["max_source_positions"]/50,
+                      faster='\n\n[faster-whisper](https://github.com/SYSTRAN/faster-whisper) loads `float32` or `int8`: `WhisperModel("float32").transcribe("speech.wav", language="vi", without_timestamps=True)`.' if "released" in config["tokenizer"] else "")
+    return (files("ai2text")/f"web/card_{config['kind']}.md").read_text("utf-8").format(**config, **words)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .client import Recogniser
+from .recogniser import load_recogniser
 from ..core.files import read_jsonl, write_json
 from ..core.params import ConfigError
 from ..core.tables import columns
@@ -19,7 +19,7 @@ from .latency import figures, flicker, load, served, sessions
 from ..text.normalise import NORMALISER
 from ..evaluation.metrics import count_errors, bootstrap, score_rows, utterance_rows
 from ..evaluation.scorecard import paired_difference
-from .protocol import run
+from ..protocols.streaming import run
 
 # %% ../../nbs/serving/90_shadow_test.ipynb #2ac13862
 def pick(
@@ -146,6 +146,7 @@ def handover(
     streams:int=4,       # at once, of each side
     fast:bool=False,     # not in real time: the latencies mean nothing then
     int8:bool=False,     # the graphs with weights of 8 bits
+    vad:str="silero",    # what finds utterances for a bundle of whole utterances: silero, or loudness
     to:Path=Path("handover.json"), # what was measured
 )->str:                  # a table
     "Compare two bundles on recorded streams, as a shadow or as A/B."
@@ -156,11 +157,11 @@ def handover(
     parts = dict(A=what if shadow else [s for s in what if not pick(s.id, share)], B=chosen)
     if empty := [name for name,part in parts.items() if not part]: raise ConfigError(f"--share {share}: of {len(what)} sessions none goes to {' and '.join(empty)}; give another share, or more recordings")
     bundles = dict(A=a, B=b)
-    recognisers = {name: Recogniser(folder) for name,folder in bundles.items()}
+    recognisers = {name: load_recogniser(folder) for name,folder in bundles.items()}
     with contextlib.ExitStack() as stack:
-        services = {name: stack.enter_context(served(folder, int8=int8)) for name,folder in bundles.items()}
+        services = {name: stack.enter_context(served(folder, int8=int8, vad=vad)) for name,folder in bundles.items()}
         before = {name: s.processor() for name,s in services.items()}
-        async def both(): return await asyncio.gather(*(load(services[n].websocket, parts[n], min(streams, len(parts[n])), fast=fast, chunk=0.04*recognisers[n].bundle.chunk_size) for n in parts))
+        async def both(): return await asyncio.gather(*(load(services[n].websocket, parts[n], min(streams, len(parts[n])), fast=fast) for n in parts))
         heard = dict(zip(parts, run(both())))
         spent = {name: s.processor() - before[name] for name,s in services.items()}
     sides = {name: (heard[name], answers(heard[name], recognisers[name]), figures(heard[name], spent[name])) for name in parts}

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core.batch import SAMPLE_RATE
 from ..text.tokenizer import Tokenizer
-from ..serving.bundle import FLOAT, INT64, MEND, BundleError, check_tokens, read_graph, session
+from .graphs import FLOAT, INT64, MEND, BundleError, check_tokens, read_graph, session
 from .chunks import ChunkShape, ChunkStream, TokenStream
 
 # %% ../../nbs/streams/20_chunk_graph.ipynb #8494f1f4

@@ -14,7 +14,7 @@ from ..core.files import atomic_folder
 from ..core.params import ConfigError
 from ..models.store import load_config, load_model
 from ..models.whisper_ctc import WhisperCTC
-from ..serving.export import write_graph, write_int8
+from .graphs import write_graph, write_int8
 from .chunk_graph import GRAPH_INPUTS, GRAPH_OUTPUTS, GRAPH_TYPE, ChunkGraph, graph_metadata
 from .whisper_stream import StreamingWhisperCTC
 
