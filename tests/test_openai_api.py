@@ -27,7 +27,8 @@ from ai2text.audio.io import Recording, read_blocks
 from ai2text.audio.segment import pieces
 from ai2text.decoding.transcript import FORMATS, Transcript
 from ai2text.protocols.transcriptions import add_routes
-from ai2text.serving.client import Recogniser, _hear, _start, recognise
+from ai2text.serving.client import _hear, _start, recognise
+from ai2text.serving.recogniser import Recogniser
 from ai2text.testing.recordings import of_kind
 from ai2text.testing.toy_bundle import WORDS, toy_bundle, whistle
 
