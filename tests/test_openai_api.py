@@ -25,6 +25,7 @@ from aiohttp import web
 from ai2text.audio.decoders import AudioError
 from ai2text.audio.io import Recording, read_blocks
 from ai2text.audio.segment import pieces
+from ai2text.decoding.itn import for_readers, written
 from ai2text.decoding.transcript import FORMATS, Transcript
 from ai2text.protocols.transcriptions import add_routes
 from ai2text.serving.client import _hear, _start, recognise
@@ -140,8 +141,9 @@ def silent_film():
 # OpenAI's package
 
 def test_every_form_is_what_the_recogniser_says(client, toy, talk):
-    (wanted, error), = recognise(Recogniser(toy), [talk], processes=1)
-    assert not error and len(wanted.words) == 90 and len(wanted.lines) > 2
+    (heard, error), = recognise(Recogniser(toy), [talk], processes=1)
+    wanted = for_readers(heard)
+    assert not error and len(heard.words) == 90 and len(wanted.lines) > 2
     ask = lambda **how: client.audio.transcriptions.create(model="whisper-1", file=talk, **how)
     assert ask().text == wanted.text
     assert ask(language="vi", temperature=0.2, prompt="một hai").text == wanted.text
@@ -150,7 +152,7 @@ def test_every_form_is_what_the_recogniser_says(client, toy, talk):
     found = ask(response_format="verbose_json", timestamp_granularities=["word", "segment"])
     assert (found.text, found.language, round(found.duration, 2)) == (wanted.text, "vietnamese", round(wanted.duration, 2))
     assert [(w.word, w.start, w.end) for w in found.words] == [(w.word, round(w.start, 3), round(w.end, 3)) for w in wanted.words]
-    assert " ".join(s.text for s in found.segments) == wanted.text and all(a.end <= b.start for a, b in zip(found.segments, found.segments[1:]))
+    assert " ".join(s.text for s in found.segments) == " ".join(w.word for w in wanted.words) and all(a.end <= b.start for a, b in zip(found.segments, found.segments[1:]))
     assert ask(response_format="verbose_json").words is None and ask(response_format="verbose_json", timestamp_granularities=["word"]).segments is None
 
 
@@ -171,7 +173,7 @@ def test_containers(client, name):
     wave = whistle("một ba hai")[0]
     data = of_kind(name, wave, **dict(picture=True) if name == "meeting.mp4" else {}) if not name.startswith("a.") else None
     if data is None: sf.write(file := io.BytesIO(), np.stack([wave]*2, 1), RATE, format=name[2:].upper()); data = file.getvalue()
-    for called in (name, "blob"): assert client.audio.transcriptions.create(model="toy", file=(called, data)).text == "một ba hai"
+    for called in (name, "blob"): assert client.audio.transcriptions.create(model="toy", file=(called, data)).text == written("một ba hai", sentence=True)
 
 
 def test_models(client):
@@ -188,7 +190,7 @@ def test_many_at_once_get_their_own_text(server):
             sf.write(file := io.BytesIO(), whistle(text)[0], RATE, format="WAV")
             return (await client.audio.transcriptions.create(model="toy", file=("a.wav", file.getvalue()))).text
         return await asyncio.gather(*map(one, texts))
-    assert asyncio.run(main()) == texts
+    assert asyncio.run(main()) == [written(text, sentence=True) for text in texts]
 
 
 BAD = {
@@ -266,7 +268,7 @@ def test_curl(server, client, talk):
     text = client.audio.transcriptions.create(model="toy", file=talk).text
     assert post("-F", "model=toy", "-F", "response_format=text") == (200, text + "\n")
     status, body = post("-F", "model=whisper-1", "-F", "response_format=verbose_json", "-F", "timestamp_granularities[]=word", "-F", "timestamp_granularities[]=segment")
-    assert status == 200 and len(json.loads(body)["words"]) == 90 and json.loads(body)["segments"]
+    assert status == 200 and json.loads(body)["words"][-1]["end"] > 40 and json.loads(body)["segments"]
     status, body = post("-N", "-F", "model=toy", "-F", "stream=true")
     assert status == 200 and body.count("transcript.text.delta") > 2 and json.loads(body.rstrip().splitlines()[-1].removeprefix("data: "))["text"] == text
     assert json.loads(curl(server, f"{server.url}/models")[1])["data"][0]["id"] == "toy"

@@ -53,7 +53,7 @@ def test_dvc_plans_after_training(tmp_path):
     assert f"{names['train@conformer_ctc']}-->{names['plan@friday']}" in done.stdout
 
 
-@pytest.mark.parametrize("kind,small,larger", [("demo", 11, 6)])
+@pytest.mark.parametrize("kind,small,larger", [("demo", 11, 6), ("people", 6, 4)])
 def test_larger_runs_are_predicted_from_small_ones(kind, small, larger):
     "Real runs, kept as small files: those with at most half of the labels and of the training, and the others."
     points, _ = check_points(find_points(folders=[ROOT/"tests/runs"/kind])[0])

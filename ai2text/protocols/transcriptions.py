@@ -17,6 +17,7 @@ from fastcore.basics import patch
 
 from ..audio.decoders import AudioError
 from ..core.params import ConfigError
+from ..decoding.itn import for_readers, written
 from ..decoding.transcript import FORMATS, Transcript, cues
 from .access import admit, check_origins, allowed_origin
 
@@ -283,7 +284,7 @@ async def _transcribe(self:Transcriptions, request):
             asked = read_fields(fields, self._names())
             if asked.stream: return await self._stream(request, path, asked)
             found = await watched(request, self.service.recognise(path, language="vi", prompt=asked.prompt), lambda: self.stopping)
-            text, kind = answer(found, asked)
+            text, kind = answer(for_readers(found), asked)
             return web.Response(text=text, content_type=kind)
     finally: self.inside -= 1
 
@@ -307,10 +308,10 @@ async def _stream(self:Transcriptions, request, path, asked):
                 except asyncio.TimeoutError: await write(": \n\n"); continue
                 if text is None: break
                 if text:
-                    deltas.append(" "*bool(deltas) + text)
+                    deltas.append(" "*bool(deltas) + written(text, sentence=True))
                     await send(dict(type="transcript.text.delta", delta=deltas[-1]))
             found = await task
-            await send(dict(type="transcript.text.done", text=found.text))
+            await send(dict(type="transcript.text.done", text=for_readers(found).text))
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)

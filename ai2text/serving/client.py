@@ -20,6 +20,7 @@ from ..core.params import ConfigError
 from ..core.parallel import _start_worker, read_ahead
 from ..audio.io import AudioError, Recording, read_blocks, sides
 from ..audio.segment import LONGEST, pieces
+from ..decoding.itn import for_readers
 from ..decoding.transcript import FORMATS, Transcript
 from .recogniser import load_recogniser
 from .server import read_token
@@ -101,6 +102,7 @@ def transcribe(
     longest:float=LONGEST,# seconds of a piece; best no longer than the recordings that the model was trained on
     processes:int=0,      # 0 = one for each core
     int8:bool=False,      # with weights of 8 bits, where the bundle has them: smaller and faster, a little worse
+    readable:bool=False,  # numbers, dates and sums in digits, each piece as a sentence: for readers, never for scores
 )->int:                   # exit status: 1 when a file could not be transcribed
     "Transcribe recordings with a bundle or a trained model, whole utterances at a time."
     if format not in FORMATS: raise ConfigError(f"--format {format}: not known; choose from {', '.join(FORMATS)}")
@@ -120,7 +122,7 @@ def transcribe(
             bad += 1
             tqdm.write(f"ai2text transcribe: {error}", file=sys.stderr)
             continue
-        done, written[place], text = done + 1, found.name, FORMATS[format](found)
+        done, written[place], text = done + 1, found.name, FORMATS[format](for_readers(found) if readable else found)
         if to:
             with atomic_write(place) as file: file.write(text)
         else: tqdm.write("".join(f"{found.name}:{line}" for line in text.splitlines(True)) if format == "txt" and (len(files) > 1 or found.channel) else text, file=sys.stdout, end="")

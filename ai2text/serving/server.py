@@ -24,7 +24,7 @@ from .bundle import Bundle, check_bundle
 from ..core.files import atomic_write, read_json
 from ..core.batch import SAMPLE_RATE
 from ..core.params import ConfigError
-from ..audio.io import encode, read_blocks
+from ..audio.io import AudioError, encode, read_blocks
 from ..audio.segment import pieces
 from ..audio.vad import speech_segments
 from ..decoding.beam_search import Word
@@ -294,7 +294,7 @@ class Service:
         self.store = Store(keep, self.bundle) if keep else None
         self.kind = self.bundle.kind + ("" if self.bundle.streams and not windowed else ", whole utterances")
         self.models = {self.bundle.config["name"]: int((self.bundle.folder/"config.json").stat().st_mtime)}
-        self.cut = functools.partial(speech_segments if vad == "silero" and not self.bundle.streams else pieces, longest=longest)
+        self.cut = functools.partial(speech_segments if vad == "silero" and self.bundle.kind == "whisper" else pieces, longest=longest)
         self.workers = Workers(dict(folder=str(Path(bundle).resolve()), int8=int8, windowed=windowed, vad=vad, every=every, silence=silence, silence_after_words=silence_after_words, longest=longest), workers, patience, log)
         self.inside, self.metrics, self.streams, self.page = 0, Metrics(self.workers, lambda: self.inside), set(), (files("ai2text")/"web/index.html").read_text("utf-8")
         self.audio = self.metrics.audio
@@ -454,6 +454,7 @@ async def recognise(self:Service,
     def blocks():
         for block in read_blocks(path, notes=found.notes):
             found.duration += len(block)/SAMPLE_RATE
+            if found.duration > self.seconds: raise AudioError(path, f"longer than {self.seconds/3600:g} h, which is the most; cut it", "too long")
             yield block
     async def take():
         result = await going.popleft()

@@ -147,7 +147,7 @@ def experiments(surface:Surface, prices:Prices, at:dict, count:int=3)->list[dict
     steps = {N: float(np.median([p.steps/p.audio_hours for p in points if p.parameters == N])) for N in pace}
     name = lambda N: max((p for p in points if p.parameters == N), key=lambda p: p.audio_hours)
     return [found.row(i) | dict(share=tried[i][0], surer=surer, run=f"dvc exp run --queue -S train.data_share={tried[i][0]:g} -S train.max_steps={round(tried[i][2]*steps[tried[i][3]])} train@{name(tried[i][3]).model}"
-            + (f"  # with the size of {name(tried[i][3]).name}: {tried[i][3]:,} parameters" if len(pace) > 1 else "")) for i,surer in zip(best, gain)]
+            + (f"  # with the size of {name(tried[i][3]).name}: {tried[i][3]:,} parameters" if len(pace) > 1 else "")) for i,surer in zip(best, gain) if surer >= .005]
 
 # %% ../../nbs/ttq/60_plan.ipynb #ba855f36
 def make_plan(
