@@ -147,6 +147,6 @@ def test_a_run_killed_again_and_again(tmp_path, kills, jump):
     print(found)
     assert found["lost"] == 0 and found["untold"] <= len(lives), "an entry whose write returned is in the log, and at most one more a life"
     assert found["crossed"] >= 2 and found["missing"] == found["doubled"] == found["wrong"] == 0, "milestones"
-    assert abs(found["hours_error"]) < .01 and abs(found["lost_error"]) < .01, "hours"
+    assert abs(found["hours_error"]) < .03 and abs(found["lost_error"]) < .03, "hours"
     assert jump or abs(found["down_error"]) < .01, "the time between lives, where the wall clock is true"
     assert found["repeated"], "work was lost and done again"
