@@ -89,7 +89,7 @@ def test_the_gate_measured_what_it_says(made, layout):
     assert 0 < max(o["apart"] for o in report["graphs"].values()) < 1e-3 and not any(o["texts_differ"] for o in report["graphs"].values())
     assert sum(len(o["hypothesis"]) for o in made.rows) > 20, "silence agrees with silence"
     assert next(r["wer"] for r in report["curve"] if (r["chunk"], r["left_chunks"]) == (CHUNK, LEFT)) == report["wer"]["stream"]["wer"] and config["wer"] == report["wer"]
-    assert config["speech"]["synthetic"] == ["demo"] and set(config["revisions"]) == {"weights", "train", "test", "tokenizer", "code", "commit"}
+    assert config["speech"]["synthetic"] == ["demo"] and set(config["revisions"]) == {"weights", "train", "dev", "test", "tokenizer", "code", "commit"}
 
 
 def test_graph_equals_the_model_step_by_step(made, layout):
