@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOOR', 'MAX_A', 'MAX_B', 'MIN_WORDS', 'calibrated', 'calibrated_words', 'fit_calibration', 'reliability',
-           'calibration_error', 'calibrate']
+           'calibration_error', 'learn_calibration']
 
 # %% ../../nbs/decoding/14_calibration.ipynb #4dd1dcce
 from dataclasses import replace
@@ -69,7 +69,7 @@ def calibration_error(
     "Expected calibration error: how far what was said is from what came, in the mean of all words."
     return round(sum(r["words"]*abs(r["said"] - r["came"]) for r in rows)/sum(r["words"] for r in rows), 4)
 
-def calibrate(
+def learn_calibration(
     raw_N,   # confidences of words
     right_N, # whether each is right
     held_N,  # whether it is of the half that the map is not fitted to

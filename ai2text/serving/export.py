@@ -36,7 +36,7 @@ from ..models.store import load_model
 from ..models.whisper import Whisper
 from ..models.whisper_ctc import WhisperCTC
 from ..models.whisper_writing import ReleasedText
-from ..decoding.calibration import calibrate
+from ..decoding.calibration import learn_calibration
 from ..evaluation.metrics import align, score_rows, utterance_rows
 from ..evaluation.score_split import evenly, split_loader
 from ..evaluation.scorecard import rates_beside
@@ -460,7 +460,7 @@ def export(
         rows = {way: utterance_rows(manifest, {i: h.text for i,h in found.heard[way].items()}, **spoken) for way in ("full", *how.gaps)}
         scores = {way: score_rows(r, **spoken) for way,r in rows.items()}
         wer = {way: rates_beside(s, rows[way], rows[how.gaps[way][0]]) if way in how.gaps else s.rates for way,s in scores.items()}
-        confidence = {way: calibrate(*judge_words(words_of, learned, texts, model.tokenizer.normaliser)) for way,words_of in how.words(Bundle(folder, settings(how, config.model))).items()}
+        confidence = {way: learn_calibration(*judge_words(words_of, learned, texts, model.tokenizer.normaliser)) for way,words_of in how.words(Bundle(folder, settings(how, config.model))).items()}
         report = dict(
             model=config.model, kind=how.kind, utterances=len(ids), wer=wer, confidence=confidence,
             graphs={file: dict(apart=float(f"{found.apart[way]:.2g}"), texts_differ=len(found.differ(way)), exact=way in how.exact) for way,(file,_) in how.files.items() if way in (*how.exact, how.main)},
