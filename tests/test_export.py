@@ -22,12 +22,14 @@ from ai2text.models.store import load_model, save_model
 from ai2text.core.files import read_json, read_jsonl, write_json
 from ai2text.core.layout import Layout
 from ai2text.core.params import ConfigError
+from ai2text.decoding.calibration import calibrated_words
 from ai2text.models.conformer import Conformer
 from ai2text.models.whisper_ctc import WhisperCTC
 from ai2text.serving.bundle import session
 from ai2text.core.sections import ExportConfig, StreamConfig
 from ai2text.serving.export import ExportError, export, recommended, run_stream, transcribe_pieces, with_silence
 from ai2text.serving.client import transcribe
+from ai2text.serving.recogniser import load_recogniser
 from ai2text.text.tokenizer import load_tokenizer
 from ai2text.testing.small_whisper import small_whisper
 from ai2text.testing.toy_bundle import toy_whisper
@@ -89,7 +91,7 @@ def test_the_gate_measured_what_it_says(made, layout):
     assert 0 < max(o["apart"] for o in report["graphs"].values()) < 1e-3 and not any(o["texts_differ"] for o in report["graphs"].values())
     assert sum(len(o["hypothesis"]) for o in made.rows) > 20, "silence agrees with silence"
     assert next(r["wer"] for r in report["curve"] if (r["chunk"], r["left_chunks"]) == (CHUNK, LEFT)) == report["wer"]["stream"]["wer"] and config["wer"] == report["wer"]
-    assert config["speech"]["synthetic"] == ["demo"] and set(config["revisions"]) == {"weights", "train", "test", "tokenizer", "code", "commit"}
+    assert config["speech"]["synthetic"] == ["demo"] and set(config["revisions"]) == {"weights", "train", "dev", "test", "tokenizer", "code", "commit"}
 
 
 def test_graph_equals_the_model_step_by_step(made, layout):
@@ -200,6 +202,32 @@ def test_a_model_that_fails_leaves_the_bundle_as_it_was(made, layout, monkeypatc
     with pytest.raises(ExportError, match=r"no bundle is written. \(1\) 6 utterances are fewer than min_utterances \(1000\)"): export(config, STREAM, layout)
     assert (made.bundle.folder/"SHA256SUMS").read_bytes() == before and check_bundle(made.bundle.folder)
     assert read_json(layout.comparison/"export.json")["utterances"] == 6, "the figures are there to see why"
+
+
+# Confidence
+
+def test_confidences_are_raw_where_dev_has_few_words(made):
+    assert {*made.report["confidence"]} == {"full", "stream"}
+    for way, found in made.report["confidence"].items():
+        assert 0 < found["held_out"] < found["words"] and found["map"] is made.bundle.calibration(way) is None and "are needed: confidences are raw" in found["why"]
+
+
+def test_confidences_are_mapped_where_it_has_enough(made, layout, monkeypatch, tmp_path):
+    "Dev says what the bundle hears, which is less sure of it."
+    kept, there, hears = shutil.copytree(made.bundle.folder, tmp_path/"graphs"), Elsewhere(layout.root), load_recogniser(made.bundle.folder)
+    object.__setattr__(there, "kind", "mapped")
+    heard = {row["id"]: hears(read_audio(layout.prepared/row["audio_filepath"]))[0] for row in read_jsonl(layout.manifest("dev"))}
+    monkeypatch.setattr(exporting, "read_jsonl", lambda path: [row | dict(text=heard.get(row["id"], row["text"])) for row in read_jsonl(path)])
+    monkeypatch.setattr("ai2text.decoding.calibration.MIN_WORDS", 1)
+    monkeypatch.setattr(exporting, "write_graphs", lambda model, folder, *_: [shutil.copy(p, folder) for p in kept.glob("*.onnx")])
+    export(ExportConfig(**CONFIG), STREAM, there)
+    bundle, report = check_bundle(there.bundle), read_json(there.comparison/"export.json")["confidence"]
+    full = report["full"]
+    assert {*report} == {"full", "stream"} and bundle.config["calibration"] == {way: found["map"] for way, found in report.items() if found["map"]}
+    assert full["map"] and full["mapped"]["log_loss"] < full["raw"]["log_loss"] and full["mapped"]["error"] < full["raw"]["error"]
+    text, raw = hears(speech(layout))
+    mapped = load_recogniser(bundle.folder)(speech(layout))
+    assert raw and mapped == (text, calibrated_words(raw, full["map"])) and mapped[1] != raw
 
 
 # Every family

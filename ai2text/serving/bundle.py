@@ -17,6 +17,7 @@ from pathlib import Path
 from ..core.batch import SAMPLE_RATE
 from ..core.files import atomic_write, read_json, sha256
 from ..text.normalise import NORMALISER_FILE, Normaliser, OtherNormaliser, check_normaliser, normaliser_name
+from ..decoding.calibration import MAX_A, MAX_B
 from ..streams.graphs import BOOL, FLOAT, INT64, MEND, BundleError, check_tokens, check_whole_graph, expect, expect_signature, read_graph, session # noqa: F401 # `session` for who runs a bundle
 from ..streams.chunk_graph import check_chunk_graph
 
@@ -177,6 +178,10 @@ class Bundle:
         if self.kind == "whisper": return self.folder/("int8" if int8 else "float32")
         return self.folder/("model.int8.onnx" if int8 else "model.onnx")
 
+    def calibration(self, way:str="full")->list|None:
+        "The map of confidences of whole utterances or of a `stream`, whatever the weights; None: they are raw."
+        return self.config.get("calibration", {}).get(way)
+
     def whole(self, int8:bool=False)->Path:
         "What hears whole utterances."
         if not self.streams: return self.model(int8)
@@ -262,6 +267,12 @@ def _settings(folder:Path)->dict:
     for name in sums: compare(name)
     return config
 
+def _check_calibration(bundle:Bundle):
+    "A map keeps the order of words, and gives probabilities."
+    maps, ways = bundle.config.get("calibration", {}), ("full", "stream")[:1 + bundle.streams]
+    good = isinstance(maps, dict) and {*maps} <= {*ways} and all(isinstance(by, list) and [type(x) for x in by] == [float, float] and 0 <= by[0] <= MAX_A and -MAX_B <= by[1] <= MAX_B for by in maps.values())
+    if not good: raise BundleError(f"{bundle.folder/'config.json'}: calibration: {maps!r} does not give [a, b] of {' or '.join(ways)}, a from 0 to {MAX_A:g} and b from {-MAX_B:g} to {MAX_B:g}; {MEND}, or leave calibration out for raw confidences")
+
 def check_bundle(
     folder,    # a bundle
 )->Bundle:
@@ -274,6 +285,7 @@ def check_bundle(
     if config["format"] != BUNDLE_FORMAT: raise BundleError(f"{where}: format {config['format']}, this code reads {BUNDLE_FORMAT}; {MEND}, or use the version of ai2text that wrote it")
     expect(where, "sample_rate", config["sample_rate"], SAMPLE_RATE)
     BUNDLE_KINDS[bundle.kind].check(bundle)
+    _check_calibration(bundle)
     try: expect(where, "normaliser", config["normaliser"], normaliser_name(bundle.normaliser))
     except OtherNormaliser as e: warnings.warn(f"{e} (it can be served; hotwords, language models and scores need this version)", stacklevel=2)
     return bundle

@@ -20,6 +20,7 @@ from ..core.params import ConfigError
 from ..audio.segment import LONGEST
 from ..audio.vad import SPEECH_WINDOW, Endpointer, SpeechDetector
 from ..decoding.beam_search import Decoder, Word
+from ..decoding.calibration import calibrated_words
 from ..text.tokenizer import Tokenizer
 from ..streams.graphs import session
 from ..streams.chunks import ChunkShape, ChunkStream
@@ -311,8 +312,9 @@ class Engine:
         every:float=0.5,     # s from a partial result of a stream to the next, at least, of a windowed one
         detector=SpeechDetector, # of speech, of a windowed one
         clock=time.monotonic,    # seconds
+        calibration=None,        # of confidences of a streaming one, as of `Bundle`
     ):
-        self.hearing, self.graph, self.ends, self.every, self.detector, self.clock, self._make = hearing, graph, ends, every, detector, clock, make_recogniser
+        self.hearing, self.graph, self.ends, self.every, self.detector, self.clock, self.calibration, self._make = hearing, graph, ends, every, detector, clock, calibration, make_recogniser
         self.streams = {}
         self.decoder = functools.lru_cache(16)(self._decoder)
 
@@ -335,7 +337,7 @@ class Engine:
     def words(self, log_probs_NV, phrases:tuple):
         "`Hypothesis` of an utterance, and its words."
         found = self.decoder(phrases).decode(log_probs_NV)
-        return found, self.decoder(phrases).words(found, log_probs_NV)
+        return found, calibrated_words(self.decoder(phrases).words(found, log_probs_NV), None if phrases else self.calibration)
 
     def open(self, id:int, start:int=0, segment:int=0, hotwords=(), whole:bool=False):
         "Begin a stream; `ConfigError` or ValueError for what it cannot do."
@@ -386,7 +388,7 @@ def load_engine(
     bundle = Bundle(Path(folder), read_json(Path(folder)/"config.json"))
     if vad not in DETECTORS: raise ConfigError(f"vad {vad}: not known; choose from {', '.join(DETECTORS)}")
     how = dict(make_recogniser=functools.partial(load_recogniser, folder, int8 and not bundle.streams), ends=Ends(**ends), every=every, detector=DETECTORS[vad])
-    if bundle.streams and not windowed: return Engine(ChunkHearing, graph=ConformerGraph(bundle, int8) if bundle.kind == "streaming_ctc" else ChunkGraph(folder, int8), **how)
+    if bundle.streams and not windowed: return Engine(ChunkHearing, graph=ConformerGraph(bundle, int8) if bundle.kind == "streaming_ctc" else ChunkGraph(folder, int8), calibration=bundle.calibration("stream"), **how)
     Endpointer(how["ends"].silence, how["ends"].silence_after_words, how["ends"].longest)
     engine = Engine(WindowHearing, **how)
     engine.whole(np.zeros(SAMPLE_RATE, np.float32)) # loads what there is to load

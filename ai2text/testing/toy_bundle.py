@@ -132,6 +132,7 @@ def toy_bundle(
     left_chunks:int=4, # chunks of the past
     deaf:tuple=(),     # words that it does not understand
     kind:str="streaming_ctc", # a kind of bundles
+    **about,           # more for config.json
 )->Path:               # the folder
     "Write a bundle that understands whistles, and says no kind if it is of the first."
     folder, (symbols, _) = Path(folder), _words(deaf)
@@ -146,7 +147,7 @@ def toy_bundle(
     if graphs: (folder/"tokens.txt").write_text("".join(f"{s} {i}\n" for i,s in enumerate(symbols)), encoding="utf-8")
     more = _toy_whisper(folder, deaf) if kind == "whisper" else {} if kind == "ctc" else dict(chunk_size=chunk, num_left_chunks=left_chunks)
     config = dict(format=1, name="toy", **{} if kind == "streaming_ctc" else dict(kind=kind), sample_rate=SAMPLE_RATE, vocab_size=len(symbols), right_context=6, frame_seconds=0.04, normaliser=normaliser_name(NORMALISER),
-                  features=dict(bins=80), offline=dict(min_samples=640), wer={}) | more
+                  features=dict(bins=80), offline=dict(min_samples=640), wer={}) | more | about
     NORMALISER.save(folder/NORMALISER_FILE)
     (folder/"config.json").write_text(json.dumps(config))
     (folder/"README.md").write_text("# toy\n")
