@@ -268,37 +268,37 @@ def _numbered(path:Path):
 def _parse_arpa(path:Path)->tuple: # the words; for each order the ids (G, order), log10 probabilities and back-off weights
     "What stands in an ARPA file, line by line."
     lines, counts, sections, words, ids = _numbered(path), [], [], list(SPECIAL_WORDS), {b"<UNK>": UNKNOWN_WORD} | {w.encode(): i for i,w in enumerate(SPECIAL_WORDS)}
-    def wrong(why): return ConfigError(f"{path}, line {number}: {line[:80].decode('utf-8', 'replace').strip()!r}: {why}")
+    def wrong(number, line, why): return ConfigError(f"{path}, line {number}: {line[:80].decode('utf-8', 'replace').strip()!r}: {why}")
     if not any(line.strip() == b"\\data\\" for _,line in lines): raise ConfigError(f"{path}: no ARPA file, since no line is \\data\\; give the text that lmplz writes, not what build_binary makes of it")
     number, line = 0, b""
     for number,line in lines:
         if found := re.fullmatch(rb"ngram\s+(\d+)\s*=\s*(\d+)\s*", line):
             counts.append(int(found[2]))
-            if int(found[1]) != len(counts): raise wrong(f"order {len(counts)} is missing before it; copy the file again")
+            if int(found[1]) != len(counts): raise wrong(number, line, f"order {len(counts)} is missing before it; copy the file again")
         elif line.strip(): break
-    if not 1 <= len(counts) <= MAX_ORDER: raise wrong(f"{len(counts)} orders before it; 1 to {MAX_ORDER} can be read: make the model with `lmplz -o 4`, say")
+    if not 1 <= len(counts) <= MAX_ORDER: raise wrong(number, line, f"{len(counts)} orders before it; 1 to {MAX_ORDER} can be read: make the model with `lmplz -o 4`, say")
     for n,count in enumerate(counts, 1):
-        if line.strip() != (_SECTION % n).encode(): raise wrong(f"{_SECTION % n} is to stand here; copy the file again")
+        if line.strip() != (_SECTION % n).encode(): raise wrong(number, line, f"{_SECTION % n} is to stand here; copy the file again")
         last, at, log_probs, backoffs = n == len(counts), array("i"), array("f"), array("f")
         for number,line in lines:
             if line[:1] == b"\\": break
             parts = line.split()
             if not parts: continue
-            if len(parts) != n + 1 and (last or len(parts) != n + 2): raise wrong(f"{len(parts)} fields; write a probability, {n} word{'s'*(n > 1)}{'' if last else ' and a back-off weight'}")
+            if len(parts) != n + 1 and (last or len(parts) != n + 2): raise wrong(number, line, f"{len(parts)} fields; write a probability, {n} word{'s'*(n > 1)}{'' if last else ' and a back-off weight'}")
             try: log_prob, backoff = float(parts[0]), float(parts[n + 1]) if len(parts) > n + 1 else 0.
-            except ValueError: raise wrong("not a number first and last; write logarithms to base 10") from None
-            if not (-1e30 < log_prob <= 1e-4 and -1e30 < backoff < 1e30): raise wrong("not logarithms to base 10 of a probability and of a back-off weight; write a probability of 0 as -99")
+            except ValueError: raise wrong(number, line, "not a number first and last; write logarithms to base 10") from None
+            if not (-1e30 < log_prob <= 1e-4 and -1e30 < backoff < 1e30): raise wrong(number, line, "not logarithms to base 10 of a probability and of a back-off weight; write a probability of 0 as -99")
             if n == 1 and parts[1] not in ids:
                 try: words.append(parts[1].decode())
-                except UnicodeDecodeError: raise wrong("not UTF-8; convert the file, as by iconv -t UTF-8") from None
+                except UnicodeDecodeError: raise wrong(number, line, "not UTF-8; convert the file, as by iconv -t UTF-8") from None
                 ids[parts[1]] = len(words) - 1
             try: at.extend([ids[word] for word in parts[1:n + 1]])
-            except KeyError as e: raise wrong(f"{e.args[0].decode('utf-8', 'replace')} is none of the 1-grams; add it there, or leave the line out") from None
+            except KeyError as e: raise wrong(number, line, f"{e.args[0].decode('utf-8', 'replace')} is none of the 1-grams; add it there, or leave the line out") from None
             log_probs.append(log_prob); backoffs.append(backoff)
         else: number, line = number + 1, b""
-        if len(log_probs) != count: raise wrong(f"{len(log_probs):,} n-grams of order {n} stand before it, and {count:,} are announced by `ngram {n}={count}`; copy the file again, or correct the number")
+        if len(log_probs) != count: raise wrong(number, line, f"{len(log_probs):,} n-grams of order {n} stand before it, and {count:,} are announced by `ngram {n}={count}`; copy the file again, or correct the number")
         sections.append((np.array(at, np.int32).reshape(-1, n), np.array(log_probs, np.float32), np.array(backoffs, np.float32)))
-    if line.strip() != b"\\end\\": raise wrong("\\end\\ is to stand here; copy the file again")
+    if line.strip() != b"\\end\\": raise wrong(number, line, "\\end\\ is to stand here; copy the file again")
     return words, sections
 
 # %% ../../nbs/decoding/00_ngram_lm.ipynb #d254d694
@@ -337,7 +337,7 @@ def read_arpa(
         raise ConfigError(f"{path}: {words[i]} is none of the 1-grams; add a line for it, as {'-7' if i == UNKNOWN_WORD else '-99'}<tab>{words[i]}, and 1 to `ngram 1={len(sections[0][0])}`" + (", or make the model with KenLM, or SRILM's -unk" if i == UNKNOWN_WORD else ""))
     for n,(ids_GN,log_prob,backoff) in enumerate(_add_suffixes(sections, W), 1):
         log_prob, backoff = log_prob*np.float32(_LN10), backoff*np.float32(_LN10)
-        name = lambda row: " ".join(words[i] for i in ids_GN[row])
+        name = lambda row, ids_GN=ids_GN: " ".join(words[i] for i in ids_GN[row])
         context, suffix = (_places(ids_GN[:,:-1], levels, W), _places(ids_GN[:,1:], levels, W)) if n > 1 else (0, np.zeros(W, np.int64))
         if n > 1 and len(lost := np.flatnonzero(context < 0)): raise ConfigError(f"{path}: {name(lost[0])!r} is an n-gram, and {name(lost[0]).rpartition(' ')[0]!r} is none; add it with the back-off weight 0, or leave the other out")
         keys = context*W + ids_GN[:,-1]

@@ -25,7 +25,7 @@ class Recogniser:
     "What turns samples into words by scores of each moment: a bundle's graph for whole utterances, and a decoder."
     def __init__(self,
         bundle,          # its folder, or a `Bundle`
-        lm=None,         # folder of a language model
+        lm=None,         # folder of a language model, or an ARPA file
         hotwords=(),     # texts that are likely to be said
         int8:bool=False, # weights of 8 bits
         **decoding,      # more for `Decoder`
@@ -157,7 +157,7 @@ def is_bundle(folder)->bool:
 def load_recogniser(
     folder,          # a bundle of any kind, or of a trained model (models/M)
     int8:bool=False, # weights of 8 bits, of a bundle that has them
-    lm=None,         # folder of a language model
+    lm=None,         # folder of a language model, or an ARPA file
     hotwords=(),     # texts that are likely to be said
     **decoding,      # more for `Decoder`
 ):                   # recogniser(wave_T, start=0.) -> text, words
