@@ -6,7 +6,7 @@
 __all__ = ['CHANNELS', 'recognise', 'transcribe', 'Shown', 'stream']
 
 # %% ../../nbs/serving/70_client.ipynb #21325b6d
-import asyncio, contextlib, functools, os, sys
+import asyncio, contextlib, functools, os, sys, warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -114,7 +114,10 @@ def transcribe(
     places = [to/f"{Path(f).stem}.{format}" for f in files] if to else []
     if twice := [i for i,p in enumerate(places) if p in places[:i]]:
         raise ConfigError(f"{files[twice[0]]}: {files[places.index(places[twice[0]])]} is written to {places[twice[0]]} already; transcribe them apart, or rename one")
-    recogniser, bad, done, written = load_recogniser(bundle, int8, lm, read_hotwords(hotwords) if hotwords else (), **({} if not lm and not hotwords else dict(beam=beam))), 0, 0, {}
+    bad, done, written = 0, 0, {}
+    with warnings.catch_warnings(record=True) as doubts:
+        recogniser = load_recogniser(bundle, int8, lm, read_hotwords(hotwords) if hotwords else (), **({} if not lm and not hotwords else dict(beam=beam)))
+    for doubt in doubts: print(f"ai2text transcribe: {doubt.message}", file=sys.stderr)
     for found,error in recognise(recogniser, files, processes, longest, channel):
         for note in found.notes: tqdm.write(f"ai2text transcribe: {found.name}: {note}", file=sys.stderr)
         place = to and to/f"{Path(found.file).stem}{found.channel and '-' + found.channel}.{format}"
