@@ -1,4 +1,5 @@
 "Decoding across modules: files of a language model and a bundle in, text out; what attackers and accidents do to them; what names cost."
+import gzip
 import itertools
 import math
 import pickle
@@ -165,7 +166,61 @@ def test_threads_share_a_decoder(files):
     assert len(decoder.scorer.states) == 1 # a service that runs for weeks remembers nothing of them
 
 
+# Language models of others
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 5), st.booleans())
+def test_a_foreign_model_scores_as_its_format_says(tmp_path_factory, seed, order, packed):
+    "Against the definition of backing off, with n-grams in any order and some without their suffix."
+    rng, words = np.random.default_rng(seed), ["<unk>", "<s>", "</s>", "một", "hai", "ba"]
+    grams = {(w,): (-rng.uniform(.5, 2), rng.uniform(-1, .1)) for w in rng.permutation(words).tolist()}
+    for n in range(2, order + 1):
+        for context in [g for g in grams if len(g) == n - 1 and g[-1] != "</s>"]:
+            for w in rng.choice(words[2:] + words[:1], 2, replace=False).tolist(): grams[(*context, w)] = -rng.uniform(.1, 2), rng.uniform(-1, .1)*(n < order)
+    levels = [[g for g in grams if len(g) == n] for n in range(1, order + 1)]
+    text = "\\data\\\n" + "".join(f"ngram {n}={len(level)}\n" for n, level in enumerate(levels, 1))
+    for n, level in enumerate(levels, 1):
+        rng.shuffle(level)
+        text += f"\n\\{n}-grams:\n" + "".join(f"{grams[tuple(g)][0]:.9f}\t{' '.join(g)}" + (f"\t{grams[tuple(g)][1]:.9f}" if n < order else "") + "\n" for g in level)
+    path = tmp_path_factory.mktemp("arpa")/"lm.arpa"
+    path.write_bytes((gzip.compress if packed else bytes)((text + "\n\\end\\\n").encode()))
+    def log_prob(word, context):
+        if (*context, word) in grams: return grams[(*context, word)][0]
+        return grams.get(context, (0, 0))[1] + log_prob(word, context[1:])
+    lm = load_lm(path)
+    lm.write_arpa(path.with_name("again.arpa"))
+    for sentence in ("một hai ba", "ba ba ba một", "hai bốn một hai", ""):
+        said = ["<s>", *(w if w in words else "<unk>" for w in sentence.split()), "</s>"]
+        want = math.log(10)*sum(log_prob(said[i], tuple(said[max(0, i - order + 1):i])) for i in range(1, len(said)))
+        for model in (lm, load_lm(path.with_name("again.arpa"))): assert model.score(sentence) == pytest.approx(want, abs=1e-4)
+
+
+def test_an_arpa_file_decodes_as_the_model_that_it_was(files, tmp_path):
+    tokenizer, ours = train_tokenizer(TEXTS*3, "bpe", 110), load_lm(files/"lm")
+    ours.write_arpa(tmp_path/"lm.arpa.gz")
+    with pytest.warns(UserWarning, match="does not say how its text was read"): foreign = Decoder(tokenizer, tmp_path/"lm.arpa.gz")
+    utterances = [spoken(tokenizer, t, i, noise=2.8) for i, t in enumerate(TEXTS)]
+    assert [h.text for h in foreign.decode_all(utterances, processes=2)] == [h.text for h in Decoder(tokenizer, ours).decode_all(utterances)]
+
+
+def test_words_that_nobody_can_spell_make_no_tables(files, tmp_path):
+    "A model of the web has words in every script; each letter would be a column, and each word a path."
+    lm = load_lm(files/"lm")
+    words = [chr(0x4e00 + i) for i in range(len(lm.words) - 3)]
+    with (tmp_path/"lm.arpa").open("w", encoding="utf-8") as f:
+        f.write(f"\\data\\\nngram 1={len(lm.words) + len(words) - 1}\n\n\\1-grams:\n")
+        f.writelines(f"-2 {w}\n" for w in (*lm.words, *words[1:]))
+        f.write("\n\\end\\\n")
+    big, small = Decoder(CharTokenizer().symbols, tmp_path/"lm.arpa"), Decoder(CharTokenizer().symbols, lm)
+    assert big.tree.shape == small.tree.shape and len(big.lm.words) == len(lm.words) + len(words) - 1
+
+
 # Hotwords
+
+def test_each_hotword_may_have_its_own_score(files):
+    scorer = Decoder(files/"char/tokens.txt", hotwords=["văn an :2", "bình", "an :.5"], boost=1.).scorer
+    assert [scorer.score(t) for t in ("văn an", "an", "bình", "bình an", "văn an an")] == [4, .5, 1, 1.5, 4.5]
+
 
 def test_names_are_heard_and_nobody_else_is_renamed(files):
     tokenizer = CharTokenizer()

@@ -68,7 +68,7 @@ def test_shards_language_model_and_hotwords(layout, normaliser, tmp_path):
     lm = build_lm([tmp_path/"text.txt"], tmp_path/"lm", order=2, processes=1, normaliser=tmp_path/"shards")
     assert {*lm.words} - {*SPECIAL_WORDS} == {*SPOKEN.split()} and lm.about["normaliser"] == index.normaliser
     tokenizer = load_tokenizer(layout.tokenizer)
-    assert Decoder(tokenizer, tmp_path/"lm", hotwords=["CTXH"]).hotwords == [("công", "tác", "xã", "hội")]
+    assert Decoder(tokenizer, tmp_path/"lm", hotwords=["CTXH"]).hotwords == {("công", "tác", "xã", "hội"): 3.}
     with pytest.raises(ConfigError, match="which has other tables; make it again with `ai2text lm --normaliser"): Decoder(CharTokenizer(), tmp_path/"lm")
 
 

@@ -163,11 +163,12 @@ def test_whole_utterances(bundle):
 def test_phrases_of_a_request(bundle):
     async def main():
         async with running(bundle, workers=1) as service:
-            there = type("There", (), dict(websocket=service.websocket + "?hotwords=ba%20một&hotwords=năm"))
+            there = type("There", (), dict(websocket=service.websocket + "?hotwords=ba%20một%20:1.5&hotwords=năm"))
             assert (await send(there, frames(whistle("ba một")[0]))).text == "ba một"
-            there.websocket = service.websocket + "?hotwords=☃"
-            refused = await send(there, frames(whistle("ba")[0]))
-            assert refused.code == 1008 and "☃" in refused.reason and "cannot be said" in refused.reason
+            for phrase, sign, says in (("☃", "☃", "cannot be said"), ("ba%20:0", ":0", "is no score"), ("ba%20%230.3", "#0.3", "threshold of a keyword spotter")):
+                there.websocket = f"{service.websocket}?hotwords={phrase}"
+                refused = await send(there, frames(whistle("ba")[0]))
+                assert refused.code == 1008 and sign in refused.reason and says in refused.reason
     asyncio.run(main())
 
 

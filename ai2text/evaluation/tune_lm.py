@@ -19,14 +19,14 @@ from .score_split import evenly, split_loader
 
 # %% ../../nbs/evaluation/60_tune_lm.ipynb #1f0c2a52
 def tune_lm(
-    lm:Path,                   # folder that `ai2text lm` wrote
+    lm:Path,                   # folder that `ai2text lm` wrote, or an ARPA file
     model:str="conformer_ctc", # a name in `models`: a trained model of a CTC family
     utterances:int=0,          # of dev, spread over it; 0 = all
     beam:int=16,               # prefixes kept in the search
     processes:int=0,           # processes that search; 0 = one for each core
     root:Path=None,            # folder with params.yaml; found from here when left out
 )->str:
-    "Write the weights into the folder of the language model."
+    "Write the weights into the folder of the language model, or beside an ARPA file."
     layout = Layout(root or find_root())
     recogniser = load_model(layout.model(model), load_tokenizer(layout.tokenizer))
     if not hasattr(recogniser, "log_probs"): raise ConfigError(f"{layout.model(model)}: this family writes text by itself; a language model is for CTC families")

@@ -6,7 +6,7 @@
 __all__ = ['CHANNELS', 'recognise', 'transcribe', 'Shown', 'stream']
 
 # %% ../../nbs/serving/70_client.ipynb #21325b6d
-import asyncio, contextlib, functools, os, sys
+import asyncio, contextlib, functools, os, sys, warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..core.params import ConfigError
 from ..core.parallel import _start_worker, read_ahead
 from ..audio.io import AudioError, Recording, read_blocks, sides
 from ..audio.segment import LONGEST, pieces
+from ..decoding.beam_search import read_hotwords
 from ..decoding.itn import for_readers
 from ..decoding.transcript import FORMATS, Transcript
 from .recogniser import load_recogniser
@@ -95,8 +96,8 @@ def transcribe(
     files:list[Path],     # recordings, in any format and at any rate
     format:str="txt",     # txt (a line a piece), json (a line a file, with the words' times and confidence), srt or vtt (subtitles)
     to:Path=None,         # folder for a file each; standard output by default
-    lm:Path=None,         # folder of a language model, as `ai2text lm` writes it
-    hotwords:Path=None,   # text file, a name or phrase that is likely to be said in each line
+    lm:Path=None,         # folder of a language model, as `ai2text lm` writes it, or an ARPA file, gzipped or not
+    hotwords:Path=None,   # text file, a name or phrase that is likely to be said in each line, maybe with its score behind it, as :1.5
     beam:int=16,          # prefixes that the search keeps, with --lm or --hotwords
     channel:str="mix",    # of recordings with several: mix (their mean), left, right, or each (a transcript for each side of a call)
     longest:float=LONGEST,# seconds of a piece; best no longer than the recordings that the model was trained on
@@ -113,7 +114,10 @@ def transcribe(
     places = [to/f"{Path(f).stem}.{format}" for f in files] if to else []
     if twice := [i for i,p in enumerate(places) if p in places[:i]]:
         raise ConfigError(f"{files[twice[0]]}: {files[places.index(places[twice[0]])]} is written to {places[twice[0]]} already; transcribe them apart, or rename one")
-    recogniser, bad, done, written = load_recogniser(bundle, int8, lm, _lines(hotwords), **({} if not lm and not hotwords else dict(beam=beam))), 0, 0, {}
+    bad, done, written = 0, 0, {}
+    with warnings.catch_warnings(record=True) as doubts:
+        recogniser = load_recogniser(bundle, int8, lm, read_hotwords(hotwords) if hotwords else (), **({} if not lm and not hotwords else dict(beam=beam)))
+    for doubt in doubts: print(f"ai2text transcribe: {doubt.message}", file=sys.stderr)
     for found,error in recognise(recogniser, files, processes, longest, channel):
         for note in found.notes: tqdm.write(f"ai2text transcribe: {found.name}: {note}", file=sys.stderr)
         place = to and to/f"{Path(found.file).stem}{found.channel and '-' + found.channel}.{format}"
@@ -129,14 +133,6 @@ def transcribe(
     if to: print(f"{to}: {done} of {done + bad} {'transcripts written' if channel == 'each' else 'files transcribed'}")
     if bad: print(f"ai2text transcribe: {bad} of {done + bad} files could not be transcribed", file=sys.stderr)
     return int(bad > 0)
-
-def _lines(path)->list[str]:
-    "The lines of a text file that are not empty."
-    if not path: return []
-    try: lines = Path(path).read_text("utf-8").splitlines()
-    except FileNotFoundError: raise ConfigError(f"{path}: no such file; write a name or phrase a line") from None
-    except UnicodeDecodeError as e: raise ConfigError(f"{path}: not UTF-8; save the file as UTF-8") from e
-    return [line.strip() for line in lines if line.strip()]
 
 # %% ../../nbs/serving/70_client.ipynb #babc4e6e
 class Shown:

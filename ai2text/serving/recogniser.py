@@ -27,7 +27,7 @@ class Recogniser:
     calibration = None # of confidences
     def __init__(self,
         bundle,          # its folder, or a `Bundle`
-        lm=None,         # folder of a language model
+        lm=None,         # folder of a language model, or an ARPA file
         hotwords=(),     # texts that are likely to be said
         int8:bool=False, # weights of 8 bits
         **decoding,      # more for `Decoder`
@@ -161,7 +161,7 @@ def is_bundle(folder)->bool:
 def load_recogniser(
     folder,          # a bundle of any kind, or of a trained model (models/M)
     int8:bool=False, # weights of 8 bits, of a bundle that has them
-    lm=None,         # folder of a language model
+    lm=None,         # folder of a language model, or an ARPA file
     hotwords=(),     # texts that are likely to be said
     **decoding,      # more for `Decoder`
 ):                   # recogniser(wave_T, start=0.) -> text, words
