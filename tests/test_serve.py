@@ -303,6 +303,23 @@ def test_every_kind(tmp_path, kind):
     asyncio.run(asyncio.wait_for(main(), 180))
 
 
+def test_a_file_that_nobody_waits_for_is_read_no_further(tmp_path, monkeypatch):
+    "Hours without a word are one step for a thread, which no cancelling ends: it must end itself, or the service does not stop."
+    read, most = [], 4000
+    def silence(path, notes):
+        for _ in range(most): yield read.append(1) or np.zeros(SAMPLE_RATE, np.float32)
+    monkeypatch.setattr("ai2text.serving.server.read_blocks", silence)
+    async def main():
+        async with running(toy_bundle(tmp_path/"bundle", kind="whisper"), workers=1) as service:
+            going = asyncio.create_task(service.recognise("hours.flac"))
+            while not read: await asyncio.sleep(0.01)
+            going.cancel()
+            await asyncio.gather(going, return_exceptions=True)
+            service.readers.shutdown() # waits
+    asyncio.run(main())
+    assert 0 < len(read) < most
+
+
 def test_unknown_kind_and_trained_on(bundle):
     "A bundle that no engine runs is refused in words; what the model was trained on is said to everybody."
     async def main():

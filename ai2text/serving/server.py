@@ -9,6 +9,7 @@ __all__ = ['FRAME_BYTES', 'LOUDEST', 'ID', 'LONGEST_TEXT', 'MAX_AHEAD', 'LATENCI
 # %% ../../nbs/serving/60_server.ipynb #6ff42cf4
 import asyncio, base64, contextlib, functools, hashlib, json, os, re, secrets, signal, sys, time, unicodedata
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
 
@@ -296,6 +297,7 @@ class Service:
         self.models = {self.bundle.config["name"]: int((self.bundle.folder/"config.json").stat().st_mtime)}
         self.cut = functools.partial(speech_segments if vad == "silero" and self.bundle.kind == "whisper" else pieces, longest=longest)
         self.workers = Workers(dict(folder=str(Path(bundle).resolve()), int8=int8, windowed=windowed, vad=vad, every=every, silence=silence, silence_after_words=silence_after_words, longest=longest), workers, patience, log)
+        self.readers = ThreadPoolExecutor(thread_name_prefix="recording") # their own: what streams keep does not wait for long files
         self.inside, self.metrics, self.streams, self.page = 0, Metrics(self.workers, lambda: self.inside), set(), (files("ai2text")/"web/index.html").read_text("utf-8")
         self.audio = self.metrics.audio
 
@@ -325,6 +327,7 @@ class Service:
             if not stream.outcome.done(): stream.outcome.set_exception(Ended(1012, "stopped", "the service stops; connect again"))
         await self.runner.cleanup()
         await self.workers.stop()
+        self.readers.shutdown(wait=False, cancel_futures=True)
 
     def admit(self, request):
         "Raise the HTTP error of a request that may not come in."
@@ -450,9 +453,10 @@ async def recognise(self:Service,
 )->Transcript:
     "Transcribe a recording; `AudioError` for one that cannot be read."
     phrases = [p for p in re.split(r"[,;\n]", prompt) if p.strip()] if self.bundle.kind != "whisper" else []
-    found, going, options = Transcript(str(path)), deque(), dict(hotwords=phrases) if phrases else {}
+    found, going, options, wanted = Transcript(str(path)), deque(), dict(hotwords=phrases) if phrases else {}, True
     def blocks():
         for block in read_blocks(path, notes=found.notes):
+            if not wanted: return # a thread cannot be cancelled
             found.duration += len(block)/SAMPLE_RATE
             if found.duration > self.seconds: raise AudioError(path, f"longer than {self.seconds/3600:g} h, which is the most; cut it", "too long")
             yield block
@@ -463,11 +467,12 @@ async def recognise(self:Service,
         if said: said(result["text"])
     coming = self.cut(blocks())
     try:
-        while piece := await asyncio.to_thread(next, coming, None):
+        while piece := await asyncio.get_running_loop().run_in_executor(self.readers, next, coming, None):
             going.append(asyncio.create_task(self._piece(*piece, options)))
             if len(going) > 2*self.workers.count: await take()
         while going: await take()
     finally:
+        wanted = False
         for task in going: task.cancel()
     return found
 
