@@ -120,6 +120,22 @@ def test_killed_worker(bundle, count):
     asyncio.run(asyncio.wait_for(main(), 180))
 
 
+def test_workers_that_die_together_count_once(bundle):
+    "As when memory runs out: none of the dead is given the streams of another, which it might be blamed for."
+    wave = np.concatenate([whistle("ba một hai sáu năm")[0]]*2)
+    async def main():
+        async with running(bundle, workers=MOST_MOVES + 2) as service:
+            streams = [asyncio.create_task(send(service, frames(wave), pace=0.05)) for _ in range(10)]
+            await wait_for_metric(service, "streams_open", 10)
+            while min((s.received for s in service.streams), default=0) < SAMPLE_RATE: await asyncio.sleep(0.01)
+            for pid in service.workers.pids: os.kill(pid, signal.SIGKILL)
+            while service.workers.restarts < service.workers.count: await asyncio.sleep(0.01)
+            moves = [s.speech.moves for s in service.streams]
+            heard = await asyncio.gather(*streams)
+            assert {h.code for h in heard} == {1000} and {h.text for h in heard} == {"ba một hai sáu năm ba một hai sáu năm"} and moves == [1]*10
+    asyncio.run(asyncio.wait_for(main(), 180))
+
+
 def test_stream_that_kills_workers_is_told(bundle):
     "After so many workers have died under it, and a good stream goes on."
     async def main():
