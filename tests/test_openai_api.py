@@ -11,6 +11,8 @@ import socket
 import subprocess
 import threading
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -285,6 +287,14 @@ def test_curl_asks_before_it_sends_what_is_too_large(server, tmp_path):
     body, _, sent = body.rpartition("\n")
     assert (status, json.loads(body)["error"]["code"], int(sent)) == (413, "file_too_large", 0) and time.monotonic() - began < 60
     assert curl(server, f"{server.url}/audio/transcriptions", "-H", "Expect: 100-continue", "-F", f"file=@{tmp_path/'huge.wav'}", "-F", "model=toy", key="x")[0] == 401
+
+
+@pytest.mark.parametrize("headers, named", [({}, "a\1.wav"), ({"Content-Encoding": "gzip"}, "a.wav"), ({}, "a"*9000 + ".wav")], ids=["control character", "no gzip", "long name"])
+def test_a_form_that_is_none_is_no_fault_of_ours(server, talk, headers, named):
+    form = f'--x\r\nContent-Disposition: form-data; name="file"; filename="{named}"\r\n\r\n'.encode() + Path(talk).read_bytes() + b"\r\n--x--\r\n"
+    asked = urllib.request.Request(f"{server.url}/audio/transcriptions", form, {"Authorization": f"Bearer {TOKEN}", "Content-Type": "multipart/form-data; boundary=x"} | headers)
+    with pytest.raises(urllib.error.HTTPError) as e: urllib.request.urlopen(asked, timeout=60)
+    assert e.value.code == 400 and json.load(e.value)["error"]["code"] == "invalid_body" and not server.log
 
 
 @CURL
