@@ -336,6 +336,23 @@ def test_a_file_that_nobody_waits_for_is_read_no_further(tmp_path, monkeypatch):
     assert 0 < len(read) < most
 
 
+def test_a_bundle_put_in_the_place_of_another_is_not_taken_for_it(bundle, tmp_path):
+    "Neither by a worker that starts again, nor for files, which are heard by a graph that is loaded late; and it is no fault of the client."
+    lines, wave = [], whistle("ba một")[0]
+    sf.write(tmp_path/"talk.wav", wave, SAMPLE_RATE)
+    async def main():
+        async with running(bundle, workers=1, log=lines.append) as service, aiohttp.ClientSession() as session:
+            shutil.rmtree(bundle)
+            toy_bundle(bundle, kind="ctc")
+            form = aiohttp.FormData(dict(model="toy", file=(tmp_path/"talk.wav").open("rb")))
+            async with session.post(f"{service.url}/v1/audio/transcriptions", data=form) as r: assert r.status == 500 and str(bundle) not in await r.text()
+            assert (await send(service, frames(wave))).text == "ba một" # the worker has its model in memory
+            os.kill(service.workers.pids[0], signal.SIGKILL)
+            while not any("worker: " in line and "is not what it was" in line for line in lines): await asyncio.sleep(0.02)
+            assert not service.workers.ready.is_set()
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 def test_unknown_kind_and_trained_on(bundle):
     "A bundle that no engine runs is refused in words; what the model was trained on is said to everybody."
     async def main():

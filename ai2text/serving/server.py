@@ -21,8 +21,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 
 from ..protocols.access import LOOPBACK, MIN_TOKEN, SUBPROTOCOL, admit, check_origins
 from ..protocols.transcriptions import add_routes
-from .bundle import Bundle, check_bundle
-from ..core.files import atomic_write, read_json
+from .bundle import SUMS, Bundle, check_bundle
+from ..core.files import atomic_write, read_json, sha256
 from ..core.batch import SAMPLE_RATE
 from ..core.params import ConfigError
 from ..audio.io import AudioError, encode, read_blocks
@@ -296,7 +296,7 @@ class Service:
         self.kind = self.bundle.kind + ("" if self.bundle.streams and not windowed else ", whole utterances")
         self.models = {self.bundle.config["name"]: int((self.bundle.folder/"config.json").stat().st_mtime)}
         self.cut = functools.partial(speech_segments if vad == "silero" and self.bundle.kind == "whisper" else pieces, longest=longest)
-        self.workers = Workers(dict(folder=str(Path(bundle).resolve()), int8=int8, windowed=windowed, vad=vad, every=every, silence=silence, silence_after_words=silence_after_words, longest=longest), workers, patience, log)
+        self.workers = Workers(dict(folder=str(Path(bundle).resolve()), sums=sha256(self.bundle.folder/SUMS), int8=int8, windowed=windowed, vad=vad, every=every, silence=silence, silence_after_words=silence_after_words, longest=longest), workers, patience, log)
         self.readers = ThreadPoolExecutor(thread_name_prefix="recording") # their own: what streams keep does not wait for long files
         self.inside, self.metrics, self.streams, self.page = 0, Metrics(self.workers, lambda: self.inside), set(), (files("ai2text")/"web/index.html").read_text("utf-8")
         self.audio = self.metrics.audio
