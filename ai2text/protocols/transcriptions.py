@@ -239,7 +239,9 @@ class Transcriptions:
                 if request.method != "OPTIONS": self._admit(request)
                 return await handler(request)
             except Exception as e:
-                if isinstance(e, (ClientError, ConnectionError)): raise # nobody is left to be told
+                if isinstance(e, (ClientError, ConnectionError)): # nobody is left to be told, and it is no error of ours that would be logged
+                    if request.transport: request.transport.abort()
+                    return web.Response(status=499)
                 return self._told(e).response()
         return answered
 
