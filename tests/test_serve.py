@@ -375,6 +375,8 @@ def test_tampered_bundle_and_wrong_settings(bundle, tmp_path):
     assert code == 0 and "--token-file" in out and "--no-int8" in out and "folder for recordings" in out
     assert "token: 4 characters" in run(AI2TEXT_TOKEN="four")[2]
     assert "missing: cannot be read" in run("--token-file", str(tmp_path/"missing"))[2]
+    assert run("--port", "70000")[2].endswith("--port 70000: give 1 to 65535, or 0 for any that is free")
+    assert "README.md: no folder can be made there (File exists); name another" in run("--keep", str(bundle/"README.md"))[2]
     data = bytearray((bundle/"model.onnx").read_bytes())
     data[len(data)//2] ^= 1
     (bundle/"model.onnx").write_bytes(data)

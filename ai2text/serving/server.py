@@ -63,7 +63,9 @@ class Store:
         bundle:Bundle, # that recognises
     ):
         self.folder, self.bundle = Path(folder), bundle
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try: self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise ConfigError(f"--keep {folder}: no folder can be made there ({e.strerror}); name another") from None
+        if not os.access(self.folder, os.W_OK | os.X_OK): raise ConfigError(f"--keep {folder}: may not be written; give this account the right, or name another")
 
     def add(self,
         id:str,   # from `new_id`
@@ -304,6 +306,7 @@ class Service:
     async def start(self, host:str="127.0.0.1", port:int=8000):
         "Listen, once the workers are there."
         if not self.token and host not in LOOPBACK: raise ConfigError(f"--host {host}: without a token only this machine may be served; set --token-file or AI2TEXT_TOKEN")
+        if not 0 <= port < 1 << 16: raise ConfigError(f"--port {port}: give 1 to 65535, or 0 for any that is free")
         app = web.Application(client_max_size=1 << 16, middlewares=[self._errors])
         app.add_routes([web.get("/", self._front), web.get("/health", self._health), web.get("/metrics", self._metrics), web.post("/correct", self._correct)])
         add_routes(app, self, token=self.token, origins=self.origins, log=self.log)
