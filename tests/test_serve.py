@@ -99,6 +99,19 @@ def test_signals_leave_nothing(bundle, number):
     asyncio.run(asyncio.wait_for(main(), 120))
 
 
+def test_a_signal_is_obeyed_while_models_load(bundle):
+    "A worker that does not come up stands for a large model: the service does not wait for it to end."
+    process = subprocess.Popen([sys.executable, "-m", "ai2text.pipeline.cli", "serve", str(bundle), "--port", "0", "--workers", "1"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    below = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    try:
+        while not (found := below.read_text().split()): pass # a moment later it would be ready
+        os.kill(int(found[0]), signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGTERM)
+        out, _ = process.communicate(timeout=45) # less than `START_SECONDS`
+    finally: process.kill()
+    assert (process.returncode, out) == (0, b"") and not Path(f"/proc/{found[0]}").exists()
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_killed_worker(bundle, count):
     "Ten streams of which some lose their worker in the middle of a word: nothing is lost of any, with another worker at hand or without."

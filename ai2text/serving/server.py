@@ -322,6 +322,7 @@ class Service:
             await self.workers.start()
         except BaseException:
             await self.runner.cleanup()
+            await self.workers.stop()
             raise
 
     async def stop(self):
@@ -516,10 +517,15 @@ def serve( # nosec B107 # the name of a file, not a token
 ):
     "Run an exported model as a streaming service, until a signal."
     async def main():
-        ending, loop = asyncio.Event(), asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT): loop.add_signal_handler(number, ending.set)
-        async with running(bundle, host, port, token=read_token(token_file), log=lambda line: print(line, file=sys.stderr, flush=True), keep=keep, **kwargs) as service:
-            print(service.about(), flush=True)
-            await ending.wait()
-            print("ai2text serve: stops", flush=True)
+        ending, loop, starting = asyncio.Event(), asyncio.get_running_loop(), asyncio.current_task()
+        def end():
+            if starting and not ending.is_set(): starting.cancel() # who loads a large model need not wait for it
+            ending.set()
+        for number in (signal.SIGTERM, signal.SIGINT): loop.add_signal_handler(number, end)
+        with contextlib.suppress(asyncio.CancelledError):
+            async with running(bundle, host, port, token=read_token(token_file), log=lambda line: print(line, file=sys.stderr, flush=True), keep=keep, **kwargs) as service:
+                starting = None
+                print(service.about(), flush=True)
+                await ending.wait()
+                print("ai2text serve: stops", flush=True)
     asyncio.run(main())
