@@ -366,6 +366,27 @@ def test_a_bundle_put_in_the_place_of_another_is_not_taken_for_it(bundle, tmp_pa
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
+def test_what_a_client_that_leaves_has_said_is_kept(tmp_path):
+    "Done is the last that the service hears of it; the result comes when nobody is there to read it."
+    async def main():
+        async with running(toy_bundle(tmp_path/"bundle", kind="ctc"), workers=1, keep=tmp_path/"kept", vad="loudness") as service:
+            pid, = service.workers.pids
+            os.kill(pid, signal.SIGSTOP)
+            async with aiohttp.ClientSession() as session:
+                client = await session.ws_connect(service.websocket)
+                await client.send_bytes(whistle("ba một")[0].tobytes())
+                await client.send_str("Done")
+                while not (service.streams and next(iter(service.streams)).speech.over): await asyncio.sleep(0.01)
+                client._response.connection.transport.abort()
+                (stream,) = service.streams
+                while not stream.client._req.transport is None and not stream.client._req.transport.is_closing(): await asyncio.sleep(0.01)
+            os.kill(pid, signal.SIGCONT)
+            await wait_for_metric(service, "streams_open", 0)
+        row, = [json.loads(p.read_text()) for p in (tmp_path/"kept").glob("*.json")]
+        assert row["pred_text"] == "ba một" and (tmp_path/"kept"/row["audio_filepath"]).is_file()
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 def test_unknown_kind_and_trained_on(bundle):
     "A bundle that no engine runs is refused in words; what the model was trained on is said to everybody."
     async def main():

@@ -201,10 +201,11 @@ async def _down(self:Stream):
         result |= dict(decoded=round(decoded/SAMPLE_RATE, 3), needs=round(event["needs"]/SAMPLE_RATE, 4), received=round(self.received/SAMPLE_RATE, 3), latency=round(latency, 4)) | (dict(id=self.id) if store else {})
         if result["is_final"]: result["written"] = written(result["text"], sentence=True)
         self.service.measure(latency if self.received/SAMPLE_RATE < now - self.began + 1 else None, max(0, more)/SAMPLE_RATE)
-        await self._say(json.dumps(result, ensure_ascii=False))
-        if result["is_final"]:
-            if store: await self.service.save(self.id, event["wave"], self.text, result["confidence"])
-            self.id, self.text = new_id(), ""
+        try: await self._say(json.dumps(result, ensure_ascii=False))
+        finally: # who leaves before the end has spoken as well
+            if result["is_final"]:
+                id, text, self.id, self.text = self.id, self.text, new_id(), ""
+                if store: await self.service.save(id, event["wave"], text, result["confidence"])
 
 @patch
 def _needed(self:Stream,
