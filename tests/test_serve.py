@@ -99,6 +99,19 @@ def test_signals_leave_nothing(bundle, number):
     asyncio.run(asyncio.wait_for(main(), 120))
 
 
+def test_a_signal_is_obeyed_while_models_load(bundle):
+    "A worker that does not come up stands for a large model: the service does not wait for it to end."
+    process = subprocess.Popen([sys.executable, "-m", "ai2text.pipeline.cli", "serve", str(bundle), "--port", "0", "--workers", "1"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    below = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    try:
+        while not (found := below.read_text().split()): pass # a moment later it would be ready
+        os.kill(int(found[0]), signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGTERM)
+        out, _ = process.communicate(timeout=45) # less than `START_SECONDS`
+    finally: process.kill()
+    assert (process.returncode, out) == (0, b"") and not Path(f"/proc/{found[0]}").exists()
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_killed_worker(bundle, count):
     "Ten streams of which some lose their worker in the middle of a word: nothing is lost of any, with another worker at hand or without."
@@ -117,6 +130,22 @@ def test_killed_worker(bundle, count):
             while len(service.workers.pids) < count or Path(f"/proc/{old[0]}").exists(): await asyncio.sleep(0.02)
             assert old[0] not in service.workers.pids
             assert (await send(service, frames(wave))).text == "ba một hai sáu năm"
+    asyncio.run(asyncio.wait_for(main(), 180))
+
+
+def test_workers_that_die_together_count_once(bundle):
+    "As when memory runs out: none of the dead is given the streams of another, which it might be blamed for."
+    wave = np.concatenate([whistle("ba một hai sáu năm")[0]]*2)
+    async def main():
+        async with running(bundle, workers=MOST_MOVES + 2) as service:
+            streams = [asyncio.create_task(send(service, frames(wave), pace=0.05)) for _ in range(10)]
+            await wait_for_metric(service, "streams_open", 10)
+            while min((s.received for s in service.streams), default=0) < SAMPLE_RATE: await asyncio.sleep(0.01)
+            for pid in service.workers.pids: os.kill(pid, signal.SIGKILL)
+            while service.workers.restarts < service.workers.count: await asyncio.sleep(0.01)
+            moves = [s.speech.moves for s in service.streams]
+            heard = await asyncio.gather(*streams)
+            assert {h.code for h in heard} == {1000} and {h.text for h in heard} == {"ba một hai sáu năm ba một hai sáu năm"} and moves == [1]*10
     asyncio.run(asyncio.wait_for(main(), 180))
 
 
@@ -304,6 +333,61 @@ def test_every_kind(tmp_path, kind):
     asyncio.run(asyncio.wait_for(main(), 180))
 
 
+def test_a_file_that_nobody_waits_for_is_read_no_further(tmp_path, monkeypatch):
+    "Hours without a word are one step for a thread, which no cancelling ends: it must end itself, or the service does not stop."
+    read, most = [], 4000
+    def silence(path, notes):
+        for _ in range(most): yield read.append(1) or np.zeros(SAMPLE_RATE, np.float32)
+    monkeypatch.setattr("ai2text.serving.server.read_blocks", silence)
+    async def main():
+        async with running(toy_bundle(tmp_path/"bundle", kind="whisper"), workers=1) as service:
+            going = asyncio.create_task(service.recognise("hours.flac"))
+            while not read: await asyncio.sleep(0.01)
+            going.cancel()
+            await asyncio.gather(going, return_exceptions=True)
+            service.readers.shutdown() # waits
+    asyncio.run(main())
+    assert 0 < len(read) < most
+
+
+def test_a_bundle_put_in_the_place_of_another_is_not_taken_for_it(bundle, tmp_path):
+    "Neither by a worker that starts again, nor for files, which are heard by a graph that is loaded late; and it is no fault of the client."
+    lines, wave = [], whistle("ba một")[0]
+    sf.write(tmp_path/"talk.wav", wave, SAMPLE_RATE)
+    async def main():
+        async with running(bundle, workers=1, log=lines.append) as service, aiohttp.ClientSession() as session:
+            shutil.rmtree(bundle)
+            toy_bundle(bundle, kind="ctc")
+            form = aiohttp.FormData(dict(model="toy", file=(tmp_path/"talk.wav").open("rb")))
+            async with session.post(f"{service.url}/v1/audio/transcriptions", data=form) as r: assert r.status == 500 and str(bundle) not in await r.text()
+            assert (await send(service, frames(wave))).text == "ba một" # the worker has its model in memory
+            os.kill(service.workers.pids[0], signal.SIGKILL)
+            while not any("worker: " in line and "is not what it was" in line for line in lines): await asyncio.sleep(0.02)
+            assert not service.workers.ready.is_set()
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_what_a_client_that_leaves_has_said_is_kept(tmp_path):
+    "Done is the last that the service hears of it; the result comes when nobody is there to read it."
+    async def main():
+        async with running(toy_bundle(tmp_path/"bundle", kind="ctc"), workers=1, keep=tmp_path/"kept", vad="loudness") as service:
+            pid, = service.workers.pids
+            os.kill(pid, signal.SIGSTOP)
+            async with aiohttp.ClientSession() as session:
+                client = await session.ws_connect(service.websocket)
+                await client.send_bytes(whistle("ba một")[0].tobytes())
+                await client.send_str("Done")
+                while not (service.streams and next(iter(service.streams)).speech.over): await asyncio.sleep(0.01)
+                client._response.connection.transport.abort()
+                (stream,) = service.streams
+                while not stream.client._req.transport is None and not stream.client._req.transport.is_closing(): await asyncio.sleep(0.01)
+            os.kill(pid, signal.SIGCONT)
+            await wait_for_metric(service, "streams_open", 0)
+        row, = [json.loads(p.read_text()) for p in (tmp_path/"kept").glob("*.json")]
+        assert row["pred_text"] == "ba một" and (tmp_path/"kept"/row["audio_filepath"]).is_file()
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 def test_unknown_kind_and_trained_on(bundle):
     "A bundle that no engine runs is refused in words; what the model was trained on is said to everybody."
     async def main():
@@ -326,6 +410,8 @@ def test_tampered_bundle_and_wrong_settings(bundle, tmp_path):
     assert code == 0 and "--token-file" in out and "--no-int8" in out and "folder for recordings" in out
     assert "token: 4 characters" in run(AI2TEXT_TOKEN="four")[2]
     assert "missing: cannot be read" in run("--token-file", str(tmp_path/"missing"))[2]
+    assert run("--port", "70000")[2].endswith("--port 70000: give 1 to 65535, or 0 for any that is free")
+    assert "README.md: no folder can be made there (File exists); name another" in run("--keep", str(bundle/"README.md"))[2]
     data = bytearray((bundle/"model.onnx").read_bytes())
     data[len(data)//2] ^= 1
     (bundle/"model.onnx").write_bytes(data)

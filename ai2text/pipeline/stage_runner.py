@@ -34,7 +34,7 @@ def check_names(
         if name in ("init", "runs", "export") or not re.fullmatch(r"\w[\w.-]*", str(name)) or str(name).endswith("-eval"):
             raise ConfigError(f"params.yaml: models: {name!r} is no name for a model; init, runs, export and what ends with -eval name other folders, and only letters, digits, _, . and - may be in it")
     exported, models = (params.get("export") or {}).get("model"), params.get("models") or {}
-    if exported and models and exported not in models: raise ConfigError(f"params.yaml: export.model: {exported!r} is none of the models; write one of {', '.join(map(str, models))}")
+    if exported is not None and models and exported not in [*models]: raise ConfigError(f"params.yaml: export.model: {exported!r} is none of the models; write one of {', '.join(map(str, models))}")
     for part in ("corpora", "pseudo"):
         for name in params.get(part) or {}:
             if not re.fullmatch(r"[a-z0-9_]+", str(name)): raise ConfigError(f"params.yaml: {part}: {name!r} is no name for a corpus; write a-z, 0-9 and _ alone")

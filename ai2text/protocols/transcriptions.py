@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from aiohttp import ClientError, hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
 from fastcore.basics import patch
 
 from ..audio.decoders import AudioError
@@ -157,7 +158,7 @@ async def upload(
                 elif len(fields) < _FIELDS: fields.append((part.name, await _read_field(part, stall)))
                 else: raise ApiError(400, f"the form has more than {_FIELDS} fields", "invalid_body")
         except asyncio.TimeoutError: raise ApiError(408, f"nothing came for {stall:g} s", "timeout") from None
-        except (ValueError, AssertionError, web.HTTPException) as e: raise ApiError(400, f"the form cannot be read ({e}); send multipart/form-data with file and model", "invalid_body") from e
+        except (ValueError, AssertionError, web.HTTPException, HttpProcessingError, web.RequestPayloadError) as e: raise ApiError(400, f"the form cannot be read ({e}); send multipart/form-data with file and model", "invalid_body") from e
         if not path: raise ApiError(400, "file: is missing; send the recording as a file of the form", "missing_required_parameter", "file")
         yield path, fields
 
@@ -238,7 +239,9 @@ class Transcriptions:
                 if request.method != "OPTIONS": self._admit(request)
                 return await handler(request)
             except Exception as e:
-                if isinstance(e, (ClientError, ConnectionError)): raise # nobody is left to be told
+                if isinstance(e, (ClientError, ConnectionError)): # nobody is left to be told, and it is no error of ours that would be logged
+                    if request.transport: request.transport.abort()
+                    return web.Response(status=499)
                 return self._told(e).response()
         return answered
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.batch import SAMPLE_RATE
-from ..core.files import read_json
+from ..core.files import read_json, sha256
 from ..core.params import ConfigError
 from ..audio.segment import LONGEST
 from ..audio.vad import SPEECH_WINDOW, Endpointer, SpeechDetector
@@ -25,7 +25,7 @@ from ..text.tokenizer import Tokenizer
 from ..streams.graphs import session
 from ..streams.chunks import ChunkShape, ChunkStream
 from ..streams.chunk_graph import ChunkGraph
-from .bundle import INPUTS, OUTPUTS, Bundle
+from .bundle import INPUTS, OUTPUTS, SUMS, Bundle, BundleError
 from .recogniser import load_recogniser
 from .workers import pack, unpack
 
@@ -376,18 +376,27 @@ class Engine:
 # %% ../../nbs/serving/50_engine.ipynb #b6df8522
 DETECTORS = dict(silero=SpeechDetector, loudness=Loudness)
 
+def _same(folder, sums:str):
+    "Refuse a bundle that has been put in another's place: it may be of another kind, and what hears it goes by another name."
+    if sums and (not (path := Path(folder)/SUMS).is_file() or sha256(path) != sums): raise BundleError(f"{folder}: is not what it was when the service began; start the service again, and give each bundle a folder of its own")
+
 def load_engine(
     folder,              # a bundle that `check_bundle` has found good
     int8:bool=False,     # weights of 8 bits
     windowed:bool=False, # whole utterances, though the model could stream
     vad:str="silero",    # what finds them: silero, or loudness
     every:float=0.5,     # s from one partial result of an utterance to the next, at least, of a windowed engine
+    sums:str="",         # digest of its SHA256SUMS when it was checked; empty: none is asked for
     **ends,              # of `Ends`
 )->Engine:
     "The engine of a bundle, by its `kind`."
+    def whole():
+        _same(folder, sums)
+        return load_recogniser(folder, int8 and not bundle.streams)
+    _same(folder, sums)
     bundle = Bundle(Path(folder), read_json(Path(folder)/"config.json"))
     if vad not in DETECTORS: raise ConfigError(f"vad {vad}: not known; choose from {', '.join(DETECTORS)}")
-    how = dict(make_recogniser=functools.partial(load_recogniser, folder, int8 and not bundle.streams), ends=Ends(**ends), every=every, detector=DETECTORS[vad])
+    how = dict(make_recogniser=whole, ends=Ends(**ends), every=every, detector=DETECTORS[vad])
     if bundle.streams and not windowed: return Engine(ChunkHearing, graph=ConformerGraph(bundle, int8) if bundle.kind == "streaming_ctc" else ChunkGraph(folder, int8), calibration=bundle.calibration("stream"), **how)
     Endpointer(how["ends"].silence, how["ends"].silence_after_words, how["ends"].longest)
     engine = Engine(WindowHearing, **how)
@@ -424,7 +433,9 @@ def work(
             elif do == "feed": engine.feed(id, np.frombuffer(raw, "<f4"))
             elif do == "open":
                 try: engine.open(id, **header)
-                except (ConfigError, ValueError) as e: line.sendall(pack(dict(id=id, what="refused", error=str(e))))
+                except Exception as e: # a bundle that is not there any more is no fault of the client
+                    refused = isinstance(e, (ConfigError, ValueError)) and not isinstance(e, BundleError)
+                    line.sendall(pack(dict(id=id, what="refused" if refused else "failed", error=str(e))))
             else: getattr(engine, dict(finish="finish", close="close")[do])(id)
         todo, events = [], engine.step()
         if events: line.sendall(b"".join(pack(e) for e in events))

@@ -9,6 +9,7 @@ __all__ = ['FRAME_BYTES', 'LOUDEST', 'ID', 'LONGEST_TEXT', 'MAX_AHEAD', 'LATENCI
 # %% ../../nbs/serving/60_server.ipynb #6ff42cf4
 import asyncio, base64, contextlib, functools, hashlib, json, os, re, secrets, signal, sys, time, unicodedata
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 
 from ..protocols.access import LOOPBACK, MIN_TOKEN, SUBPROTOCOL, admit, check_origins
 from ..protocols.transcriptions import add_routes
-from .bundle import Bundle, check_bundle
-from ..core.files import atomic_write, read_json
+from .bundle import SUMS, Bundle, check_bundle
+from ..core.files import atomic_write, read_json, sha256
 from ..core.batch import SAMPLE_RATE
 from ..core.params import ConfigError
 from ..audio.io import AudioError, encode, read_blocks
@@ -62,7 +63,9 @@ class Store:
         bundle:Bundle, # that recognises
     ):
         self.folder, self.bundle = Path(folder), bundle
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try: self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise ConfigError(f"--keep {folder}: no folder can be made there ({e.strerror}); name another") from None
+        if not os.access(self.folder, os.W_OK | os.X_OK): raise ConfigError(f"--keep {folder}: may not be written; give this account the right, or name another")
 
     def add(self,
         id:str,   # from `new_id`
@@ -198,10 +201,11 @@ async def _down(self:Stream):
         result |= dict(decoded=round(decoded/SAMPLE_RATE, 3), needs=round(event["needs"]/SAMPLE_RATE, 4), received=round(self.received/SAMPLE_RATE, 3), latency=round(latency, 4)) | (dict(id=self.id) if store else {})
         if result["is_final"]: result["written"] = written(result["text"], sentence=True)
         self.service.measure(latency if self.received/SAMPLE_RATE < now - self.began + 1 else None, max(0, more)/SAMPLE_RATE)
-        await self._say(json.dumps(result, ensure_ascii=False))
-        if result["is_final"]:
-            if store: await self.service.save(self.id, event["wave"], self.text, result["confidence"])
-            self.id, self.text = new_id(), ""
+        try: await self._say(json.dumps(result, ensure_ascii=False))
+        finally: # who leaves before the end has spoken as well
+            if result["is_final"]:
+                id, text, self.id, self.text = self.id, self.text, new_id(), ""
+                if store: await self.service.save(id, event["wave"], text, result["confidence"])
 
 @patch
 def _needed(self:Stream,
@@ -295,13 +299,15 @@ class Service:
         self.kind = self.bundle.kind + ("" if self.bundle.streams and not windowed else ", whole utterances")
         self.models = {self.bundle.config["name"]: int((self.bundle.folder/"config.json").stat().st_mtime)}
         self.cut = functools.partial(speech_segments if vad == "silero" and self.bundle.kind == "whisper" else pieces, longest=longest)
-        self.workers = Workers(dict(folder=str(Path(bundle).resolve()), int8=int8, windowed=windowed, vad=vad, every=every, silence=silence, silence_after_words=silence_after_words, longest=longest), workers, patience, log)
+        self.workers = Workers(dict(folder=str(Path(bundle).resolve()), sums=sha256(self.bundle.folder/SUMS), int8=int8, windowed=windowed, vad=vad, every=every, silence=silence, silence_after_words=silence_after_words, longest=longest), workers, patience, log)
+        self.readers = ThreadPoolExecutor(thread_name_prefix="recording") # their own: what streams keep does not wait for long files
         self.inside, self.metrics, self.streams, self.page = 0, Metrics(self.workers, lambda: self.inside), set(), (files("ai2text")/"web/index.html").read_text("utf-8")
         self.audio = self.metrics.audio
 
     async def start(self, host:str="127.0.0.1", port:int=8000):
         "Listen, once the workers are there."
         if not self.token and host not in LOOPBACK: raise ConfigError(f"--host {host}: without a token only this machine may be served; set --token-file or AI2TEXT_TOKEN")
+        if not 0 <= port < 1 << 16: raise ConfigError(f"--port {port}: give 1 to 65535, or 0 for any that is free")
         app = web.Application(client_max_size=1 << 16, middlewares=[self._errors])
         app.add_routes([web.get("/", self._front), web.get("/health", self._health), web.get("/metrics", self._metrics), web.post("/correct", self._correct)])
         add_routes(app, self, token=self.token, origins=self.origins, log=self.log)
@@ -317,6 +323,7 @@ class Service:
             await self.workers.start()
         except BaseException:
             await self.runner.cleanup()
+            await self.workers.stop()
             raise
 
     async def stop(self):
@@ -325,6 +332,7 @@ class Service:
             if not stream.outcome.done(): stream.outcome.set_exception(Ended(1012, "stopped", "the service stops; connect again"))
         await self.runner.cleanup()
         await self.workers.stop()
+        self.readers.shutdown(wait=False, cancel_futures=True)
 
     def admit(self, request):
         "Raise the HTTP error of a request that may not come in."
@@ -450,9 +458,10 @@ async def recognise(self:Service,
 )->Transcript:
     "Transcribe a recording; `AudioError` for one that cannot be read."
     phrases = [p for p in re.split(r"[,;\n]", prompt) if p.strip()] if self.bundle.kind != "whisper" else []
-    found, going, options = Transcript(str(path)), deque(), dict(hotwords=phrases) if phrases else {}
+    found, going, options, wanted = Transcript(str(path)), deque(), dict(hotwords=phrases) if phrases else {}, True
     def blocks():
         for block in read_blocks(path, notes=found.notes):
+            if not wanted: return # a thread cannot be cancelled
             found.duration += len(block)/SAMPLE_RATE
             if found.duration > self.seconds: raise AudioError(path, f"longer than {self.seconds/3600:g} h, which is the most; cut it", "too long")
             yield block
@@ -463,11 +472,12 @@ async def recognise(self:Service,
         if said: said(result["text"])
     coming = self.cut(blocks())
     try:
-        while piece := await asyncio.to_thread(next, coming, None):
+        while piece := await asyncio.get_running_loop().run_in_executor(self.readers, next, coming, None):
             going.append(asyncio.create_task(self._piece(*piece, options)))
             if len(going) > 2*self.workers.count: await take()
         while going: await take()
     finally:
+        wanted = False
         for task in going: task.cancel()
     return found
 
@@ -508,10 +518,15 @@ def serve( # nosec B107 # the name of a file, not a token
 ):
     "Run an exported model as a streaming service, until a signal."
     async def main():
-        ending, loop = asyncio.Event(), asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT): loop.add_signal_handler(number, ending.set)
-        async with running(bundle, host, port, token=read_token(token_file), log=lambda line: print(line, file=sys.stderr, flush=True), keep=keep, **kwargs) as service:
-            print(service.about(), flush=True)
-            await ending.wait()
-            print("ai2text serve: stops", flush=True)
+        ending, loop, starting = asyncio.Event(), asyncio.get_running_loop(), asyncio.current_task()
+        def end():
+            if starting and not ending.is_set(): starting.cancel() # who loads a large model need not wait for it
+            ending.set()
+        for number in (signal.SIGTERM, signal.SIGINT): loop.add_signal_handler(number, end)
+        with contextlib.suppress(asyncio.CancelledError):
+            async with running(bundle, host, port, token=read_token(token_file), log=lambda line: print(line, file=sys.stderr, flush=True), keep=keep, **kwargs) as service:
+                starting = None
+                print(service.about(), flush=True)
+                await ending.wait()
+                print("ai2text serve: stops", flush=True)
     asyncio.run(main())
