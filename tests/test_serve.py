@@ -380,7 +380,7 @@ def test_what_a_client_that_leaves_has_said_is_kept(tmp_path):
                 while not (service.streams and next(iter(service.streams)).speech.over): await asyncio.sleep(0.01)
                 client._response.connection.transport.abort()
                 (stream,) = service.streams
-                while not stream.client._req.transport is None and not stream.client._req.transport.is_closing(): await asyncio.sleep(0.01)
+                while stream.client._req.transport is not None and not stream.client._req.transport.is_closing(): await asyncio.sleep(0.01)
             os.kill(pid, signal.SIGCONT)
             await wait_for_metric(service, "streams_open", 0)
         row, = [json.loads(p.read_text()) for p in (tmp_path/"kept").glob("*.json")]
