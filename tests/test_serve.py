@@ -104,7 +104,7 @@ def test_a_signal_is_obeyed_while_models_load(bundle):
     process = subprocess.Popen([sys.executable, "-m", "ai2text.pipeline.cli", "serve", str(bundle), "--port", "0", "--workers", "1"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     below = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     try:
-        while not (found := below.read_text().split()): pass # a moment later it would be ready
+        while not (found := below.read_text().split()) or b"engine" not in Path(f"/proc/{found[0]}/cmdline").read_bytes(): pass # a moment later it would be ready
         os.kill(int(found[0]), signal.SIGSTOP)
         os.kill(process.pid, signal.SIGTERM)
         out, _ = process.communicate(timeout=45) # less than `START_SECONDS`
@@ -379,7 +379,7 @@ def test_what_a_client_that_leaves_has_said_is_kept(tmp_path):
                 while not (service.streams and next(iter(service.streams)).speech.over): await asyncio.sleep(0.01)
                 client._response.connection.transport.abort()
                 (stream,) = service.streams
-                while not stream.client._req.transport is None and not stream.client._req.transport.is_closing(): await asyncio.sleep(0.01)
+                while stream.client._req.transport is not None and not stream.client._req.transport.is_closing(): await asyncio.sleep(0.01)
             os.kill(pid, signal.SIGCONT)
             await wait_for_metric(service, "streams_open", 0)
         row, = [json.loads(p.read_text()) for p in (tmp_path/"kept").glob("*.json")]
