@@ -104,7 +104,7 @@ def test_a_signal_is_obeyed_while_models_load(bundle):
     process = subprocess.Popen([sys.executable, "-m", "ai2text.pipeline.cli", "serve", str(bundle), "--port", "0", "--workers", "1"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     below = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     try:
-        while not (found := below.read_text().split()): pass # a moment later it would be ready
+        while not (found := below.read_text().split()) or b"engine" not in Path(f"/proc/{found[0]}/cmdline").read_bytes(): pass # a moment later it would be ready
         os.kill(int(found[0]), signal.SIGSTOP)
         os.kill(process.pid, signal.SIGTERM)
         out, _ = process.communicate(timeout=45) # less than `START_SECONDS`
