@@ -157,7 +157,7 @@ class PlanConfig:
     compute_price:float = opt(help="of an hour of the machine; 0 where it is yours", ge=0)
     target:float = opt(0., "error rate to get to, as 0.2; 0 = none", ge=0, lt=1)
     budget:float = opt(0., "what may be spent; 0 = no question of it", ge=0)
-    owned:float = opt(0., "hours of labels that are there already; 0 = those of the largest run", ge=0)
+    owned:float = opt(0., "hours of labels that are there already; 0 = all of this workspace, or those of the largest of `runs`", ge=0)
     hours:float = opt(0., "hours of the machine until the deadline; 0 = any", ge=0)
     more:float = opt(100., "the next sum, of which to say what it should buy", gt=0)
     family:str = opt("", "of the models; empty = the one with the most runs")

@@ -18,7 +18,7 @@ from ..core.files import read_json, write_json
 from ..core.layout import Layout, find_root
 from ..core.params import ConfigError, load_params
 from ..core.tables import columns, spell_hours
-from .points import find_points, keep_point
+from .points import all_label_hours, find_points, keep_point
 from .plots import INK, plain_numbers
 from .surface import Surface, check_points, fit_surface
 
@@ -294,7 +294,7 @@ def plan(
     budget:float=None,        # what may be spent, in the currency of the prices
     label_price:float=None,   # of an hour of labels
     compute_price:float=None, # of an hour of the machine; left out = train.price_per_hour of params.yaml
-    owned:float=0.,           # hours of labels that are there already; 0 = those of the largest run
+    owned:float=0.,           # hours of labels that are there already; 0 = all of the workspace, or those of the largest of `runs`
     hours:float=0.,           # of the machine until the deadline; 0 = any
     more:float=100.,          # the next sum, of which to say what it should buy
     family:str="",            # of the models; empty = the one with the most runs
@@ -313,6 +313,7 @@ def plan(
         points, left_out = find_points(None if runs else layout, runs, label_hours)
         return f"{len([keep_point(p, keep) for p in points])} runs in {keep}" + "".join(f"\nleft out: {why}" for why in left_out)
     mine, doubts, points = runs_for_plan(layout, runs, family, label_hours)
+    if layout and not runs: owned = owned or all_label_hours(layout) or 0.
     if compute_price is None and layout: compute_price = load_params(layout.root/"params.yaml").get("train", {}).get("price_per_hour") or None
     made, surface, every = make_plan(mine, Prices(label_price, compute_price, owned, hours), target, budget, more, doubts)
     if figures:
