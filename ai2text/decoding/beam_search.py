@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHIFT', 'SPACE', 'DEFAULTS', 'MARGIN', 'LEAST_SPELLED', 'SURENESS', 'TUNE_STEPS', 'read_symbols', 'WordScorer',
            'Letters', 'letter_tree', 'hotword_automaton', 'Prefixes', 'tuned_weights', 'save_weights', 'split_hotword',
-           'read_hotwords', 'check_words', 'Decoder', 'Word', 'word_errors', 'tune']
+           'hotword_words', 'read_hotwords', 'check_words', 'Decoder', 'Word', 'word_errors', 'tune']
 
 # %% ../../nbs/decoding/10_beam_search.ipynb #96f65f7c
 import math, re, warnings
@@ -254,6 +254,17 @@ def split_hotword(
     if not words: raise ValueError(f"hotword {text!r}: a score alone; write a phrase before it")
     return " ".join(words), score
 
+def hotword_words(
+    hotword:str,           # a phrase, maybe with a score
+    normaliser:Normaliser,
+)->tuple:                  # its words as they are spoken, its score or None
+    "How a hotword is spoken; ValueError for one that cannot be."
+    text, score = split_hotword(hotword)
+    words = normaliser(text)
+    if not words or unknown_characters(words):
+        raise ValueError(f"hotword {text!r}: cannot be said in letters that the recogniser knows; write it as it is spoken")
+    return tuple(words.split()), score
+
 def read_hotwords(
     path,        # text file in UTF-8: a phrase a line, maybe with a score
 )->list[str]:
@@ -322,10 +333,7 @@ class Decoder:
     def _read_hotwords(self, hotwords, normaliser)->dict:
         phrases = {}
         for hotword in hotwords:
-            text, score = split_hotword(hotword)
-            words = normaliser(text)
-            if not words or unknown_characters(words): raise ValueError(f"hotword {text!r}: cannot be said in letters that the recogniser knows; write it as it is spoken")
-            phrase = tuple(words.split())
+            phrase, score = hotword_words(hotword, normaliser)
             phrases[phrase] = max(phrases.get(phrase, -math.inf), self.boost if score is None else score)
         return dict(sorted(phrases.items()))
 

@@ -21,7 +21,7 @@ from ..audio.segment import LONGEST
 from ..audio.vad import SPEECH_WINDOW, Endpointer, SpeechDetector
 from ..decoding.beam_search import Decoder, Word
 from ..decoding.calibration import calibrated_words
-from ..text.tokenizer import Tokenizer
+from ..text.tokenizer import WORD_START, Tokenizer
 from ..streams.graphs import session
 from ..streams.chunks import ChunkShape, ChunkStream
 from ..streams.chunk_graph import ChunkGraph
@@ -170,14 +170,33 @@ class ChunkHearing(Hearing):
             self.closed = True
         decoded, quiet = self.begin + self.frames*shape.frame_samples, self.quiet*shape.frame_samples/SAMPLE_RATE
         if self.closed: return [self._final(self.received), dict(what="closed")]
-        if not self.engine.ends.over(bool(self.tokens), quiet, (decoded - self.begin)/SAMPLE_RATE):
+        ends = self.engine.ends
+        if not ends.over(bool(self.tokens), quiet, (decoded - self.begin)/SAMPLE_RATE):
             tokens = [self.engine.graph.tokenizer.symbols[t].replace("▁", " ", 1) for t in self.tokens]
             return [self.event("partial", decoded, self.begin, decoded + shape.lookahead, result=self.result(self.engine.graph.tokenizer.decode(self.tokens), tokens, list(self.times), self.begin, ys_probs=list(self.probs)))]
+        if not ends.over(bool(self.tokens), quiet, 0): return [self._cut(decoded)]
         found = self._final(decoded)
         self.scores.samples -= self.scores.chunks*shape.shift
         self.scores.chunks, self.scores.state, self.begin = 0, self.engine.graph.scores().state, decoded
         self._forget()
         return [found]
+
+    def _cut(self, decoded:int)->dict:
+        "End an utterance for its length: at the longest pause before a word of its second half, where the next one begins."
+        rows_NV, symbols = np.concatenate(self.rows), self.engine.graph.tokenizer.symbols
+        best, pauses, spoken = rows_NV.argmax(1).tolist(), [], -1 # spoken: the last frame with a token
+        for n,token in enumerate(best):
+            if token and token != best[n-1] and symbols[token].startswith(WORD_START): pauses.append((n - 1 - spoken, n))
+            if token: spoken = n
+        pause, word = max([p for p in pauses if p[1] >= len(best)//2], default=(0, len(best))) # frames
+        place = word - pause//2
+        self._forget()
+        self._extend(rows_NV[:place])
+        found = self._final(decoded, self.begin + place*self.scores.shape.frame_samples)
+        self.begin = found["end"]
+        self._forget()
+        self._extend(rows_NV[place:])
+        return found
 
     def _extend(self, log_probs_NV):
         self.rows.append(log_probs_NV)
@@ -187,13 +206,14 @@ class ChunkHearing(Hearing):
                 self.tokens.append(token); self.times.append(round(self.frames*self.scores.shape.frame_samples/SAMPLE_RATE, 3)); self.probs.append(round(score, 4))
             self.last, self.frames = token, self.frames + 1
 
-    def _final(self, decoded:int)->dict:
+    def _final(self, decoded:int, end:int=None)->dict:
+        end = decoded if end is None else end
         found, words = self.engine.words(np.concatenate(self.rows), self.phrases)
         tokens = [self.engine.graph.tokenizer.symbols[t].replace("▁", " ", 1) for t in found.tokens]
         begin = self.begin/SAMPLE_RATE
         words = [Word(w.word, w.start + begin, w.end + begin, w.confidence) for w in words]
         result = self.result(found.text, tokens, self.times if found.tokens == self.tokens else found.times, self.begin, True, ys_probs=self.probs if found.tokens == self.tokens else [], **spelled(words))
-        return self.event("final", decoded, decoded, decoded + self.scores.shape.lookahead, begin=self.begin, end=decoded, result=result)
+        return self.event("final", decoded, end, decoded + self.scores.shape.lookahead, begin=self.begin, end=end, result=result)
 
 # %% ../../nbs/serving/50_engine.ipynb #0be62f1d
 def agreed(

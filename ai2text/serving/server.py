@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FRAME_BYTES', 'LOUDEST', 'ID', 'LONGEST_TEXT', 'MAX_AHEAD', 'LATENCIES', 'Ended', 'read_frame', 'Store', 'new_id',
-           'Stream', 'processor_seconds', 'Metrics', 'trained_on', 'Service', 'running', 'read_token', 'serve']
+           'Stream', 'processor_seconds', 'Metrics', 'trained_on', 'Service', 'likely_phrases', 'running', 'read_token',
+           'serve']
 
 # %% ../../nbs/serving/60_server.ipynb #6ff42cf4
 import asyncio, base64, contextlib, functools, hashlib, json, os, re, secrets, signal, sys, time, unicodedata
@@ -28,7 +29,8 @@ from ..core.params import ConfigError
 from ..audio.io import AudioError, encode, read_blocks
 from ..audio.segment import pieces
 from ..audio.vad import speech_segments
-from ..decoding.beam_search import Word
+from ..text.normalise import Normaliser
+from ..decoding.beam_search import Word, hotword_words
 from ..decoding.transcript import Transcript
 from ..decoding.itn import written
 from .workers import Workers, within
@@ -139,7 +141,8 @@ async def _up(self:Stream):
         if message.type is WSMsgType.TEXT:
             if message.data != "Done": raise Ended(1003, "text", "a text other than Done; audio goes in binary frames of float32, 16 kHz")
             self.done = time.monotonic()
-            return await speech.finish()
+            await speech.finish()
+            return await self._answer_pings()
         if message.type is not WSMsgType.BINARY: raise Ended(1006, "frame too big" if self.client.close_code == 1009 else "client gone", "the client is gone")
         wave = read_frame(message.data)
         if not len(wave): continue
@@ -153,6 +156,12 @@ async def _up(self:Stream):
             await speech.feed(piece)
         service.audio.inc(len(wave)/SAMPLE_RATE)
         last = time.monotonic()
+
+@patch
+async def _answer_pings(self:Stream):
+    "After Done, while the last results are computed."
+    while (message := await self.client.receive()).type in (WSMsgType.PING, WSMsgType.PONG, WSMsgType.TEXT, WSMsgType.BINARY):
+        if message.type is WSMsgType.PING: await self.client.pong(message.data)
 
 @patch
 async def _next(self:Stream,
@@ -449,15 +458,24 @@ async def _piece(self:Service, start:float, wave, options:dict)->dict:
     if last["what"] != "closed": raise RuntimeError(f"a piece at {start:g} s: {last.get('error', 'the workers died of it')}")
     return events[-2]["result"]
 
+def likely_phrases(
+    prompt:str,            # as OpenAI's API has it: free text
+    normaliser:Normaliser, # of the recogniser
+)->list[str]:
+    "The phrases of a prompt that can be hotwords; the rest of it is a hint that a CTC model has no use for."
+    def possible(phrase):
+        with contextlib.suppress(ValueError): return hotword_words(phrase, normaliser)
+    return [p for p in re.split(r"[,;\n]", prompt) if possible(p)]
+
 @patch
 async def recognise(self:Service,
     path,              # a recording, in any format
     language:str="vi", # what the model was trained for
-    prompt:str="",     # phrases that are likely to be said, with commas between them; a Whisper has no use for them
+    prompt:str="",     # phrases that are likely, with commas between them: a hint, which Whisper ignores
     said=None,         # is called with the text of each piece, in order, as soon as it is there
 )->Transcript:
     "Transcribe a recording; `AudioError` for one that cannot be read."
-    phrases = [p for p in re.split(r"[,;\n]", prompt) if p.strip()] if self.bundle.kind != "whisper" else []
+    phrases = likely_phrases(prompt, self.bundle.normaliser) if self.bundle.kind != "whisper" else []
     found, going, options, wanted = Transcript(str(path)), deque(), dict(hotwords=phrases) if phrases else {}, True
     def blocks():
         for block in read_blocks(path, notes=found.notes):
