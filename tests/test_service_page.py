@@ -26,12 +26,13 @@ def browser():
 
 
 @contextlib.asynccontextmanager
-async def opened(tmp_path, words="một hai", scheme="light", **settings):
+async def opened(tmp_path, words="một hai", scheme="light", kind="streaming_ctc", **settings):
     "A service, and its page in a browser whose microphone hears `words` once."
     from playwright.async_api import async_playwright
-    sf.write(tmp_path/"microphone.wav", np.concatenate([np.zeros(8000), whistle(words)[0], np.zeros(48_000)]), 16_000, subtype="PCM_16")
+    sf.write(tmp_path/"microphone.wav", np.concatenate([np.zeros(8000), whistle(words, seconds=0.4)[0], np.zeros(48_000)]), 16_000, subtype="PCM_16")
     flags = [*FLAGS, "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream", f"--use-file-for-fake-audio-capture={tmp_path/'microphone.wav'}%noloop"]
-    async with running(toy_bundle(tmp_path/"bundle"), **settings) as service, async_playwright() as playwright:
+    detector = {} if kind == "streaming_ctc" else dict(vad="loudness") # whistles are no speech
+    async with running(toy_bundle(tmp_path/"bundle", kind=kind), **detector, **settings) as service, async_playwright() as playwright:
         context = await playwright.chromium.launch_persistent_context(tmp_path/"profile", executable_path=CHROMIUM, headless=True, args=flags, color_scheme=scheme, permissions=["microphone"])
         try:
             page, requests, errors = context.pages[0], [], []
@@ -58,9 +59,10 @@ async def shows(page, words):
     await expect(page.get_by_role("log")).to_contain_text(words, ignore_case=True, timeout=30_000)
 
 
-def test_microphone(tmp_path):
+@pytest.mark.parametrize("kind", ["streaming_ctc", "chunk_ctc", "ctc", "whisper"])
+def test_microphone(tmp_path, kind):
     async def main():
-        async with opened(tmp_path, "một hai ba") as (service, page, errors):
+        async with opened(tmp_path, "một hai ba", kind=kind, **({} if kind == "streaming_ctc" else dict(every=0.2))) as (service, page, errors):
             await page.get_by_role("button", name="Start microphone").click()
             await state(page, "Listening")
             await shows(page, "một") # while it still listens
