@@ -115,14 +115,22 @@ docs: $(STAMP)
 	@cp -R nbs/tutorials nbs/images _proc/
 	@quarto render _proc --no-execute && rm -rf _docs && mv _proc/_docs _docs
 
-# The front page: nbs/index.ipynb with its outputs, as text; its picture is the run that results/ has.
-README.md: nbs/index.ipynb nbs/images/run.png $(STAMP)
+# The front page: nbs/index.ipynb with its outputs, as text. Its links to pictures and tutorials start from nbs/.
+README.md: nbs/index.ipynb nbs/images/run.png nbs/images/people.png nbs/images/plan.png $(STAMP)
 	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README $<
-	@sed -i.bak 's|](images/|](nbs/images/|' $@ && rm $@.bak
+	@sed -i.bak -e 's|](images/|](nbs/images/|g' -e 's|](tutorials/|](nbs/tutorials/|g' $@ && rm $@.bak
 
 nbs/images/run.png: results/conformer_ctc/ttq_log.json $(STAMP)
 	@mkdir -p $(@D)
 	@MPLBACKEND=agg MATPLOTLIBRC=ai2text/matplotlibrc $(BIN)/python -c "from ai2text.ttq.plots import plot_ttq; from ai2text.ttq.log import load_log; plot_ttq(load_log('$<')).figure.savefig('$@', dpi=110)"
+
+# Pictures that a committed notebook holds: its figure of that number, from 0.
+nbs/images/people.png: papermill_runs/benchmarks/people.ipynb
+nbs/images/people.png: FIGURE = 0
+nbs/images/plan.png: nbs/tutorials/plan.ipynb
+nbs/images/plan.png: FIGURE = 1
+nbs/images/people.png nbs/images/plan.png: $(STAMP)
+	@$(BIN)/python -c "import base64, json; found = [o['data']['image/png'] for c in json.load(open('$(filter %.ipynb,$^)'))['cells'] for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]; open('$@', 'wb').write(base64.b64decode(found[$(FIGURE)]))"
 
 setup: $(STAMP)
 

@@ -312,9 +312,17 @@ def test_reports_are_small():
     assert not big, f"reports of 1 MB and more: {big}"
 
 
+def test_sidebar_has_every_page():
+    "The site's pages are the front page, the tutorials and the library; stages and benchmarks are read as reports."
+    listed = re.findall(r"- (\S+)\.ipynb", (ROOT/"nbs/sidebar.yml").read_text(encoding="utf-8"))
+    pages = [o.name for o in NOTEBOOKS if o.room not in ("stages", "benchmarks")]
+    assert sorted(listed) == sorted(pages), f"nbs/sidebar.yml: add {sorted(set(pages) - set(listed))}, remove {sorted(set(listed) - set(pages))}"
+
+
 def test_readme_is_the_front_page():
     from nbconvert import MarkdownExporter
     text, resources = MarkdownExporter().from_filename(str(ROOT/"nbs/index.ipynb"))
     assert not resources["outputs"], "a picture of the front page would need a file: link to one under nbs/images instead"
-    assert (ROOT/"README.md").read_text(encoding="utf-8").strip() == text.replace("](images/", "](nbs/images/").strip(), "run: make README.md"
-    assert all((ROOT/"nbs"/name).is_file() for name in re.findall(r"\]\((images/[^)]+)\)", text))
+    assert (ROOT/"README.md").read_text(encoding="utf-8").strip() == re.sub(r"\]\((images|tutorials)/", r"](nbs/\1/", text).strip(), "run: make README.md"
+    links = re.findall(r"\]\(([^):]+)\)", text)
+    assert links and not (dead := [name for name in links if not (ROOT/"nbs"/name).is_file()]), f"nbs/index.ipynb links to {dead}, which are no files under nbs/"

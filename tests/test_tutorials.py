@@ -1,13 +1,35 @@
-"The family of the tutorial, moved into a copy of the house as the tutorial says: the house's rules hold, and the pipeline trains it."
+"The commands of the front page and the tutorials exist; the family of the tutorial, moved into a copy of the project as the tutorial asks, keeps its rules and trains."
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from nbformat import write
 
-from conftest import ROOT
+from ai2text.pipeline.cli import _parser
+from conftest import NOTEBOOKS, ROOT
 from workspace import Workspace
+
+
+def commands():
+    "Every line of a shell in the front page and the tutorials that calls `ai2text` or `make`: (notebook, words)."
+    for notebook in (o for o in NOTEBOOKS if o.name == "index" or o.room == "tutorials"):
+        for cell in notebook.raw["cells"]:
+            for block in re.findall(r"^```(?:bash|sh)\n(.*?)^```", "".join(cell["source"]), flags=re.M | re.S):
+                for words in (shlex.split(line, comments=True) for line in block.splitlines()):
+                    if words and words[0] in ("ai2text", "make"): yield notebook.name, words
+
+
+def test_commands_of_the_front_page_and_the_tutorials_exist(capsys):
+    targets, wrong, known = set(re.findall(r"^([a-z0-9-]+):", (ROOT/"Makefile").read_text(), flags=re.M)), [], list(commands())
+    for name, (program, *words) in known:
+        if program == "make" and words[0] not in targets: wrong.append(f"{name}: make {words[0]}: no such target")
+        if program == "ai2text":
+            try: _parser(words).parse_args(words)
+            except SystemExit: wrong.append(f"{name}: ai2text {' '.join(words)}: {capsys.readouterr().err.splitlines()[-1]}")
+    assert len(known) > 20 and not wrong, wrong
 
 
 NEW = "models/45_gru", "testing/05_family_check"
