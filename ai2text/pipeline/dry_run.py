@@ -79,13 +79,14 @@ def step_memory(
     trainer,             # that has made a step
     batch,               # the largest micro-batch
     config:TrainConfig,
-)->dict:                 # bytes: weights, average, optimizer, gradients, activations (with all else), total; of the process, 0 where not measured; how
+)->dict:                 # bytes: weights, average, optimizer, gradients, activations (with all else), total, process (0: not measured); how
     "The most that a step on a micro-batch would hold."
     tensors = lambda tree: [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-    kept = dict(weights=[*trainer.model.parameters(), *trainer.model.buffers()], average=[*trainer.ema.average.values()] if trainer.ema else [], optimizer=tensors(trainer.optimizer.state_dict()))
+    average = [*trainer.ema.average.values()] if trainer.ema else []
+    kept = dict(weights=[*trainer.model.parameters(), *trainer.model.buffers()], average=average, optimizer=tensors(trainer.optimizer.state_dict()))
     found = {name: sum(t.nbytes for t in some) for name,some in kept.items()}
     held, accumulates = sum(found.values()), min(2, config.accumulation_steps)
-    gradients = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
+    found["gradients"] = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
     if trainer.device.type == "cuda":
         trainer.train_step([batch]*accumulates) # finds the part that fits
         with PeakMemory(trainer.device) as process: trainer.train_step([batch]*accumulates)
@@ -98,10 +99,11 @@ def step_memory(
         trainer.scaler.update()
         with TensorMemory(everything) as counted: trainer.train_step([some])
         least = counted.peak
-        if accumulates > 1: held += gradients
+        if accumulates > 1: held += found["gradients"]
     total = max(least, round(held + grows*part))
-    return found | dict(gradients=gradients, activations=max(0, total - sum(found.values()) - gradients), total=total, process=process.bytes if how == "counted" and grows == 1 else 0,
-                        how=how if grows == 1 else f"{how} on a part of it")
+    resident = process.bytes if how == "counted" and grows == 1 else 0
+    if grows > 1: how += " on a part of it"
+    return found | dict(activations=max(0, total - sum(found.values())), total=total, process=resident, how=how)
 
 # %% ../../nbs/pipeline/05_dry_run.ipynb #8ebb16ad
 def step_seconds(
@@ -111,8 +113,9 @@ def step_seconds(
     samples,          # (n,) padded, of each of them
     seconds:float,    # of timed steps; two are timed at least
 )->tuple[float,int]:  # mean over the plan; how many were timed
-    "Time steps of the plan: the one with the largest micro-batches, the one in the middle, then others as they come. Reading goes on meanwhile, so the slower of the two counts."
-    order, taken, reading, wait = samples.argsort(), {}, 0., torch.cuda.synchronize if trainer.device.type == "cuda" else lambda: None
+    "Time steps of the plan: the largest, the one in the middle, then others as they come; or their reading, where that is slower."
+    order, taken, reading = samples.argsort(), {}, 0.
+    wait = torch.cuda.synchronize if trainer.device.type == "cuda" else lambda: None
     for i in dict.fromkeys([int(order[-1]), int(order[len(order)//2]), *range(len(steps))]):
         begin = time.perf_counter()
         window = [loader.batch(*job, 0) for job in steps[i]]
@@ -151,7 +154,8 @@ def run_length(
     evaluation:float,  # seconds
 )->dict:               # steps, evaluations, hours
     "How far a run gets within its budget, and how long that takes."
-    each = (1/config.evaluate_every_steps if config.evaluate_every_steps else 0) + (step/60/config.evaluate_every_minutes if config.evaluate_every_minutes else 0) # evaluations a step
+    every, minutes = config.evaluate_every_steps, config.evaluate_every_minutes
+    each = (1/every if every else 0) + (step/60/minutes if minutes else 0) # evaluations a step
     limits = [(config.max_steps, 1), (config.max_audio_hours, audio_hours), (3600*config.max_hours, step + each*evaluation)]
     steps = min(math.ceil(limit/a_step - 1e-9) for limit,a_step in limits if limit)
     evaluations = max(1, math.ceil(steps*each - 1e-9))
@@ -168,7 +172,9 @@ def ways_to_fit(
     "What to write into the recipe so that a micro-batch goes into memory whole."
     room = limit - (memory["total"] - memory["activations"])
     smaller, ways = math.floor(.95*seconds*room/memory["activations"]), []
-    if smaller >= longest: ways.append(f"batch_seconds: {smaller} with accumulation_steps: {math.ceil(config.accumulation_steps*seconds/smaller)}, the same step")
+    if smaller >= longest:
+        times = math.ceil(config.accumulation_steps*seconds/smaller)
+        ways.append(f"batch_seconds: {smaller} with accumulation_steps: {times}, the same step")
     if again and again["total"] <= limit: ways.append(f"checkpointing: true, {spell_bytes(again['total'])}")
     return ways or ["a smaller model, or shorter utterances (prepare.max_seconds)"]
 
@@ -209,11 +215,14 @@ def estimate_run(
             trainer.train_step([first])
             again = step_memory(trainer, batch, other)
         ways = ways_to_fit(config, memory, limit, size(largest)/SAMPLE_RATE, float(loader.index.duration.max()), again)
-    length = run_length(config, step, audio := sum(float(loader.index.duration[u].sum()) for u in loader.plan(0))/3600/len(steps), evaluation)
+    audio_hours = sum(float(loader.index.duration[u].sum()) for u in loader.plan(0))/3600/len(steps)
+    length, parameters = run_length(config, step, audio_hours, evaluation), [*model.parameters()]
     hours = length["hours"] + startup/3600
-    return length | dict(device=str(trainer.device), precision=str(trainer.dtype)[6:], parameters=sum(p.numel() for p in model.parameters()), trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        steps_an_epoch=len(steps), seconds=size(largest)/SAMPLE_RATE, utterances=len(batch), memory=memory, limit=limit, fits=fits, ways=ways, step=step, timed=timed, evaluation=evaluation,
-        startup=startup, hours=hours, audio_hours=length["steps"]*audio, cost=config.price_per_hour*hours if config.price_per_hour else None)
+    return length | dict(
+        device=str(trainer.device), precision=str(trainer.dtype)[6:], parameters=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in parameters if p.requires_grad), steps_an_epoch=len(steps), seconds=size(largest)/SAMPLE_RATE,
+        utterances=len(batch), memory=memory, limit=limit, fits=fits, ways=ways, step=step, timed=timed, evaluation=evaluation,
+        hours=hours, audio_hours=length["steps"]*audio_hours, cost=config.price_per_hour*hours if config.price_per_hour else None)
 
 # %% ../../nbs/pipeline/05_dry_run.ipynb #b13e4b32
 def estimate_text(
@@ -222,18 +231,23 @@ def estimate_text(
     found:dict,         # of `estimate_run`
 )->str:
     "An estimate, in lines."
-    memory, share_of, processes = found["memory"], f"memory_gb: {config.memory_gb:g}" if config.memory_gb else "the memory of this machine", config.nproc*config.machines
+    memory, processes, f = found["memory"], config.nproc*config.machines, found
+    limit = (f"memory_gb: {config.memory_gb:g}" if config.memory_gb else "the memory of this machine") + f", {spell_bytes(f['limit'])}"
     parts = ", ".join(f"{part} {spell_bytes(memory[part])}" for part in ("weights", "average", "gradients", "optimizer", "activations"))
+    libraries = " (not counted: 0.3 GiB of a GPU's libraries)" if config.memory_gb and memory["how"].startswith("counted") else ""
     rows = dict(
-        run=f"{name}, hardware: {config.hardware or 'none'}, {found['precision']} on {found['device']}" + (f", {processes} processes, of which one was tried" if processes > 1 else ""),
-        parameters=f"{found['parameters']/1e6:.2f} M" + (f", {found['trained']/1e6:.2f} M of them trained" if found["trained"] < found["parameters"] else ""),
-        memory=f"{spell_bytes(memory['total'])} {memory['how']}, at the largest micro-batch of {found['seconds']:.0f} s, {found['utterances']} utterances: {parts}"
-               + (f"; the process, libraries included, {spell_bytes(memory['process'])}" if memory["process"] else ""),
-        fits=f"yes, into {share_of}, {spell_bytes(found['limit'])}" if found["fits"] else f"no, not whole, into {share_of}, {spell_bytes(found['limit'])}; write {'; or '.join(found['ways'])}",
-        steps=f"{found['steps']:,}, {found['steps_an_epoch']:,} an epoch, {found['steps']/found['steps_an_epoch']:.1f} epochs, {found['audio_hours']:.1f} h of speech",
-        time=f"{1000*found['step']:.0f} ms a step, by {found['timed']} of them; {found['evaluations']} evaluations of {found['evaluation']:.1f} s",
-        hours=f"{spell_hours(found['hours'])}" + (f", {found['cost']:.2f} at {config.price_per_hour:g} an hour" if found["cost"] is not None else ", no price: train.price_per_hour is 0"))
-    return "\n".join([f"{key:<11} {value}" for key,value in rows.items()] + ["nothing was trained or written"])
+        run=f"{name}, hardware: {config.hardware or 'none'}, {f['precision']} on {f['device']}" + f", one process of {processes}"*(processes > 1),
+        parameters=f"{f['parameters']/1e6:.2f} M" + f", {f['trained']/1e6:.2f} M of them trained"*(f["trained"] < f["parameters"]),
+        batch=f"{f['seconds']:.0f} s padded, {f['utterances']} utterances: the largest micro-batch of the plan",
+        memory=f"{spell_bytes(memory['total'])} {memory['how']}: {parts}",
+        process=f"{spell_bytes(memory['process'])}, Python and libraries included" if memory["process"] else "",
+        fits=f"yes, into {limit}{libraries}" if f["fits"] else f"no, not whole, into {limit}; write {'; or '.join(f['ways'])}",
+        steps=f"{f['steps']:,}, {f['steps_an_epoch']:,} an epoch, {f['steps']/f['steps_an_epoch']:.1f} epochs",
+        speech=f"{f['audio_hours']:.1f} h, repeats counted",
+        time=f"{1000*f['step']:.0f} ms a step, by {f['timed']} of them; {f['evaluations']} evaluations of {f['evaluation']:.1f} s",
+        hours=spell_hours(f["hours"]),
+        cost="no price: train.price_per_hour is 0" if f["cost"] is None else f"{f['cost']:.2f}, at {config.price_per_hour:g} an hour")
+    return "\n".join([f"{key:<11} {value}" for key,value in rows.items() if value] + ["nothing was trained or written"])
 
 # %% ../../nbs/pipeline/05_dry_run.ipynb #05fb44d8
 def train(
@@ -250,9 +264,12 @@ def train(
     values = load_params(layout.root/"params.yaml")
     if model not in values["models"]: raise ConfigError(f"params.yaml: models: no {model}; there are {', '.join(values['models'])}")
     params = values["models"][model]
-    given = train_values(values, {**params, "train": {**(params.get("train") or {}), "hardware": hardware}} if hardware else params)
-    steps = {} if dry_run and max_steps is None else dict(max_steps=10 if max_steps is None else max_steps, max_hours=0., max_audio_hours=0.)
-    config = section("train", given | steps | ({} if dry_run else dict(warmup_steps=0)) | (dict(amp_dtype=amp_dtype if use_amp else "fp32") if amp_dtype or not use_amp else {}))
+    asked = dict(amp_dtype=amp_dtype if use_amp else "fp32") if amp_dtype or not use_amp else {}
+    if not dry_run: asked |= dict(warmup_steps=0)
+    if not dry_run and max_steps is None: max_steps = 10
+    if max_steps is not None: asked |= dict(max_steps=max_steps, max_hours=0., max_audio_hours=0.)
+    own = (params.get("train") or {}) | (dict(hardware=hardware) if hardware else {})
+    config = section("train", train_values(values, {**params, "train": own}) | asked)
     new = build_model(params, load_tokenizer(layout.tokenizer), values["init"]["seed"], model)
     if dry_run:
         try: return estimate_text(model, config, estimate_run(config, new, layout))
@@ -266,5 +283,6 @@ def train(
         trainer.fit(loader, config.budget, [Note(), Progress()])
         if not ranks.main: return
     seconds, s = time.perf_counter() - begin, trainer.state
-    return (f"{s.step} steps in {str(trainer.dtype)[6:]} on {trainer.device}: loss {losses[0]:.1f} -> {losses[-1]:.1f}, {s.units/seconds:.1f} utterances/s, "
-            f"{s.audio_seconds/seconds:.0f} audio-seconds/s, peak memory {peak_memory(trainer.device)/2**30:.2f} GiB")
+    return (f"{s.step} steps in {str(trainer.dtype)[6:]} on {trainer.device}: loss {losses[0]:.1f} -> {losses[-1]:.1f}, "
+            f"{s.units/seconds:.1f} utterances/s, {s.audio_seconds/seconds:.0f} audio-seconds/s, "
+            f"peak memory {peak_memory(trainer.device)/2**30:.2f} GiB")

@@ -373,7 +373,8 @@ def _values(name:str, root:Path, notebook:Path, given:dict, settings:list)->dict
     for kind,items in (("corpus", "corpora"), ("pseudo", "pseudo"), ("plan", "plans")):
         for key,item in (params.get(items) or {}).items(): section(kind, item, f"params.yaml: {items}.{key}")
     for key,item in (params.get("models") or {}).items():
-        if isinstance(item, dict) and isinstance(item.get("train") or {}, dict) and params.get("train"): section("train", train_values(params, item), f"params.yaml: models.{key}.train")
+        if isinstance(item, dict) and isinstance(item.get("train") or {}, dict) and params.get("train"):
+            section("train", train_values(params, item), f"params.yaml: models.{key}.train")
     return values
 
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #335ab79c

@@ -18,7 +18,9 @@ def hardware_values(
 )->dict:
     "A recipe of the section `hardware`, whole and checked."
     recipes, where = params.get("hardware") or {}, f"params.yaml: hardware.{name}"
-    if name not in recipes: raise ConfigError(f"train.hardware: {name!r}: params.yaml has no such recipe; " + (f"choose from {', '.join(recipes)}" if recipes else "write it under `hardware`"))
+    if name not in recipes:
+        choices = f"choose from {', '.join(recipes)}" if recipes else "write it under `hardware`"
+        raise ConfigError(f"train.hardware: {name!r}: params.yaml has no such recipe; {choices}")
     section("hardware", recipes[name], where)
     for f in dataclasses.fields(HardwareConfig):
         if f.name not in recipes[name]: raise ConfigError(f"{where}.{f.name}: missing; add it ({f.metadata['help']})")
