@@ -82,8 +82,8 @@ def step_memory(
 )->dict:                 # bytes: weights, average, optimizer, gradients, activations (with all else), total, process (0: not measured); how
     "The most that a step on a micro-batch would hold."
     tensors = lambda tree: [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-    average = [*trainer.ema.average.values()] if trainer.ema else []
-    kept = dict(weights=[*trainer.model.parameters(), *trainer.model.buffers()], average=average, optimizer=tensors(trainer.optimizer.state_dict()))
+    kept = dict(weights=[*trainer.model.parameters(), *trainer.model.buffers()], optimizer=tensors(trainer.optimizer.state_dict()))
+    kept["average"] = [*trainer.ema.average.values()] if trainer.ema else []
     found = {name: sum(t.nbytes for t in some) for name,some in kept.items()}
     held, accumulates = sum(found.values()), min(2, config.accumulation_steps)
     found["gradients"] = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
@@ -128,7 +128,7 @@ def step_seconds(
         if len(taken) > 1 and sum(taken.values()) > seconds: break
     computing = sum(taken.values())
     slower = max(computing, reading/loader.num_workers) if loader.num_workers else computing + reading
-    return slower/samples[[*taken]].sum()*samples.mean(), len(taken)
+    return float(slower/samples[[*taken]].sum()*samples.mean()), len(taken)
 
 def evaluation_seconds(
     trainer,
@@ -236,7 +236,7 @@ def estimate_text(
     parts = ", ".join(f"{part} {spell_bytes(memory[part])}" for part in ("weights", "average", "gradients", "optimizer", "activations"))
     libraries = " (not counted: 0.3 GiB of a GPU's libraries)" if config.memory_gb and memory["how"].startswith("counted") else ""
     rows = dict(
-        run=f"{name}, hardware: {config.hardware or 'none'}, {f['precision']} on {f['device']}" + f", one process of {processes}"*(processes > 1),
+        run=f"{name}, hardware: {config.hardware or 'none'}, {f['precision']} on {f['device']}" + f", one of {processes} processes"*(processes > 1),
         parameters=f"{f['parameters']/1e6:.2f} M" + f", {f['trained']/1e6:.2f} M of them trained"*(f["trained"] < f["parameters"]),
         batch=f"{f['seconds']:.0f} s padded, {f['utterances']} utterances: the largest micro-batch of the plan",
         memory=f"{spell_bytes(memory['total'])} {memory['how']}: {parts}",
