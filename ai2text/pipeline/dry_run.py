@@ -232,11 +232,12 @@ def estimate_text(
 )->str:
     "An estimate, in lines."
     memory, processes, f = found["memory"], config.nproc*config.machines, found
+    where = f"{f['precision']} on {f['device']}" + f", one of {processes} processes"*(processes > 1)
     limit = (f"memory_gb: {config.memory_gb:g}" if config.memory_gb else "the memory of this machine") + f", {spell_bytes(f['limit'])}"
     parts = ", ".join(f"{part} {spell_bytes(memory[part])}" for part in ("weights", "average", "gradients", "optimizer", "activations"))
     libraries = " (not counted: 0.3 GiB of a GPU's libraries)" if config.memory_gb and memory["how"].startswith("counted") else ""
     rows = dict(
-        run=f"{name}, hardware: {config.hardware or 'none'}, {f['precision']} on {f['device']}" + f", one of {processes} processes"*(processes > 1),
+        run=f"{name}, hardware: {config.hardware or 'none'}, {where}",
         parameters=f"{f['parameters']/1e6:.2f} M" + f", {f['trained']/1e6:.2f} M of them trained"*(f["trained"] < f["parameters"]),
         batch=f"{f['seconds']:.0f} s padded, {f['utterances']} utterances: the largest micro-batch of the plan",
         memory=f"{spell_bytes(memory['total'])} {memory['how']}: {parts}",
