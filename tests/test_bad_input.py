@@ -445,12 +445,17 @@ def stage(w:Workspace, *words:str, code:int)->str:
     return lines[-1]
 
 
-def test_typo_is_found_before_any_work(workspace):
+@pytest.mark.parametrize("right, wrong, why", [
+    ("warmup_steps:", "warmup_step:", "params.yaml: train.warmup_step: no such parameter; did you mean warmup_steps?"),
+    ("hardware: demo", "hardware: dmo", "train.hardware: 'dmo': params.yaml has no such recipe; choose from demo, small_gpu, large_gpu"),
+    (", memory_gb: 12.0", "", "params.yaml: hardware.small_gpu.memory_gb: missing; add it (memory of a GPU that may be used; micro-batches are split to fit into it; 0 = all)")])
+def test_typo_is_found_before_any_work(workspace, right, wrong, why):
     text = (workspace.root/"params.yaml").read_text()
-    (workspace.root/"params.yaml").write_text(text.replace("warmup_steps:", "warmup_step:"))
+    assert right in text
+    (workspace.root/"params.yaml").write_text(text.replace(right, wrong))
     try: says = stage(workspace, "corpus", "--corpus", "cv", code=2)
     finally: (workspace.root/"params.yaml").write_text(text)
-    assert says == "ai2text stage: params.yaml: train.warmup_step: no such parameter; did you mean warmup_steps?"
+    assert says == f"ai2text stage: {why}"
 
 
 def test_missing_corpus_in_the_terminal(workspace):
@@ -501,6 +506,8 @@ def command(capsys, *words)->tuple:
     ("train --amp-dtype fp9", "ai2text train: train.amp_dtype: 'fp9' is not known; choose from 'auto'"),
     ("train --model other", f"ai2text train: params.yaml: models: no other; there are {M}"),
     ("train", "data/prepared/tokenizer/tokenizer.json: no such file; run the prepare stage to make the tokenizer"),
+    ("train --dry-run", "data/prepared/tokenizer/tokenizer.json: no such file; run the prepare stage to make the tokenizer"),
+    ("train --dry-run --hardware big", "ai2text train: train.hardware: 'big': params.yaml has no such recipe; choose from demo, small_gpu, large_gpu"),
     ("ttq missing", "error: missing: no such file; give a ttq_log.json or the folder it lies in"),
     ("summary", "results: no results yet; run `make demo`"),
     ("verify nowhere", "ai2text verify: nowhere/index.json: no such index; run the stage `shards`"),

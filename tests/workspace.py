@@ -73,11 +73,12 @@ class Workspace:
         from ai2text.core.layout import Layout
         from ai2text.core.params import load_params
         from ai2text.core.sections import section
+        from ai2text.training.advice import train_values
         from ai2text.training.publish import publish
         from ai2text.training.run import fit
         layout, params = Layout(self.root), load_params(self.root/"params.yaml")
         milestones = params["milestones"][params["train"]["milestones"]]
-        publish(M, fit(M, section("train", params["train"] | changes), milestones, layout), milestones, layout)
+        publish(M, fit(M, section("train", train_values(params, params["models"][M]) | changes), milestones, layout), milestones, layout)
 
     def folders(self)->set: return set(self.root.glob(f".runs/{M}/*/*/"))
 

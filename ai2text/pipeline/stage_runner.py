@@ -17,7 +17,7 @@ from ..core.sections import SECTIONS, section
 from ..core.files import atomic_folder, atomic_write, read_json, sha256, write_json
 from ..core.layout import Layout, find_root, from_root
 from ..core.code import code_digest, identity
-from ..training.advice import ADVICE, train_values
+from ..training.advice import ADVICE, hardware_values, train_values
 
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #28722d20
 STAGES = ("corpus", "pseudo", "prepare", "shards", "init", "train", "evaluate", "compare", "export", "plan")
@@ -78,7 +78,7 @@ def stage_section(
     item = params["models"][key] if each == "models" and isinstance(params["models"][key], dict) else {}
     if not isinstance(values, dict): raise ConfigError(f"params.yaml: {where}: {values!r} is no section; write its keys beneath `{where.split('.')[-1]}:`")
     section(name, values, f"params.yaml: {where}")
-    if name == "train" and item: section(name, values := train_values(values, item), f"params.yaml: models.{key}.{name}")
+    if name == "train": section(name, values := train_values(params, item), f"params.yaml: models.{key}.{name}")
     return where, values
 
 def stage_parameters(
@@ -368,11 +368,13 @@ def _values(name:str, root:Path, notebook:Path, given:dict, settings:list)->dict
     params = load_params(root/"params.yaml")
     values = stage_parameters(name, params, list(asked), **given)
     for name in SECTIONS: # a typo must not wait for its own stage, which may be days away
-        if name in params and name not in SINGULAR: section(name, params[name], f"params.yaml: {name}")
+        if name in params and name not in (*SINGULAR, "hardware"): section(name, params[name], f"params.yaml: {name}")
+    for name in params.get("hardware") or {}: hardware_values(params, name)
     for kind,items in (("corpus", "corpora"), ("pseudo", "pseudo"), ("plan", "plans")):
         for key,item in (params.get(items) or {}).items(): section(kind, item, f"params.yaml: {items}.{key}")
     for key,item in (params.get("models") or {}).items():
-        if isinstance(item, dict) and isinstance(item.get("train"), dict): section("train", train_values(params.get("train") or {}, item), f"params.yaml: models.{key}.train")
+        if isinstance(item, dict) and isinstance(item.get("train") or {}, dict) and params.get("train"):
+            section("train", train_values(params, item), f"params.yaml: models.{key}.train")
     return values
 
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #335ab79c

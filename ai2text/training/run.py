@@ -167,7 +167,7 @@ def join(
     layout = Layout(root or find_root())
     values = load_params(layout.root/"params.yaml")
     if model not in values["models"]: raise ConfigError(f"params.yaml: models: no {model}; there are {', '.join(values['models'])}")
-    config = section("train", train_values(values["train"], values["models"][model]))
+    config = section("train", train_values(values, values["models"][model]))
     if not 0 < machine < config.machines: raise ConfigError(f"--machine {machine}: params.yaml says train.machines: {config.machines}; machine 0 runs `dvc repro`, " + (f"the others are 1 to {config.machines - 1}" if config.machines > 1 else "and nobody joins it"))
     for path in (layout.split_index("train"), layout.split_index("dev"), layout.manifest("dev"), layout.tokenizer, layout.init(model)):
         if not path.exists(): raise ConfigError(f"{path}: not here; `dvc pull data/index data/prepared models/init/{model}` and come again")

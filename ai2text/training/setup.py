@@ -32,7 +32,7 @@ def budget(self:TrainConfig)->Budget:
     "What a run may use."
     return Budget(self.max_steps, self.max_hours, self.max_audio_hours)
 
-BUDGET_ONLY = ('milestones', 'max_steps', 'max_hours', 'max_audio_hours', 'checkpoint_minutes', 'num_workers', 'master', 'stop_when', 'price_per_hour')  # change no weight before the decay
+BUDGET_ONLY = ('milestones', 'max_steps', 'max_hours', 'max_audio_hours', 'checkpoint_minutes', 'num_workers', 'hardware', 'master', 'stop_when', 'price_per_hour')  # change no weight before the decay
 
 # %% ../../nbs/training/50_setup.ipynb #d98c5716
 def index_part(
