@@ -296,8 +296,9 @@ def _tasks(rows, out_dir, notes, config, audio_root, elsewhere)->list:
     processes = config.processes or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     last = 0 if elsewhere else len(parts) % processes # shards that leave processes without work: threads take their place
     def task(i, part):
-        return ShardTask(str(out_dir/f"shard-{i:06d}.tar"), str(notes/f"shard-{i:06d}.json"), part, str(audio_root), config.sample_rate, config.codec,
-                         versions() if elsewhere else {}, min(8, processes//last) if i >= len(parts) - last else 1)
+        threads = min(8, processes//last) if i >= len(parts) - last else 1
+        return ShardTask(str(out_dir/f"shard-{i:06d}.tar"), str(notes/f"shard-{i:06d}.json"), part, str(audio_root),
+                         config.sample_rate, config.codec, versions() if elsewhere else {}, threads)
     return [task(i, part) for i,part in enumerate(parts)]
 
 def _joined(notes, rejected, config, normaliser:str)->Index:
