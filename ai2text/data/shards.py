@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from importlib.metadata import version
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from tarfile import BLOCKSIZE, RECORDSIZE
 from typing import NamedTuple
@@ -22,9 +23,9 @@ import soundfile as sf
 
 from ..core.code import identity
 from ..core.files import atomic_write, read_json, sha256
-from ..core.params import make
+from ..core.params import ConfigError, make
 from ..core.sections import ShardsConfig
-from ..core.parallel import cluster, in_parallel
+from ..core.parallel import cluster, in_parallel, read_ahead
 from ..audio.decoders import AUDIO_SUFFIXES
 from ..audio.io import AudioError, Recording, encode, piece_of, read_plain, resample
 from .shard_index import COLUMNS, INDEX_FORMAT, Index, ShardError, load_index, member_audio, members, numbered, printable, reject_summary, save_index
@@ -83,9 +84,17 @@ def tar_end(size:int)->bytes:
 _NOT_IN_SHARD = ("audio_filepath", "offset", "channel", "notes", "split", "seen", "sha256", "bytes") # they tell where a file came from, not what it is
 _as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
-def _utterance_block(row:dict, root, sample_rate:int, codec:str, notes:list=None):
-    "The tar members of one utterance as bytes, and its seconds; `ValueError` says why there are none."
-    pcm, rate = read_pcm(os.path.join(root, row["audio_filepath"]), sample_rate, notes, **piece_of(row))
+class _Block(NamedTuple):
+    "The tar members of one utterance."
+    data:bytes
+    crc32:int     # of them
+    key:str
+    seconds:float
+    mended:list   # notes about its recording
+
+def _utterance_block(row:dict, root, sample_rate:int, codec:str)->_Block:
+    "Read one utterance and encode it; `ValueError` says why it cannot be done."
+    pcm, rate = read_pcm(os.path.join(root, row["audio_filepath"]), sample_rate, mended := [], **piece_of(row))
     seconds, key = len(pcm)/sample_rate, safe_key(row["id"])
     about = {k: v for k,v in row.items() if k not in _NOT_IN_SHARD} | dict(duration=seconds, sample_rate=rate)
     try: text = _as_json(about).encode("utf-8")
@@ -93,7 +102,8 @@ def _utterance_block(row:dict, root, sample_rate:int, codec:str, notes:list=None
     pieces = []
     for ext,content in sorted({codec: encode(pcm, sample_rate, codec), "json": text}.items()):
         pieces += _tar_header(f"{key}.{ext}".encode(), len(content)), content, bytes(-len(content) % BLOCKSIZE)
-    return b"".join(pieces), seconds
+    data = b"".join(pieces)
+    return _Block(data, zlib.crc32(data), key, seconds, mended)
 
 # %% ../../nbs/data/10_shards.ipynb #e1627500
 @lru_cache(1)
@@ -110,15 +120,16 @@ class ShardTask(NamedTuple):
     root:str         # folder that `audio_filepath` is relative to
     sample_rate:int
     codec:str
-    writer:dict      # `versions()` of whoever plans: a worker elsewhere must have the same
+    writer:dict={}   # `versions()` of whoever plans, which a worker elsewhere must have too
+    threads:int=1    # that read and encode ahead
 
 def _recipe(task:ShardTask)->str:
-    "What the bytes of a shard depend on, as a SHA-256; recordings count with size and time of change."
+    "What the bytes of a shard depend on besides `versions`, as a SHA-256; recordings count with size and time of change."
     def stamp(row):
         try: about = os.stat(os.path.join(task.root, row["audio_filepath"]))
         except (OSError, ValueError): return None
         return [about.st_size, about.st_mtime_ns]
-    parts = [task.writer, task.sample_rate, task.codec, task.rows, [stamp(row) for row in task.rows]]
+    parts = [task.sample_rate, task.codec, task.rows, [stamp(row) for row in task.rows]]
     return sha256(marshal.dumps(parts, 2)) # ten times faster than JSON; later formats depend on which strings are shared
 
 _STRIDE = 8 << 20 # bytes between two requests to the disk
@@ -129,28 +140,36 @@ def write_shard(task:ShardTask)->dict:
     if (note := _finished(task, wanted)) is not None: return note
     with atomic_write(task.path, "wb") as f, ThreadPoolExecutor(1) as behind:
         asked = 0
-        def write(block):
+        def write(block, end):
             nonlocal asked
             f.write(block)
-            if f.tell() - asked > _STRIDE: behind.submit(os.fdatasync, f.fileno()); asked = f.tell()
+            if end - asked > _STRIDE: behind.submit(os.fdatasync, f.fileno()); asked = end
         note = _fill(task, write)
     return _noted(task, wanted, note)
 
+def _blocks(task:ShardTask, rows:list)->list:
+    "A `_Block` of each row, or what goes into `rejected` in its place."
+    def made(row):
+        try: return _utterance_block(row, task.root, task.sample_rate, task.codec)
+        except ValueError as e: return dict(id=row["id"], reason=str(e))
+    return [made(row) for row in rows]
+
 def _fill(task:ShardTask, write)->dict:
-    "Give the bytes of a shard to `write`, an utterance at a time; the note, without its recipe."
-    columns, rejected = {c: [] for c in ("key", *COLUMNS) if c != "shard"}, [] # the corpus by its name
-    digest, at, mended = hashlib.sha256(), 0, []
-    for row in task.rows:
-        try: block, seconds = _utterance_block(row, task.root, task.sample_rate, task.codec, mended)
-        except ValueError as e:
-            rejected.append(dict(id=row["id"], reason=str(e)))
-            continue
-        write(block); digest.update(block)
-        values = (safe_key(row["id"]), at, len(block), seconds, len(row["text"]), zlib.crc32(block), row.get("corpus", ""))
-        for column,value in zip(columns.values(), values): column.append(value)
-        at += len(block)
+    "Give the bytes of a shard to `write`, an utterance at a time, with where it ends; the note, without its recipe."
+    columns, rejected, mended = {c: [] for c in ("key", *COLUMNS) if c != "shard"}, [], [] # the corpus by its name
+    digest, at, group = hashlib.sha256(), 0, 8 if task.threads > 1 else 1 # utterances that a thread takes at a time
+    groups = [task.rows[i:i+group] for i in range(0, len(task.rows), group)]
+    with ThreadPoolExecutor(task.threads) if task.threads > 1 else contextlib.nullcontext() as pool:
+        blocks = read_ahead(pool, partial(_blocks, task), groups, 2*task.threads)
+        for row,block in zip(task.rows, chain.from_iterable(blocks)):
+            if isinstance(block, dict): rejected.append(block); continue
+            write(block.data, at + len(block.data)); digest.update(block.data)
+            values = (block.key, at, len(block.data), block.seconds, len(row["text"]), block.crc32, row.get("corpus", ""))
+            for column,value in zip(columns.values(), values): column.append(value)
+            mended += block.mended
+            at += len(block.data)
     end = tar_end(at)
-    write(end); digest.update(end)
+    write(end, at + len(end)); digest.update(end)
     shard = dict(file=Path(task.path).name, samples=len(columns["key"]), seconds=round(sum(columns["duration"]), 3),
                  bytes=at + len(end), sha256=digest.hexdigest())
     return dict(shard=shard, utterances=columns, rejected=rejected, mended=dict(Counter(mended)))
@@ -169,6 +188,15 @@ def _finished(task:ShardTask, wanted:str):
     if note["recipe"] != wanted or not Path(task.path).is_file(): return None
     same = Path(task.path).stat().st_size == note["shard"]["bytes"] and sha256(task.path) == note["shard"]["sha256"]
     return note if same else None
+
+_VERSIONS = "versions.json" # among the notes
+
+def _forget_others(notes:Path):
+    "Remove notes that this code and these libraries did not write."
+    if not notes.is_dir(): return
+    try: same = read_json(notes/_VERSIONS) == versions()
+    except (FileNotFoundError, ConfigError): same = False
+    if not same: shutil.rmtree(notes)
 
 # %% ../../nbs/data/10_shards.ipynb #9b96e1c3
 @contextlib.contextmanager
@@ -201,7 +229,7 @@ def encode_shard(task:ShardTask):
         raise ShardError(f"worker on {socket.gethostname()} in {os.getcwd()}: has {', '.join(differ)}; check out the commit of this run there, install its versions, and start the worker again")
     _have_recordings(task.rows, task.root)
     buffer = BytesIO()
-    note = _fill(task, buffer.write)
+    note = _fill(task, lambda block, end: buffer.write(block))
     return note, np.frombuffer(buffer.getbuffer(), np.uint8)
 
 def collect_shards(tasks:list[ShardTask], work):
@@ -241,11 +269,13 @@ def write_shards(
         index_path.unlink(missing_ok=True)
         _clear(out_dir, ".*.part")
         _clear(index_path.parent, f".{index_path.name}.*.part") # of a run that was killed as it wrote its index
-        tasks = _tasks(rows, out_dir, noted := index_path.with_suffix(".notes"), config, audio_root)
+        _forget_others(noted := index_path.with_suffix(".notes"))
+        tasks = _tasks(rows, out_dir, noted, config, audio_root, workers or executor)
         notes, lost, total = [], list(rejected), len(rows) + len(rejected)
         work = partial(parallel, label=out_dir.name, weigh=lambda task: len(task.rows), group=1)
         for note in collect_shards(tasks, work) if workers else work(write_shard, tasks):
             notes.append(note); lost += note["rejected"]
+            if not (noted/_VERSIONS).exists(): (noted/_VERSIONS).write_text(json.dumps(versions()), "utf-8") # while others are written
             if len(lost) > config.max_reject_share*total:
                 raise ShardError(f"{len(lost)} of {total} recordings rejected, more than max_reject_share = {config.max_reject_share:g} allows: {reject_summary(lost)}. "
                                  "Mend or remove them, or raise max_reject_share; whole shards are kept")
@@ -261,9 +291,15 @@ def write_shards(
 def _clear(folder, *patterns, keep=()):
     for path in [p for pattern in patterns for p in folder.glob(pattern) if p.name not in keep]: path.unlink()
 
-def _tasks(rows, out_dir, notes, config, audio_root)->list:
-    return [ShardTask(str(out_dir/f"shard-{i:06d}.tar"), str(notes/f"shard-{i:06d}.json"), part, str(audio_root), config.sample_rate, config.codec, versions())
-            for i,part in enumerate(rows[at:at + config.shard_size] for at in range(0, len(rows), config.shard_size))]
+def _tasks(rows, out_dir, notes, config, audio_root, elsewhere)->list:
+    parts = [rows[at:at + config.shard_size] for at in range(0, len(rows), config.shard_size)]
+    processes = config.processes or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    last = 0 if elsewhere else len(parts) % processes # shards that leave processes without work: threads take their place
+    def task(i, part):
+        threads = min(8, processes//last) if i >= len(parts) - last else 1
+        return ShardTask(str(out_dir/f"shard-{i:06d}.tar"), str(notes/f"shard-{i:06d}.json"), part, str(audio_root),
+                         config.sample_rate, config.codec, versions() if elsewhere else {}, threads)
+    return [task(i, part) for i,part in enumerate(parts)]
 
 def _joined(notes, rejected, config, normaliser:str)->Index:
     notes = [n for n in notes if n["shard"]["samples"]]
