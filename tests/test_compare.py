@@ -16,7 +16,8 @@ TINY = dict(conformer=dict(size="tiny"), wav2vec=dict(size="tiny"), whisper=dict
 
 
 def test_keys_are_those_of_the_project():
-    for name in set(PARAMS) - {"models", "milestones"}: assert set(PARAMS[name]) == set(MAIN[name]), name
+    for name in set(PARAMS) - {"models", "milestones", "hardware"}: assert set(PARAMS[name]) == set(MAIN[name]), name
+    for name, recipe in PARAMS["hardware"].items(): assert set(recipe) == set(MAIN["hardware"][name]), name
     for name in ("init", "train", "evaluate", "compare"):
         wanted = list(inspect_notebook(ROOT/f"nbs/stages/{name}.ipynb"))
         for model in PARAMS["models"] if name in EACH else [None]: stage_parameters(name, PARAMS, wanted, **({"model": model} if model else {}))
