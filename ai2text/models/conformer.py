@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SIZES', 'SUBSAMPLING', 'RIGHT_CONTEXT', 'FRAME_SECONDS', 'LOOKS', 'ConformerConfig', 'conformer_config',
            'encoder_frames', 'whole_frames', 'Subsampling', 'rotary', 'rotate', 'attention_mask', 'draw_chunks',
-           'Turned', 'Attention', 'Convolution', 'FeedForward', 'Block', 'Conformer']
+           'Attention', 'Convolution', 'FeedForward', 'Block', 'Conformer']
 
 # %% ../../nbs/models/10_conformer.ipynb #da90ff69
+import functools
 from dataclasses import asdict, dataclass
 
 import torch
@@ -20,6 +21,7 @@ from ..audio.augment import other_room, other_speaker, spec_augment
 from ..audio.fbank import HOP, N_MELS, Fbank
 from ..core.batch import SAMPLE_RATE, Batch, Loss
 from ..core.params import ConfigError, make, opt
+from .branches import ConvolutionBranch, FeedForwardBranch, RotaryQKV, add_product, cast_weights, depthwise
 from .ctc import ctc_loss, greedy
 
 # %% ../../nbs/models/10_conformer.ipynb #61e75ff6
@@ -88,10 +90,14 @@ class Subsampling(nn.Module):
         self.out = nn.Linear(channels*encoder_frames(N_MELS), d_model)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, x_BFM:Tensor)->Tensor:  # (B, N, D)
-        x = nnf.relu(self.conv1(x_BFM[...,None].permute(0, 3, 1, 2)))
-        x = nnf.relu(self.conv2(x))
-        return self.out(x.transpose(1, 2).flatten(2))
+    def forward(self,
+        x_BFM:Tensor,
+        cast:dict={},  # of `cast_weights`; what is not in it is as it is
+    )->Tensor:         # (B, N, D)
+        own = lambda part: (cast.get(part.weight, part.weight), cast.get(part.bias, part.bias))
+        x = nnf.relu_(nnf.conv2d(x_BFM[...,None].permute(0, 3, 1, 2), *own(self.conv1), 2))
+        x = nnf.relu_(nnf.conv2d(x, *own(self.conv2), 2))
+        return nnf.linear(x.transpose(1, 2).flatten(2), *own(self.out))
 
 # %% ../../nbs/models/10_conformer.ipynb #dc5d1f9a
 def rotary(frames:int, width:int, device=None)->Tensor:  # (frames, width//2, 2): cosines and sines
@@ -126,22 +132,6 @@ def draw_chunks(
     if torch.rand(()) >= share: return 0, -1
     return int(torch.randint(4, 26, ())), int(torch.randint(1, 17, ()))
 
-# %% ../../nbs/models/10_conformer.ipynb #f6cd08b6
-class Turned(torch.autograd.Function):
-    "Queries, keys and values (B, N, 3, H, D/H) in float32, the first two turned as by `rotate`."
-    @staticmethod
-    def turn(x:Tensor, turns:Tensor)->Tensor:
-        torch.view_as_complex(x[:,:,:2].unflatten(-1, (-1, 2))).mul_(turns)
-        return x
-
-    @staticmethod
-    def forward(ctx, qkv:Tensor, turns:Tensor)->Tensor:
-        ctx.turns, ctx.dtype = torch.view_as_complex(turns)[:,None,None], qkv.dtype
-        return Turned.turn(qkv.to(torch.float32, copy=True), ctx.turns)
-
-    @staticmethod
-    def backward(ctx, grad:Tensor): return Turned.turn(grad.clone(), ctx.turns.conj()).to(ctx.dtype), None
-
 # %% ../../nbs/models/10_conformer.ipynb #ed7e0728
 LOOKS = 0, 2, 4, -3, 7, -7, 12, -12  # frames from its own that a head looks at before it has learned anything
 
@@ -168,12 +158,9 @@ class Attention(nn.Module):
 
     def forward(self, x_BND:Tensor, turns:Tensor, mask:Tensor, past=None)->Tensor:
         B, N, D = x_BND.shape
-        qkv, whole = self.qkv(x_BND).view(B, N, 3, self.heads, D//self.heads), not (past or x_BND.is_cuda)
-        q, k, v = (Turned.apply(qkv, turns) if whole else qkv).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x_BND).view(B, N, 3, self.heads, D//self.heads).permute(2, 0, 3, 1, 4)
         if past: k, v = past.attended(k, v)
-        if not whole: q, k = rotate(q, turns[-N:]), rotate(k, turns)
-        with torch.autocast(x_BND.device.type, enabled=False):
-            y = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = nnf.scaled_dot_product_attention(rotate(q, turns[-N:]), rotate(k, turns), v, attn_mask=mask)
         return self.out(y.transpose(1, 2).reshape(B, N, D))
 
 # %% ../../nbs/models/10_conformer.ipynb #81da76d5
@@ -188,10 +175,7 @@ class Convolution(nn.Module):
     def forward(self, x_BND:Tensor, past=None)->Tensor:
         y = nnf.glu(self.expand(x_BND), -1)
         y = past.convolved(y) if past else nnf.pad(y, (0, 0, self.depthwise.kernel_size[0] - 1, 0))
-        # The same as self.depthwise(y), with time as an image's height: the memory layout that the matrix products leave, and half the time on a
-        # processor. With time as its width, oneDNN takes for ever to make a kernel for 144 channels and two threads.
-        y = nnf.conv2d(y.transpose(1, 2)[...,None], self.depthwise.weight[...,None], self.depthwise.bias, groups=y.shape[-1])
-        return self.out(nnf.silu(self.norm(y[...,0].transpose(1, 2))))
+        return self.out(nnf.silu(self.norm(depthwise(y, self.depthwise.weight, self.depthwise.bias))))
 
 class FeedForward(nn.Module):
     def __init__(self, d_model:int, ff:int):
@@ -211,10 +195,27 @@ class Block(nn.Module):
         for part in (self.ff1, self.ff2, self.attention, self.convolution): nn.init.zeros_(part.out.weight)
 
     def forward(self, x:Tensor, turns:Tensor, mask:Tensor, past=None)->Tensor:
+        "As it is written, for streams and exported graphs."
         x = x + 0.5*self.dropout(self.ff1(self.norm1(x)))
         x = x + self.dropout(self.attention(self.norm2(x), turns, mask, past))
         x = x + self.dropout(self.convolution(self.norm3(x), past))
         return x + 0.5*self.dropout(self.ff2(self.norm4(x)))
+
+    def fused(self,
+        x:Tensor,      # (B, N, D) in the type of `cast`
+        turns:Tensor,  # (N, D/H/2, 2)
+        mask:Tensor,   # (B, 1, N or 1, N), to be added to the scores of attention
+        cast:dict,     # of `cast_weights`
+    )->Tensor:         # (B, N, D)
+        "The same in fewer operations, for whole utterances."
+        own = lambda *parts: [cast[w] for part in parts for w in (part.weight, part.bias) if w is not None]
+        ff1, ff2, attention, convolution, dropout = self.ff1, self.ff2, self.attention, self.convolution, self.dropout.p if self.training else 0.
+        x = FeedForwardBranch.apply(x, *own(self.norm1, ff1.expand, ff1.out), 0.5, dropout)
+        q, k, v = RotaryQKV.apply(x, *own(self.norm2, attention.qkv), turns, attention.heads)
+        y = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).to(x.dtype)
+        x, _ = add_product(x, y.flatten(2), *own(attention.out), 1., dropout)
+        x = ConvolutionBranch.apply(x, *own(self.norm3, convolution.expand, convolution.depthwise, convolution.norm, convolution.out), dropout)
+        return FeedForwardBranch.apply(x, *own(self.norm4, ff2.expand, ff2.out), 0.5, dropout)
 
 # %% ../../nbs/models/10_conformer.ipynb #660162cb
 class Conformer(nn.Module):
@@ -265,26 +266,48 @@ def fit_features(self:Conformer, batches):
     self.deviation.copy_((squares/n - (total/n).square()).clamp(min=1e-3).sqrt())
 
 # %% ../../nbs/models/10_conformer.ipynb #866009dc
+@functools.lru_cache(maxsize=256) # batches have a few dozen lengths
+def _rotary(frames:int, width:int, device)->Tensor: return rotary(frames, width, device)
+
+@patch
+def run_blocks(self:Conformer,
+    x:Tensor,          # (B, N, D)
+    frames:Tensor,     # (B,) encoder frames
+    chunk:int,         # as for `encode`
+    left_chunks:int,
+    cast:dict,         # of `cast_weights`
+)->Tensor:             # (B, N, D)
+    "All blocks, one after the other; what is alike in all of them is made once."
+    N, c = x.shape[1], self.shape
+    turns = _rotary(N, c.d_model//c.heads, x.device)
+    allowed = attention_mask(frames.to(x.device, non_blocking=True), N, chunk, left_chunks)
+    mask = torch.full(allowed.shape, -torch.inf, device=x.device, dtype=x.dtype if x.is_cuda else torch.float32).masked_fill_(allowed, 0.)
+    for block in self.blocks:
+        if self.recompute and self.training: x = checkpoint(block.fused, x, turns, mask, cast, use_reentrant=False)
+        else: x = block.fused(x, turns, mask, cast)
+    return x
+
 @patch
 def encode(self:Conformer,
     features:Tensor,      # (B, F, M) from `Fbank`
-    frames:Tensor,        # (B,)
+    frames:Tensor,        # (B,); on the processor, no device is waited for
     chunk:int=0,          # encoder frames in a chunk; 0 = whole utterances
     left_chunks:int=-1,   # chunks of history; -1 = all
     augment:bool=False,   # hide bands and stretches
-):                        # logits (B, N, V), encoder frames (B,)
+):                        # logits (B, N, V), encoder frames (B,) on the processor
     "Scores over tokens, 25 a second."
-    c = self.shape
+    c, frames = self.shape, frames.cpu()
     if self.training and (c.gain or c.colour or c.noise): features = other_room(features, c.gain, c.colour, c.noise)
     x = (features - self.mean)/self.deviation
     if self.training and (c.warp or c.tempo): x, frames = other_speaker(x, frames, c.warp, c.tempo)
     if augment: x = spec_augment(x, frames, c.freq_masks, c.freq_width, c.time_masks, c.time_share)
-    x = self.subsampling(nnf.pad(x, (0, 0, 0, whole_frames(x.shape[1]) - x.shape[1])))
-    frames = encoder_frames(frames).clamp(min=1)
-    turns = rotary(x.shape[1], c.d_model//c.heads, x.device)
-    mask = attention_mask(frames, x.shape[1], chunk, left_chunks)
-    for block in self.blocks: x = checkpoint(block, x, turns, mask, use_reentrant=False) if self.recompute and self.training else block(x, turns, mask)
-    return self.head(self.norm(x)), frames
+    cast = cast_weights(self)
+    with torch.autocast(x.device.type, enabled=False):
+        x = nnf.pad(x.to(cast[self.head.weight].dtype), (0, 0, 0, whole_frames(x.shape[1]) - x.shape[1]))
+        frames = encoder_frames(frames).clamp(min=1)
+        x = self.run_blocks(self.subsampling(x, cast), frames, chunk, left_chunks, cast)
+        own = lambda part: (cast[part.weight], cast[part.bias])
+        return nnf.linear(nnf.layer_norm(x, x.shape[-1:], *own(self.norm)), *own(self.head)), frames
 
 # %% ../../nbs/models/10_conformer.ipynb #45dbb265
 @patch
@@ -292,7 +315,7 @@ def forward(self:Conformer, batch:Batch)->Loss:
     "CTC loss summed over the batch's utterances."
     chunks = draw_chunks(self.shape.chunk_share) if self.training else (0, -1)
     augment = self.training and batch.epoch >= self.shape.augment_after
-    logits, frames = self.encode(*self.features(batch.audio, batch.lengths), *chunks, augment=augment)
+    logits, frames = self.encode(*self.features(batch.audio, batch.lengths.cpu()), *chunks, augment=augment)
     return ctc_loss(logits, frames, [self.tokenizer.encode(t) for t in batch.transcripts])
 
 @patch
@@ -303,7 +326,7 @@ def log_probs(self:Conformer,
     left_chunks:int=-1,   # chunks of history; -1 = all
 ):                        # log probabilities (B, N, V) float32, encoder frames (B,)
     "What a decoder reads."
-    logits, frames = self.encode(*self.features(batch.audio, batch.lengths), chunk, left_chunks)
+    logits, frames = self.encode(*self.features(batch.audio, batch.lengths.cpu()), chunk, left_chunks)
     return nnf.log_softmax(logits.float(), -1), frames
 
 @patch
