@@ -32,7 +32,8 @@ def spec_augment(
         hidden = ((at >= np.floor(start)[...,None]) & (at < np.floor(start + width)[...,None])).any(1)
         return torch.from_numpy(hidden).to(features.device, non_blocking=True)
     frames = frames.cpu().numpy()[:,None].astype(np.float32)
-    bands, stretches = masked(freq_masks, M, np.float32(M), np.float32(freq_width)), masked(time_masks, F, frames, frames*np.float32(time_share))
+    bands = masked(freq_masks, M, np.float32(M), np.float32(freq_width))
+    stretches = masked(time_masks, F, frames, frames*np.float32(time_share))
     return features.masked_fill(bands[:,None,:], 0.).masked_fill_(stretches[...,None], 0.)
 
 # %% ../../nbs/audio/20_augment.ipynb #eaea7343
@@ -83,11 +84,12 @@ def stretch(
     return stretched.view(B, -1, M), torch.from_numpy(count[:,0]).to(frames.device, non_blocking=True)
 
 @functools.cache
-def _channels(M:int): # frequency in Hz (M,), its place on the mel scale from channel to channel, and slow waves (3, M) over the channels
+def _channels(M:int):
+    "Of each channel the frequency in Hz (M,); from a frequency to its channel; slow waves over the channels (3, M)."
     mel = lambda hz: 1127*np.log1p(hz/700)
-    edges = np.linspace(mel(LOW_HZ), mel(HIGH_HZ), M + 2)
-    orders = np.arange(1, 4)[:,None]
-    return 700*np.expm1(edges[1:-1]/1127), lambda hz: (mel(hz) - edges[1])/(edges[1] - edges[0]), np.sin(math.pi*orders*np.arange(M)/M)/orders
+    edges, orders = np.linspace(mel(LOW_HZ), mel(HIGH_HZ), M + 2), np.arange(1, 4)[:,None]
+    channel = lambda hz: (mel(hz) - edges[1])/(edges[1] - edges[0])
+    return 700*np.expm1(edges[1:-1]/1127), channel, np.sin(math.pi*orders*np.arange(M)/M)/orders
 
 def other_speaker(
     features:Tensor,   # (B, F, M), normalised: zero is the mean
@@ -101,7 +103,8 @@ def other_speaker(
     if tempo: x, frames = stretch(x, frames, _even(tempo, B).exp())
     if warp:
         hz, channel, bends = _channels(M)
-        source = channel(hz*_even(warp, B, 1).exp().numpy()) + 10*warp*torch.randn(B, 3).numpy() @ bends     # (B, M): the channel that each is read from
-        tents = 1 - np.abs(source.clip(0, M - 1).astype(np.float32)[:,None] - np.arange(M, dtype=np.float32)[:,None]) # (B, from, to)
+        factor, bend = _even(warp, B, 1).exp().numpy(), 10*warp*torch.randn(B, 3).numpy()
+        source = (channel(hz*factor) + bend @ bends).clip(0, M - 1).astype(np.float32) # (B, M): the channel that each is read from
+        tents = 1 - np.abs(source[:,None] - np.arange(M, dtype=np.float32)[:,None])    # (B, from, to)
         x = torch.bmm(x, torch.from_numpy(tents.clip(0)).to(x.device, non_blocking=True))
     return x, frames

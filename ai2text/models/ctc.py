@@ -23,10 +23,11 @@ def ctc_loss(
 )->Loss:             # summed over utterances; counts: `utterances`, `infeasible`
     "Connectionist temporal classification (Graves et al. 2006) in float32."
     frames = frames.cpu() # where torch wants them
-    ids = torch.tensor([i for t in targets for i in t], dtype=torch.long).to(logits.device, non_blocking=True)
+    ids, lengths = torch.tensor([i for t in targets for i in t], dtype=torch.long), torch.tensor([len(t) for t in targets])
     with torch.autocast(logits.device.type, enabled=False):
         log_probs = nnf.log_softmax(logits.float(), -1).transpose(0, 1)
-        loss = nnf.ctc_loss(log_probs, ids, frames, torch.tensor([len(t) for t in targets]), blank=BLANK_ID, reduction='sum', zero_infinity=True)
+        ids = ids.to(logits.device, non_blocking=True)
+        loss = nnf.ctc_loss(log_probs, ids, frames, lengths, blank=BLANK_ID, reduction='sum', zero_infinity=True)
     fits = [n >= min_frames(t) for n,t in zip(frames.tolist(), targets)]
     units, utterances, infeasible = torch.tensor([sum(fits), len(fits), len(fits) - sum(fits)], dtype=torch.float32).unbind()
     return Loss(loss, units, dict(utterances=utterances, infeasible=infeasible))

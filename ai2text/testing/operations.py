@@ -11,7 +11,8 @@ from collections import Counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # %% ../../nbs/testing/70_operations.ipynb #fdf6c5e4
-FREE = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh", "_local_scalar_dense"}
+FREE = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh",
+        "_local_scalar_dense"}
 
 class Operations(TorchDispatchMode):
     "Counts operations by name, as a context."

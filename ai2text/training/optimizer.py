@@ -40,7 +40,7 @@ def wide_shape(
 
 def _upright(stack:Tensor, parts:list):
     "Of each part (shape, matrices, ...), where its matrices lie in the stack."
-    for (shape, some, *_),place in zip(parts, stack.split([len(some) for _,some,*_ in parts])):
+    for (shape, *_),place in zip(parts, stack.split([len(some) for _,some,*_ in parts])):
         place = place[...,:max(shape)]
         yield place.mT if shape[0] > shape[1] else place
 
@@ -60,11 +60,13 @@ class Muon(torch.optim.Optimizer):
             if not self.state[p]: self.state[p]['momentum'] = torch.zeros_like(p)
         averages = [self.state[p]['momentum'] for p in params]
         torch._foreach_lerp_(averages, grads, 1 - momentum)
-        for p,update in zip(params, torch._foreach_lerp(grads, averages, momentum)): shapes.setdefault(p.shape, []).append((p, update))
+        updates = torch._foreach_lerp(grads, averages, momentum)
+        for p,update in zip(params, updates): shapes.setdefault(p.shape, []).append((p, update))
         for shape,pairs in shapes.items(): sizes.setdefault(wide_shape(shape), []).append((shape, *zip(*pairs)))
         torch._foreach_mul_(params, 1 - group['lr']*group['weight_decay'])
+        dtype = torch.bfloat16 if fast_bf16(params[0].device) else torch.float32
         for size,parts in sizes.items():
-            stack = params[0].new_zeros(sum(len(some) for _,some,_ in parts), *size, dtype=torch.bfloat16 if fast_bf16(params[0].device) else torch.float32)
+            stack = params[0].new_zeros(sum(len(some) for _,some,_ in parts), *size, dtype=dtype)
             for place,(_,_,updates) in zip(_upright(stack, parts), parts): place.copy_(torch.stack(updates))
             for place,(shape,some,_) in zip(_upright(orthogonalise(stack), parts), parts):
                 update = place.to(torch.float32, memory_format=torch.contiguous_format)
