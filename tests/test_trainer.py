@@ -15,7 +15,9 @@ from ai2text.training.budget import Budget, Every, WarmupConstantDecay
 from ai2text.training.checkpoint import latest, load_batches, load_checkpoint
 from ai2text.models.conformer import Conformer
 from ai2text.core.distributed import Ranks
+from ai2text.testing.operations import Operations
 from ai2text.text.tokenizer import CharTokenizer
+from ai2text.training.optimizer import make_optimizer
 from ai2text.training.trainer import Interrupted, TrainerOptimized
 from conftest import free_port
 
@@ -90,6 +92,24 @@ def test_the_host_waits_once_a_step():
     trainer.train_step(window)
     with Count(): assert trainer.train_step(window)["ok"]
     assert waits == dict(tolist=1, __float__=3) # the latter are of the lengths, which never leave the host
+
+def operations(dtype, layers, chunk_share=0.):
+    "Of one step of a small model with the recipe's augmentation and optimizer."
+    torch.manual_seed(0)
+    shape = dict(size="tiny", layers=layers, heads=1, ff=64, warp=0.1, tempo=0.1, chunk_share=chunk_share)
+    model = Conformer.from_config(shape, CharTokenizer())
+    trainer = TrainerOptimized(model, make_optimizer(model), None, 4, 1, amp_dtype=dtype, ema_decay=0.99, device="cpu")
+    batch = collate(*zip(*utterances(4)), 1, 0)
+    trainer.train_step([batch])
+    with Operations() as made: trainer.train_step([batch])
+    return made.counts.total()
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_step_is_made_of_few_operations(dtype):
+    two, three = operations(dtype, 2), operations(dtype, 3)
+    assert three - two <= 64, "a block's: the forward and the backward pass"
+    assert two - 2*(three - two) <= 230, "all others: features, augmentation, front end, loss, optimizer, averaging"
+    assert operations(dtype, 2, 1.) - two <= 16, "a mask of chunks"
 
 # Ranks
 

@@ -6,8 +6,9 @@
 __all__ = ['spec_augment', 'other_room', 'stretch', 'other_speaker']
 
 # %% ../../nbs/audio/20_augment.ipynb #d7452d50
-import math
+import functools, math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,13 +26,15 @@ def spec_augment(
     "SpecAugment (Park et al., 2019; with stretches that grow with the utterance, 2020): batched, in no loop over utterances."
     B, F, M = features.shape
     def masked(n, size, limit, widest):   # (B, size) true where hidden
-        width = torch.rand(B, n).to(features.device, non_blocking=True)*widest
-        start = torch.rand(B, n).to(features.device, non_blocking=True)*(limit - width).clamp(min=0)
-        at = torch.arange(size, device=features.device)
-        return ((at >= start[...,None].floor()) & (at < (start + width)[...,None].floor())).any(1)
-    frames = frames[:,None].float()
-    hidden = masked(freq_masks, M, torch.tensor(float(M)), float(freq_width))[:,None,:] | masked(time_masks, F, frames, frames*time_share)[:,:,None]
-    return features.masked_fill(hidden, 0.)
+        width = torch.rand(B, n).numpy()*widest
+        start = torch.rand(B, n).numpy()*(limit - width).clip(0)
+        at = np.arange(size)
+        hidden = ((at >= np.floor(start)[...,None]) & (at < np.floor(start + width)[...,None])).any(1)
+        return torch.from_numpy(hidden).to(features.device, non_blocking=True)
+    frames = frames.cpu().numpy()[:,None].astype(np.float32)
+    bands = masked(freq_masks, M, np.float32(M), np.float32(freq_width))
+    stretches = masked(time_masks, F, frames, frames*np.float32(time_share))
+    return features.masked_fill(bands[:,None,:], 0.).masked_fill_(stretches[...,None], 0.)
 
 # %% ../../nbs/audio/20_augment.ipynb #eaea7343
 def _even(limit:float, *shape)->Tensor:
@@ -68,14 +71,25 @@ def stretch(
     features:Tensor,   # (B, F, M)
     frames:Tensor,     # (B,)
     speed_B:Tensor,    # of each, above 1 is faster; on the processor
-):                     # features (B, F', M), frames (B,)
+):                     # features (B, F', M), frames (B,) where they were
     "Another tempo, by interpolation between frames; pitch and formants stay."
-    speed_B = speed_B.to(features.device)
-    frames = (frames/speed_B).round().long().clamp(min=1)
-    at = ((torch.arange(int(frames.max()), device=features.device) + 0.5)*speed_B[:,None] - 0.5).clamp(0, features.shape[1] - 1)
-    low = at.long()
-    take = lambda i: features.gather(1, i[...,None].expand(-1, -1, features.shape[2]))
-    return torch.lerp(take(low), take((low + 1).clamp(max=features.shape[1] - 1)), (at - low)[...,None]), frames
+    B, F, M = features.shape
+    speed, device = speed_B.numpy()[:,None], features.device
+    count = np.round(frames.cpu().numpy()[:,None].astype(np.float32)/speed).astype(np.int64).clip(1)
+    at = ((np.arange(count.max(), dtype=np.float32) + np.float32(0.5))*speed - np.float32(0.5)).clip(0, F - 1)
+    low, rows = at.astype(np.int64), features.reshape(B*F, M)
+    take = lambda i: rows.index_select(0, torch.from_numpy((i + F*np.arange(B)[:,None]).ravel()).to(device, non_blocking=True))
+    share = torch.from_numpy((at - low).astype(np.float32).reshape(-1, 1)).to(device, non_blocking=True)
+    stretched = torch.lerp(take(low), take((low + 1).clip(max=F - 1)), share)
+    return stretched.view(B, -1, M), torch.from_numpy(count[:,0]).to(frames.device, non_blocking=True)
+
+@functools.cache
+def _channels(M:int):
+    "Of each channel the frequency in Hz (M,); from a frequency to its channel; slow waves over the channels (3, M)."
+    mel = lambda hz: 1127*np.log1p(hz/700)
+    edges, orders = np.linspace(mel(LOW_HZ), mel(HIGH_HZ), M + 2), np.arange(1, 4)[:,None]
+    channel = lambda hz: (mel(hz) - edges[1])/(edges[1] - edges[0])
+    return 700*np.expm1(edges[1:-1]/1127), channel, np.sin(math.pi*orders*np.arange(M)/M)/orders
 
 def other_speaker(
     features:Tensor,   # (B, F, M), normalised: zero is the mean
@@ -85,14 +99,12 @@ def other_speaker(
 ):                     # features (B, F', M), frames (B,)
     "Another throat and another pace for each utterance: pitch and formants move together, as when a recording is resampled, and the tempo apart from them."
     B, F, M = features.shape
-    device, x = features.device, features
+    x = features
     if tempo: x, frames = stretch(x, frames, _even(tempo, B).exp())
     if warp:
-        mel = lambda hz: 1127*torch.log1p(hz/700)
-        edges = torch.linspace(*mel(torch.tensor([LOW_HZ, HIGH_HZ])).tolist(), M + 2)
-        source = (mel(700*torch.expm1(edges[1:-1]/1127)*_even(warp, B, 1).exp()) - edges[1])/(edges[1] - edges[0])
-        bends = torch.sin(math.pi*torch.arange(1, 4)[:,None]*torch.arange(M)/M)/torch.arange(1, 4)[:,None]
-        source = (source + 10*warp*torch.randn(B, 3) @ bends).clamp(0, M - 1)                       # (B, M): the channel that each is read from
-        tents = (1 - (source[:,None] - torch.arange(M)[:,None]).abs()).clamp(min=0).to(device)      # (B, from, to)
-        x = torch.bmm(x, tents)
+        hz, channel, bends = _channels(M)
+        factor, bend = _even(warp, B, 1).exp().numpy(), 10*warp*torch.randn(B, 3).numpy()
+        source = (channel(hz*factor) + bend @ bends).clip(0, M - 1).astype(np.float32) # (B, M): the channel that each is read from
+        tents = 1 - np.abs(source[:,None] - np.arange(M, dtype=np.float32)[:,None])    # (B, from, to)
+        x = torch.bmm(x, torch.from_numpy(tents.clip(0)).to(x.device, non_blocking=True))
     return x, frames

@@ -44,13 +44,13 @@ def mel_filters(n_mels:int=N_MELS)->Tensor:  # (N_FFT//2 + 1, n_mels)
 def _mirror_edges(audio_BT:Tensor, lengths:Tensor)->Tensor:
     "Each utterance with its mirror image before its start and after its own end: (B, LEFT_EDGE + T + RIGHT_EDGE + padding)."
     B, T = audio_BT.shape
+    n = lengths.cpu().numpy()[:,None]
+    beyond = np.concatenate([np.arange(-LEFT_EDGE, 0) + 0*n, n + np.arange(RIGHT_EDGE)], 1) # samples that an utterance does not have
+    mirror = np.where(beyond < 0, -1 - beyond, 2*n - 1 - beyond).clip(0, n - 1)             # and those in their place
+    index = lambda places: torch.from_numpy(places).to(audio_BT.device, non_blocking=True)
     out = audio_BT.new_zeros(B, LEFT_EDGE + max(T + RIGHT_EDGE, WINDOW) + HOP)
     out[:,LEFT_EDGE:LEFT_EDGE+T] = audio_BT
-    edge = torch.arange(max(LEFT_EDGE, RIGHT_EDGE), device=audio_BT.device)
-    left = edge[:LEFT_EDGE].minimum(lengths[:,None] - 1)
-    out[:,:LEFT_EDGE] = audio_BT.gather(1, left).flip(1)
-    right = lengths[:,None] + edge[:RIGHT_EDGE]
-    return out.scatter_(1, LEFT_EDGE + right, audio_BT.gather(1, (lengths[:,None] - 1 - edge[:RIGHT_EDGE]).clamp_(min=0)))
+    return out.scatter_(1, index(LEFT_EDGE + beyond), audio_BT.gather(1, index(mirror)))
 
 # %% ../../nbs/audio/10_fbank.ipynb #932c3992
 def povey_window()->Tensor:  # (WINDOW,)
@@ -63,24 +63,24 @@ class Fbank(nn.Module):
     "Kaldi log-mel features of a padded batch; equal to `torchaudio.compliance.kaldi.fbank` of each utterance alone."
     def __init__(self, n_mels:int=N_MELS):
         super().__init__()
-        self.register_buffer('window', povey_window(), persistent=False)
+        self.register_buffer('window', povey_window()[1:], persistent=False)
         self.register_buffer('mel', mel_filters(n_mels), persistent=False)
 
     @torch.no_grad()
     def forward(self,
         audio:Tensor,    # (B, T) float32 in [-1, 1]
-        lengths:Tensor,  # (B,) samples
-    ):                   # features (B, F, n_mels) float32 at 100 frames a second, frames (B,)
+        lengths:Tensor,  # (B,) samples; on the processor, no device is waited for
+    ):                   # features (B, F, n_mels) float32 at 100 frames a second, frames (B,) where `lengths` are
         "Features are natural logs of at least `LOG_FLOOR`; frames past an utterance's end hold the floor."
         with torch.autocast(audio.device.type, enabled=False):
-            frames, most = num_frames(lengths), num_frames(audio.shape[1]) # the latter is known without asking the device
+            frames, most = num_frames(lengths), num_frames(audio.shape[1])
             wave = _mirror_edges(audio.float(), lengths)
             mean = wave.unfold(-1, WINDOW, HOP)[:,:most].mean(-1, keepdim=True)
-            wave = torch.cat([wave[:,:1], torch.add(wave[:,1:], wave[:,:-1], alpha=-PREEMPHASIS)], 1)
+            wave = torch.add(wave[:,1:], wave[:,:-1], alpha=-PREEMPHASIS)
             padded = wave.new_empty(*mean.shape[:2], N_FFT)
-            padded[...,WINDOW:] = 0
-            torch.sub(wave.unfold(-1, WINDOW, HOP)[:,:most], mean*(1 - PREEMPHASIS), out=padded[...,:WINDOW]).mul_(self.window)
+            padded[...,WINDOW - 1:] = 0
+            torch.sub(wave.unfold(-1, WINDOW - 1, HOP)[:,:most], mean, alpha=1 - PREEMPHASIS, out=padded[...,:WINDOW - 1]).mul_(self.window)
             real, imaginary = torch.view_as_real(torch.fft.rfft(padded)).square_().unbind(-1)
             features = ((real + imaginary) @ self.mel).clamp_(min=math.exp(LOG_FLOOR)).log_()
-            past_end = torch.arange(features.shape[1], device=audio.device) >= frames[:,None]
-            return features.masked_fill_(past_end[...,None], LOG_FLOOR), frames
+            past_end = torch.from_numpy(np.arange(most) >= frames.cpu().numpy()[:,None])
+            return features.masked_fill_(past_end.to(audio.device, non_blocking=True)[...,None], LOG_FLOOR), frames

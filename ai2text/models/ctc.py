@@ -18,18 +18,19 @@ BLANK_ID = 0  # id of the blank, in every vocabulary of the house
 
 def ctc_loss(
     logits:Tensor,   # (B, F, V) unnormalised scores, any dtype
-    frames:Tensor,   # (B,) frames of each utterance
+    frames:Tensor,   # (B,) frames of each utterance; on the processor, no device is waited for
     targets:list,    # B lists of token ids
 )->Loss:             # summed over utterances; counts: `utterances`, `infeasible`
     "Connectionist temporal classification (Graves et al. 2006) in float32."
-    to_device = lambda numbers: torch.tensor(numbers, dtype=torch.long).to(logits.device, non_blocking=True) # lets the device work on
-    frames, lengths = frames.to(logits.device), torch.tensor([len(t) for t in targets])
+    frames = frames.cpu() # where torch wants them
+    ids, lengths = torch.tensor([i for t in targets for i in t], dtype=torch.long), torch.tensor([len(t) for t in targets])
     with torch.autocast(logits.device.type, enabled=False):
         log_probs = nnf.log_softmax(logits.float(), -1).transpose(0, 1)
-        losses = nnf.ctc_loss(log_probs, to_device([i for t in targets for i in t]), frames, lengths, blank=BLANK_ID, reduction='none', zero_infinity=True)
-    infeasible = (frames < to_device([min_frames(t) for t in targets])).sum().float()
-    utterances = torch.full_like(infeasible, len(targets))
-    return Loss(losses.sum(), utterances - infeasible, dict(utterances=utterances, infeasible=infeasible))
+        ids = ids.to(logits.device, non_blocking=True)
+        loss = nnf.ctc_loss(log_probs, ids, frames, lengths, blank=BLANK_ID, reduction='sum', zero_infinity=True)
+    fits = [n >= min_frames(t) for n,t in zip(frames.tolist(), targets)]
+    units, utterances, infeasible = torch.tensor([sum(fits), len(fits), len(fits) - sum(fits)], dtype=torch.float32).unbind()
+    return Loss(loss, units, dict(utterances=utterances, infeasible=infeasible))
 
 # %% ../../nbs/models/00_ctc.ipynb #58f644fd
 @torch.no_grad()

@@ -73,7 +73,7 @@ def stream(self:Streaming,
 ):                    # log probabilities (B, N, V), encoder frames (B,)
     "Scores of whole utterances, a chunk at a time; what lies past an utterance's end is masked."
     B, F, M = features.shape
-    frames = encoder_frames(frames).clamp(min=1)
+    frames = encoder_frames(frames).clamp(min=1).to(features.device)
     chunks = -(-max(encoder_frames(F), 1)//self.chunk)
     silence = self.model.mean.expand(B, max(0, self.shift*(chunks - 1) + self.window - F), M)
     features, caches, out = torch.cat([features, silence], 1), self.start(B), []
