@@ -13,7 +13,7 @@ from ai2text.core.sections import CorpusConfig, PrepareConfig
 from ai2text.corpora.corpus import make_corpus
 from ai2text.corpora.prepare import prepare
 from ai2text.decoding.align import align_pairs
-from ai2text.decoding.readings import listen_to_readings
+from ai2text.decoding.readings import score_all_readings
 from ai2text.models.store import build_model, save_model
 from ai2text.pipeline.cli import main
 from ai2text.testing.tone_model import ToneModel, say_in_tones
@@ -103,14 +103,14 @@ def test_the_reading_that_was_spoken_is_trained_on(tmp_path, capsys):
     write_jsonl(folder/"manifest.jsonl", rows)
     cfg = PrepareConfig(tokenizer="char", processes=1)
     assert prepare(cfg, layout.corpora, layout.prepared, root=tmp_path)["spoken"]["several"] == 4
-    found = list(listen_to_readings(ToneModel().eval(), read_jsonl(layout.manifest("train")), layout.prepared))
+    found = list(score_all_readings(ToneModel().eval(), read_jsonl(layout.manifest("train")), layout.prepared))
     assert {f["id"]: f["text"] for f in found} == {f"u{n}": text for n, text in enumerate(said.values()) if n < 4}
     assert [f["first"] for f in sorted(found, key=lambda f: f["id"])] == [False, True, False, True]
     write_jsonl(tmp_path/"spoken.jsonl", found)
     cfg = replace(cfg, spoken="spoken.jsonl")
     assert prepare(cfg, layout.corpora, layout.prepared, root=tmp_path)["spoken"] == dict(several=4, chosen=4, other_than_first=2, stale=0, stale_ids=[])
     assert {row["id"]: row["text"] for row in read_jsonl(layout.manifest("train"))} == {f"u{n}": text for n, text in enumerate(said.values()) if n < 6}
-    again = {f["id"]: f["text"] for f in listen_to_readings(ToneModel().eval(), read_jsonl(layout.manifest("train")), layout.prepared)}
+    again = {f["id"]: f["text"] for f in score_all_readings(ToneModel().eval(), read_jsonl(layout.manifest("train")), layout.prepared)}
     assert again == {f["id"]: f["text"] for f in found}
     write_jsonl(folder/"manifest.jsonl", [dict(row, text_raw="Nhà có 106 cây") if row["id"] == "u0" else row for row in rows])
     assert prepare(cfg, layout.corpora, layout.prepared, root=tmp_path)["spoken"]["stale_ids"] == ["u0"]

@@ -74,7 +74,7 @@ def test_another_machine_goes_on(first, tmp_path):
     assert [e["step"] for e in entries(there, "resume")] == [0, began] and began > 0
     assert min(e["step"] for e in entries(there, "beat") + entries(there, "checkpoint") if e["wall"] > entries(there, "start")[1]["wall"]) >= began
     log, saved = second.log(), next(e["seconds"] for e in entries(donor, "checkpoint") if e["step"] == began)
-    assert log["finished"] and log["totals"]["lives"] == 2 and log["totals"]["down_hours"] > 0 and log["totals"]["elapsed_hours"]*3600 > saved
+    assert log["finished"] and log["totals"]["attempts"] == 2 and log["totals"]["down_hours"] > 0 and log["totals"]["elapsed_hours"]*3600 > saved
     assert [h["step"] for h in log["history"]] == [20, 40, 60, 80]
     listed = second.run("ai2text", "runs")
     assert "60-steps" in listed and "80-steps" in listed
@@ -85,7 +85,7 @@ def test_same_commit_gives_the_same_bytes_from_nothing(first, tmp_path, monkeypa
     third = Clone(first.root, tmp_path/"third")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"): monkeypatch.delenv(name)
     assert third.repro(f"train@{M}") == set(PARTS)
-    assert outputs(third) == first.published and third.log()["totals"]["lives"] == 1
+    assert outputs(third) == first.published and third.log()["totals"]["attempts"] == 1
     mine, theirs = run_of(third, "60-steps"), run_of(first, "60-steps")
     assert mine.parent.name == theirs.parent.name, "a fingerprint that depends on the machine"
     assert entries(mine, "start") != entries(theirs, "start")

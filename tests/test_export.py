@@ -45,11 +45,11 @@ def layout():
     tokenizer = load_tokenizer(layout.tokenizer)
     torch.manual_seed(1)
     for name, share in (("m", 0.5), ("whole", 0.)):
-        model = Conformer.from_config(dict(size="tiny", layers=1, chunk_share=share), tokenizer)
+        model = Conformer.from_config(dict(size="tiny", layers=1, dynamic_chunk_prob=share), tokenizer)
         for p in model.parameters():
             if p.ndim > 1: torch.nn.init.normal_(p, std=2/p[0].numel()**0.5)
         waves = [read_audio(layout.prepared/row["audio_filepath"]) for row in read_jsonl(layout.manifest("test"))]
-        model.fit_features([collate(waves, [""]*len(waves), list(map(str, range(len(waves)))))])
+        model.fit_cmvn([collate(waves, [""]*len(waves), list(map(str, range(len(waves)))))])
         save_model(layout.model(name), model, beside=lambda part: tokenizer.save(part/"tokenizer"), family="conformer")
     return layout
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ai2text.ttq import forecast
-from ai2text.ttq.forecast import EARLY_QUANTILE, LATE_QUANTILE, CURVE_START, Arrival, arrival, futures
+from ai2text.ttq.forecast import EARLY_QUANTILE, LATE_QUANTILE, CURVE_START, TimeToTarget, time_to_target, futures
 
 CURVES = Path(__file__).parent/"curves"
 SHARES = .25, .5, .75, .95                # targets: so far, in log WER, from the best evaluation until now to the best of the run
@@ -101,7 +101,7 @@ class Line:
 
     def arrive(self, target):
         first = lambda wer: float(self.progress[(wer <= target).argmax()]) if (wer <= target).any() else math.inf
-        return Arrival(first(self.low), first(self.middle), first(self.high), float((self.middle <= target).any()))
+        return TimeToTarget(first(self.low), first(self.middle), first(self.high), float((self.middle <= target).any()))
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Ours:
 
     @property
     def end(self): return tuple(self.seen.quantiles(EARLY_QUANTILE, .5, LATE_QUANTILE)[:,-1])
-    def arrive(self, target): return arrival(self.seen, target)
+    def arrive(self, target): return time_to_target(self.seen, target)
 
 
 def ours(curve, n):

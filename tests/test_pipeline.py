@@ -53,7 +53,7 @@ def test_killed_training_goes_on_and_what_was_trained_before_is_not_trained_agai
     log = workspace.log()
     entries = [json.loads(line) for line in (killed/"ttq_log.jsonl").read_text().splitlines()]
     resumed = [e["step"] for e in entries if e["kind"] == "resume"]
-    assert log["finished"] and log["totals"]["lives"] == 2 and len(resumed) == 2 and resumed[1] >= saved > 0
+    assert log["finished"] and log["totals"]["attempts"] == 2 and len(resumed) == 2 and resumed[1] >= saved > 0
     assert log["totals"]["down_hours"] > 0 and log["totals"]["elapsed_hours"] > 0
     assert [h["step"] for h in log["history"] if not h.get("repeated")] == [20, 40, 60]
     assert b'"skipped": 0' in workspace.metrics() and workspace.metrics() != before[0]

@@ -73,7 +73,7 @@ def kill_at_random(top, dtype):
     began = time.monotonic()
     assert os.waitpid(fork(top/"whole", dtype), 0)[1] == 0
     took, draw, kills = time.monotonic() - began, random.Random(0), 0
-    while kills < 5: # a machine that has become faster since: once more, with shorter lives
+    while kills < 5: # a machine that has become faster since: once more, with shorter attempts
         shutil.rmtree(top/"killed", ignore_errors=True)
         kills = 0
         while not (top/"killed/result.json").exists():

@@ -216,5 +216,5 @@ def test_the_server_goes_away_and_comes_back(origin, bare, far, tmp_path, monkey
     assert not (tmp_path/"run/result.json").exists()
     bare.here(monkeypatch, far[1])
     assert run(bare, tmp_path/"run") == run(origin, tmp_path/"expected")
-    lives = [json.loads(line) for line in (tmp_path/"run/ttq_log.jsonl").read_text().splitlines()]
-    assert [e["step"] > 0 for e in lives if e["kind"] == "resume"] == [False, True]
+    attempts = [json.loads(line) for line in (tmp_path/"run/ttq_log.jsonl").read_text().splitlines()]
+    assert [e["step"] > 0 for e in attempts if e["kind"] == "resume"] == [False, True]

@@ -93,10 +93,10 @@ def test_the_host_waits_once_a_step():
     with Count(): assert trainer.train_step(window)["ok"]
     assert waits == dict(tolist=1, __float__=3) # the latter are of the lengths, which never leave the host
 
-def operations(dtype, layers, chunk_share=0.):
+def operations(dtype, layers, dynamic_chunk_prob=0.):
     "Of one step of a small model with the recipe's augmentation and optimizer."
     torch.manual_seed(0)
-    shape = dict(size="tiny", layers=layers, heads=1, ff=64, warp=0.1, tempo=0.1, chunk_share=chunk_share)
+    shape = dict(size="tiny", layers=layers, heads=1, ff=64, warp=0.1, tempo=0.1, dynamic_chunk_prob=dynamic_chunk_prob)
     model = Conformer.from_config(shape, CharTokenizer())
     trainer = TrainerOptimized(model, make_optimizer(model), None, 4, 1, amp_dtype=dtype, ema_decay=0.99, device="cpu")
     batch = collate(*zip(*utterances(4)), 1, 0)

@@ -15,7 +15,7 @@ M = "conformer_ctc"
 SMALL = dict(
     corpora=dict(demo=dict(sentences=24, dev_sentences=4, test_sentences=4, processes=1)), prepare=dict(tokenizer="char", processes=1), shards=dict(shard_size=20, processes=1),
     train=dict(max_steps=60, batch_seconds=8., warmup_steps=5, evaluate_every_steps=20, checkpoint_minutes=0.01, amp_dtype="fp32", threads=1, seed=3),
-    models={M: dict(size="tiny", chunk_share=0.5)}, export=dict(min_utterances=1, utterances=2, runtime_utterances=1, max_wer_gap=1., max_int8_gap=1.))
+    models={M: dict(size="tiny", dynamic_chunk_prob=0.5)}, export=dict(min_utterances=1, utterances=2, runtime_utterances=1, max_wer_gap=1., max_int8_gap=1.))
 STAGES = ("identity", "corpus@demo", "prepare", "shards", f"init@{M}", f"train@{M}", f"evaluate@{M}", "compare", "export")
 
 

@@ -24,7 +24,7 @@ from ..text.syllables import ALPHABET
 from ..text.tokenizer import Tokenizer
 from ..audio.io import AudioError, Recording, piece_of, resample
 from .tts import generator
-from .demo import Utterance, heard, sentence, speaker_variant
+from .demo import Utterance, render_utterance, sentence, speaker_variant
 from .corpus import IMPORT_REASONS, place_of
 from .checks import REASONS, needed, outputs
 
@@ -70,7 +70,7 @@ def players(rows:list[dict], folder, seconds:float=3.)->Html:
 # %% ../../nbs/corpora/60_plots.ipynb #01a00dc5
 def plot_room(utterance:Utterance, seed:int):
     "The waveform as spoken and as recorded, in a corpus of that seed."
-    clean_T, heard_T, words = heard(utterance, seed)
+    clean_T, heard_T, words = render_utterance(utterance, seed)
     fig, axs = plt.subplots(2, 1, figsize=(8, 2.8), sharex=True)
     for ax,wave_T,name in zip(axs, (clean_T, heard_T), ("as spoken", "as recorded")):
         ax.plot(np.arange(len(wave_T))/SAMPLE_RATE, wave_T/np.abs(wave_T).max(), "C0", lw=0.4)

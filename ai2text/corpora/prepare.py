@@ -23,7 +23,7 @@ from ..core.sections import PrepareConfig
 from ..audio.io import piece_of
 from ..text.normalise import NORMALISER_FILE, Normaliser, Reading, for_corpus, make_normaliser, normaliser_name, share_of_capitals
 from ..text.tokenizer import train_tokenizer
-from .checks import REASONS, SPLITS, assign_splits, check_audio, check_duplicates, check_heard_twice, check_ids, check_leak, check_speakers, check_text, check_time, decibels, describe, note_seen, probe, sift, unknown_table, voice
+from .checks import REASONS, SPLITS, assign_splits, check_audio, check_duplicates, check_repeated_audio, check_ids, check_leak, check_speakers, check_text, check_time, decibels, describe, note_seen, probe, filter_rows, unknown_table, voice
 
 # %% ../../nbs/corpora/50_prepare.ipynb #6d152869
 def _corpus_folders(corpora_dir:Path, names)->list[Path]:
@@ -187,18 +187,18 @@ def prepare(
     readings = _normalise_all(rows, normaliser, cfg, executor)
     spoken = _choose_spoken(rows, _read_spoken(Path(root)/Path(cfg.spoken).expanduser()) if cfg.spoken else {})
     unknown = unknown_table(rows)
-    rows = sift(rows, check_ids(), rejects)
-    rows = sift(rows, partial(check_text, foreign=cfg.foreign), rejects)
+    rows = filter_rows(rows, check_ids(), rejects)
+    rows = filter_rows(rows, partial(check_text, foreign=cfg.foreign), rejects)
     facts = _probe_all(rows, out_dir, cfg, executor)
-    rows = sift(rows, lambda row: check_audio(row, facts[row["id"]], cfg), rejects)
+    rows = filter_rows(rows, lambda row: check_audio(row, facts[row["id"]], cfg), rejects)
     alone = assign_splits([row for row in rows if not row.get("teacher")], cfg, given)
     shared = check_speakers(rows, alone)
-    rows = sift(rows, check_heard_twice(rows, facts), rejects)
-    rows = sift(rows, check_duplicates(rows, {id: found.get("samples") for id, found in facts.items()}), rejects)
-    if not cfg.shared_texts: rows = sift(rows, check_leak(rows), rejects)
+    rows = filter_rows(rows, check_repeated_audio(rows, facts), rejects)
+    rows = filter_rows(rows, check_duplicates(rows, {id: found.get("samples") for id, found in facts.items()}), rejects)
+    if not cfg.shared_texts: rows = filter_rows(rows, check_leak(rows), rejects)
     _settle(rows, rejects, cfg, out_dir)
     tokenizer = train_tokenizer([row["text"] for row in rows if row["split"] == "train"], cfg.tokenizer, cfg.vocab_size, normaliser)
-    rows = sift(rows, check_time(rows, tokenizer), hurried := [])
+    rows = filter_rows(rows, check_time(rows, tokenizer), hurried := [])
     if hurried: _settle(rows, rejects := rejects + hurried, cfg, out_dir)
     seen = note_seen(rows, alone)
     splits = {split: sorted((row for row in rows if row["split"] == split), key=lambda row: row["id"]) for split in SPLITS}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from ..audio.augment import other_room, other_speaker, spec_augment
+from ..audio.augment import augment_channel, augment_speaker, spec_augment
 from ..audio.fbank import HOP, N_MELS, Fbank
 from ..core.batch import SAMPLE_RATE, Batch, Loss
 from ..core.params import ConfigError, make, opt
@@ -36,7 +36,7 @@ class ConformerConfig:
     kernel: int        = opt(31, "frames that the depthwise convolution sees: this one and the past", ge=1)
     channels: int      = opt(32, "channels of the subsampling convolutions", ge=1)
     dropout: float     = opt(0.1, "share of activations dropped in training", ge=0, lt=1)
-    chunk_share: float = opt(0., "share of training batches under a chunk mask, see `draw_chunks`", ge=0, le=1)
+    dynamic_chunk_prob: float = opt(0., "share of training batches under a chunk mask, see `draw_chunks`", ge=0, le=1)
     freq_masks: int    = opt(2, "bands hidden by SpecAugment", ge=0)
     freq_width: int    = opt(27, "mel channels in the widest band", ge=0, le=N_MELS)
     time_masks: int    = opt(2, "stretches hidden by SpecAugment", ge=0)
@@ -53,7 +53,7 @@ class ConformerConfig:
 
 SIZES = dict(
     tiny = dict(d_model=16, layers=2, heads=2, ff=32, kernel=5, channels=4, dropout=0.),
-    demo = dict(d_model=96, layers=4, ff=384, kernel=15, dropout=0., chunk_share=0.5, freq_width=12, time_share=0.05, warp=0.1, tempo=0.1),
+    demo = dict(d_model=96, layers=4, ff=384, kernel=15, dropout=0., dynamic_chunk_prob=0.5, freq_width=12, time_share=0.05, warp=0.1, tempo=0.1),
     small = dict(d_model=144, layers=6, ff=576, kernel=15),
     plan = dict(),
     large = dict(d_model=320, layers=13, heads=5, ff=1280),
@@ -109,9 +109,9 @@ def rotary(frames:int, width:int, device=None)->Tensor:  # (frames, width//2, 2)
     angle = torch.arange(frames, device=device)[:,None]*speed
     return torch.stack([angle.cos(), angle.sin()], -1).float()
 
-def rotate(x:Tensor, turns:Tensor)->Tensor:
+def rotate(x:Tensor, rotary_freqs:Tensor)->Tensor:
     "`x` (..., frames, width) with each pair of neighbours turned by its frame's angle."
-    (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), turns.to(x.dtype).unbind(-1)
+    (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), rotary_freqs.to(x.dtype).unbind(-1)
     return torch.stack([a*cos - b*sin, a*sin + b*cos], -1).flatten(-2)
 
 def attention_mask(
@@ -144,10 +144,10 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv, self.out = nn.Linear(d_model, 3*d_model), nn.Linear(d_model, d_model, bias=False)
-        self.look_near()
+        self.init_offset_bias()
 
     @torch.no_grad()
-    def look_near(self,
+    def init_offset_bias(self,
         strength:float=2.,  # of each pair of neighbours
     ):
         "Biases with which head h likes best what is `LOOKS[h]` frames away."
@@ -159,11 +159,11 @@ class Attention(nn.Module):
             cos, sin = table[abs(at)].unbind(-1)
             q_W.copy_(strength*torch.stack([cos, sin if at >= 0 else -sin], -1).flatten())
 
-    def forward(self, x_BND:Tensor, turns:Tensor, mask:Tensor, past=None)->Tensor:
+    def forward(self, x_BND:Tensor, rotary_freqs:Tensor, mask:Tensor, cache=None)->Tensor:
         B, N, D = x_BND.shape
         q, k, v = self.qkv(x_BND).view(B, N, 3, self.heads, D//self.heads).permute(2, 0, 3, 1, 4)
-        if past: k, v = past.attended(k, v)
-        y = nnf.scaled_dot_product_attention(rotate(q, turns[-N:]), rotate(k, turns), v, attn_mask=mask)
+        if cache: k, v = cache.extend(k, v)
+        y = nnf.scaled_dot_product_attention(rotate(q, rotary_freqs[-N:]), rotate(k, rotary_freqs), v, attn_mask=mask)
         return self.out(y.transpose(1, 2).reshape(B, N, D))
 
 # %% ../../nbs/models/10_conformer.ipynb #b8dd4181
@@ -323,9 +323,9 @@ class Convolution(nn.Module):
         self.depthwise = nn.Conv1d(d_model, d_model, kernel, groups=d_model)
         self.norm = nn.LayerNorm(d_model)
 
-    def forward(self, x_BND:Tensor, past=None)->Tensor:
+    def forward(self, x_BND:Tensor, cache=None)->Tensor:
         y = nnf.glu(self.expand(x_BND), -1)
-        y = past.convolved(y) if past else nnf.pad(y, (0, 0, self.depthwise.kernel_size[0] - 1, 0))
+        y = cache.pad(y) if cache else nnf.pad(y, (0, 0, self.depthwise.kernel_size[0] - 1, 0))
         return self.out(nnf.silu(self.norm(depthwise(y, self.depthwise.weight, self.depthwise.bias))))
 
 class FeedForward(nn.Module):
@@ -345,16 +345,16 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
         for part in (self.ff1, self.ff2, self.attention, self.convolution): nn.init.zeros_(part.out.weight)
 
-    def forward(self, x:Tensor, turns:Tensor, mask:Tensor, past=None)->Tensor:
+    def forward(self, x:Tensor, rotary_freqs:Tensor, mask:Tensor, cache=None)->Tensor:
         "As it is written, for streams and exported graphs."
         x = x + 0.5*self.dropout(self.ff1(self.norm1(x)))
-        x = x + self.dropout(self.attention(self.norm2(x), turns, mask, past))
-        x = x + self.dropout(self.convolution(self.norm3(x), past))
+        x = x + self.dropout(self.attention(self.norm2(x), rotary_freqs, mask, cache))
+        x = x + self.dropout(self.convolution(self.norm3(x), cache))
         return x + 0.5*self.dropout(self.ff2(self.norm4(x)))
 
     def fused(self,
         x:Tensor,      # (B, N, D) in the type of `cast`
-        turns:Tensor,  # (N, D/H/2, 2)
+        rotary_freqs:Tensor,  # (N, D/H/2, 2)
         mask:Tensor,   # (B, 1, N or 1, N), to be added to the scores of attention
         cast:dict,     # of `cast_weights`
     )->Tensor:         # (B, N, D)
@@ -363,7 +363,7 @@ class Block(nn.Module):
         ff1, ff2, attention, convolution = self.ff1, self.ff2, self.attention, self.convolution
         dropout = self.dropout.p if self.training else 0.
         x = FeedForwardBranch.apply(x, *own(self.norm1, ff1.expand, ff1.out), 0.5, dropout)
-        q, k, v = RotaryQKV.apply(x, *own(self.norm2, attention.qkv), turns, attention.heads)
+        q, k, v = RotaryQKV.apply(x, *own(self.norm2, attention.qkv), rotary_freqs, attention.heads)
         y = nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).to(x.dtype)
         x, _ = add_product(x, y.flatten(2), *own(attention.out), 1., dropout)
         inside = convolution.expand, convolution.depthwise, convolution.norm, convolution.out
@@ -373,7 +373,7 @@ class Block(nn.Module):
 # %% ../../nbs/models/10_conformer.ipynb #660162cb
 class Conformer(nn.Module):
     "Conformer-CTC: a batch in, a `Loss` or hypotheses out."
-    edges = ("subsampling", "head")  # outer layers, see `ai2text.training.optimizer`
+    adamw_prefixes = ("subsampling", "head")  # outer layers, see `ai2text.training.optimizer`
     streams = True                   # `transcribe` takes chunks
     frame_seconds = FRAME_SECONDS    # seconds from one row of `log_probs` to the next
     def __init__(self,
@@ -385,7 +385,7 @@ class Conformer(nn.Module):
         self.tokenizer = tokenizer
         self.features = Fbank()
         self.register_buffer('mean', torch.zeros(N_MELS))
-        self.register_buffer('deviation', torch.ones(N_MELS))
+        self.register_buffer('std', torch.ones(N_MELS))
         self.subsampling = Subsampling(c.d_model, c.channels)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm, self.head = nn.LayerNorm(c.d_model), nn.Linear(c.d_model, tokenizer.vocab_size)
@@ -408,7 +408,7 @@ class Conformer(nn.Module):
 # %% ../../nbs/models/10_conformer.ipynb #183eaaa4
 @patch
 @torch.no_grad()
-def fit_features(self:Conformer, batches):
+def fit_cmvn(self:Conformer, batches):
     "Set the features' mean and deviation from `batches`; past an utterance's end nothing counts."
     n, total, squares = 0, 0., 0.
     for batch in batches:
@@ -416,7 +416,7 @@ def fit_features(self:Conformer, batches):
         x = x[torch.arange(x.shape[1], device=x.device) < frames[:,None]].double()
         n, total, squares = n + len(x), total + x.sum(0), squares + x.square().sum(0)
     self.mean.copy_(total/n)
-    self.deviation.copy_((squares/n - (total/n).square()).clamp(min=1e-3).sqrt())
+    self.std.copy_((squares/n - (total/n).square()).clamp(min=1e-3).sqrt())
 
 # %% ../../nbs/models/10_conformer.ipynb #866009dc
 @functools.lru_cache(maxsize=256) # batches have a few dozen lengths
@@ -432,12 +432,12 @@ def run_blocks(self:Conformer,
 )->Tensor:             # (B, N, D)
     "All blocks, one after the other; what is alike in all of them is made once."
     N, c = x.shape[1], self.shape
-    turns = _rotary(N, c.d_model//c.heads, x.device)
+    rotary_freqs = _rotary(N, c.d_model//c.heads, x.device)
     allowed = attention_mask(frames.to(x.device, non_blocking=True), N, chunk, left_chunks)
     mask = torch.full(allowed.shape, -torch.inf, device=x.device, dtype=x.dtype if x.is_cuda else torch.float32).masked_fill_(allowed, 0.)
     for block in self.blocks:
-        if self.recompute and self.training: x = checkpoint(block.fused, x, turns, mask, cast, use_reentrant=False)
-        else: x = block.fused(x, turns, mask, cast)
+        if self.recompute and self.training: x = checkpoint(block.fused, x, rotary_freqs, mask, cast, use_reentrant=False)
+        else: x = block.fused(x, rotary_freqs, mask, cast)
     return x
 
 @patch
@@ -450,9 +450,9 @@ def encode(self:Conformer,
 ):                        # logits (B, N, V), encoder frames (B,) on the processor
     "Scores over tokens, 25 a second."
     c, frames = self.shape, frames.cpu()
-    if self.training and (c.gain or c.colour or c.noise): features = other_room(features, c.gain, c.colour, c.noise)
-    x = (features - self.mean)/self.deviation
-    if self.training and (c.warp or c.tempo): x, frames = other_speaker(x, frames, c.warp, c.tempo)
+    if self.training and (c.gain or c.colour or c.noise): features = augment_channel(features, c.gain, c.colour, c.noise)
+    x = (features - self.mean)/self.std
+    if self.training and (c.warp or c.tempo): x, frames = augment_speaker(x, frames, c.warp, c.tempo)
     if augment: x = spec_augment(x, frames, c.freq_masks, c.freq_width, c.time_masks, c.time_share)
     cast = cast_weights(self)
     with torch.autocast(x.device.type, enabled=False):
@@ -466,7 +466,7 @@ def encode(self:Conformer,
 @patch
 def forward(self:Conformer, batch:Batch)->Loss:
     "CTC loss summed over the batch's utterances."
-    chunks = draw_chunks(self.shape.chunk_share) if self.training else (0, -1)
+    chunks = draw_chunks(self.shape.dynamic_chunk_prob) if self.training else (0, -1)
     augment = self.training and batch.epoch >= self.shape.augment_after
     logits, frames = self.encode(*self.features(batch.audio, batch.lengths.cpu()), *chunks, augment=augment)
     return ctc_loss(logits, frames, [self.tokenizer.encode(t) for t in batch.transcripts])

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'SIZES', 'CODES', 'LEFT_OUT', 'WEIGHTS', 'Wav2VecConfig', 'encoder_keys', 'encoder_config',
-           'normalise_wave', 'UtteranceNorm', 'drawn', 'time_mask', 'find_release', 'read_release', 'Wav2Vec2']
+           'normalise_wave', 'UtteranceNorm', 'numpy_seed_from_torch', 'time_mask', 'find_release', 'read_release',
+           'Wav2Vec2']
 
 # %% ../../nbs/models/40_wav2vec.ipynb #a4e5e60b
 import contextlib, dataclasses, re
@@ -112,7 +113,7 @@ class UtteranceNorm(nn.GroupNorm):
 
 # %% ../../nbs/models/40_wav2vec.ipynb #21d41f36
 @contextlib.contextmanager
-def drawn():
+def numpy_seed_from_torch():
     "Numpy's global stream, seeded from torch's for a while."
     before = np.random.get_state()
     np.random.seed(int(torch.randint(2**31, ())))
@@ -130,7 +131,7 @@ def time_mask(
     from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
     inside = torch.arange(size, device=frames.device) < frames[:,None]
     if size < length: return torch.zeros_like(inside)
-    with drawn(): mask = _compute_mask_indices((len(frames), size), share, length, attention_mask=inside.long(), min_masks=at_least)
+    with numpy_seed_from_torch(): mask = _compute_mask_indices((len(frames), size), share, length, attention_mask=inside.long(), min_masks=at_least)
     return torch.from_numpy(mask).to(frames.device) & inside & (frames >= length)[:,None]
 
 # %% ../../nbs/models/40_wav2vec.ipynb #9ae811d1
@@ -178,7 +179,7 @@ def read_release(
 # %% ../../nbs/models/40_wav2vec.ipynb #7d51bdd5
 class Wav2Vec2(nn.Module):
     "wav2vec 2.0 or HuBERT with a CTC head: a batch in, a `Loss` or hypotheses out."
-    edges = ("encoder.feature_extractor", "encoder.feature_projection", "encoder.encoder.pos_conv_embed", "encoder.masked_spec_embed", "head")  # see `ai2text.training.optimizer`
+    adamw_prefixes = ("encoder.feature_extractor", "encoder.feature_projection", "encoder.encoder.pos_conv_embed", "encoder.masked_spec_embed", "head")  # see `ai2text.training.optimizer`
     def __init__(self,
         architecture:str,       # one of `ARCHITECTURES`
         encoder,                # of `transformers`
@@ -289,7 +290,7 @@ def encode(self:Wav2Vec2,
     wave, inside, frames = self.prepare(batch)
     c, masks = self.shape, {}
     if augment and c.mask_time_prob: masks = dict(mask_time_indices=time_mask(frames, int(self.encoder._get_feat_extract_output_lengths(wave.shape[1])), c.mask_time_prob, c.mask_time_length, c.mask_time_min_masks))
-    with drawn() if augment and c.mask_feature_prob else contextlib.nullcontext(): x = self.encoder(wave, attention_mask=inside, **masks).last_hidden_state
+    with numpy_seed_from_torch() if augment and c.mask_feature_prob else contextlib.nullcontext(): x = self.encoder(wave, attention_mask=inside, **masks).last_hidden_state
     return self.head(self.dropout(x)), frames
 
 @patch

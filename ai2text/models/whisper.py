@@ -6,8 +6,9 @@
 __all__ = ['SIZES', 'FRESH', 'DB', 'QUIET', 'QUIETEST', 'ABOVE', 'BESIDE', 'NO_LABEL', 'TAIL', 'MOST_TOKENS', 'UNLIKELY',
            'NO_SPEECH', 'TEMPERATURES', 'AT_ONCE', 'ENGLISH_END', 'TIMESTAMPS', 'NOTHING', 'SHAPE', 'SUPPRESSED',
            'UNLIKE', 'EncoderConfig', 'StartConfig', 'ReleasedConfig', 'ScratchConfig', 'scratch_config', 'shape_of',
-           'kept', 'freeze', 'encoder_rates', 'Whisper', 'shorten_pauses', 'warp_frequencies', 'varied', 'masked',
-           'join_pairs', 'noise_like', 'quiet_cuts', 'checkpoint_folder', 'unmade', 'released_tokens', 'released']
+           'kept', 'freeze', 'encoder_rates', 'Whisper', 'shorten_pauses', 'warp_frequencies', 'augment_spectrogram',
+           'mask_spectrogram', 'join_pairs', 'noise_like', 'quiet_cuts', 'checkpoint_folder', 'unmade',
+           'released_tokens', 'released']
 
 # %% ../../nbs/models/30_whisper.ipynb #74f498af
 import json, re
@@ -28,7 +29,7 @@ from ..core.batch import SAMPLE_RATE, Batch, Hypothesis, Loss
 from ..audio.fbank import HOP
 from ..audio.augment import spec_augment, stretch
 from .whisper_net import WhisperNet, from_release, hz_to_mel, mel_edges, mel_to_hz
-from .whisper_writing import SPECIAL_TOKENS, TIME_STEP, Found, ReleasedText, Rules, WhisperTokens, load_tokens, repeats, search, unlooped
+from .whisper_writing import SPECIAL_TOKENS, TIME_STEP, Decoded, ReleasedText, Rules, WhisperTokens, load_tokens, repeats, search, remove_repeats
 
 # %% ../../nbs/models/30_whisper.ipynb #c384cabb
 @dataclass
@@ -141,7 +142,7 @@ class Whisper(nn.Module):
     "Encoder and decoder: a batch in, a `Loss` or hypotheses out."
     own_tokenizer = True
     spells = True             # takes `text: written`
-    edges = ("net.conv", "net.embedding", "net.positions")  # outer layers, see `ai2text.training.optimizer`
+    adamw_prefixes = ("net.conv", "net.embedding", "net.positions")  # outer layers, see `ai2text.training.optimizer`
     load_tokenizer = staticmethod(load_tokens)
 
     def __init__(self,
@@ -246,7 +247,7 @@ def warp_frequencies(
     tents = (1 - (torch.from_numpy(source).clamp(0, M - 1)[...,None] - torch.arange(M)).abs()).clamp(min=0) # (B, to, from)
     return torch.bmm(tents.to(x_BMF), x_BMF)
 
-def varied(
+def augment_spectrogram(
     x_BMF:Tensor,
     frames_B:Tensor,
     c:dict,          # `pauses`, `tempo` and `warp` of `EncoderConfig`
@@ -259,7 +260,7 @@ def varied(
     if c["warp"]: x_BMF = warp_frequencies(x_BMF, (c["warp"]*(2*torch.rand(len(x_BMF)) - 1)).exp())
     return x_BMF, frames_B
 
-def masked(
+def mask_spectrogram(
     x_BMF:Tensor,
     frames_B:Tensor,
     c:dict,          # of `EncoderConfig`
@@ -300,10 +301,10 @@ def _heard(self:Whisper, batch:Batch):
     x, positions = self.net.features(batch.audio, batch.lengths, None if c["window"] == "full" else (2*TAIL*SAMPLE_RATE*torch.rand(len(batch))).long().to(batch.lengths.device))
     frames, rows = 2*positions, [(i, None) for i in range(len(batch))]
     if c["window"] != "full":
-        x, frames = varied(x, frames, c)
+        x, frames = augment_spectrogram(x, frames, c)
         if c["join"] and torch.rand(()) < c["join"]: x, frames, rows = join_pairs(x, frames, 2*self.window)
         frames = frames.clamp(max=2*self.window)
-    x = masked(x, frames, c)
+    x = mask_spectrogram(x, frames, c)
     empty = torch.rand(len(x)) < c["silence"]
     if empty.any(): x = torch.where(empty[:,None,None].to(x.device), noise_like(x), x); rows = [None if e else r for e,r in zip(empty.tolist(), rows)]
     positions = (frames + 1)//2
@@ -362,14 +363,14 @@ TEMPERATURES = 0.4, 0.8         # of what is drawn where greedy search repeats i
 AT_ONCE      = 16               # windows that are transcribed together at least, when a batch has long files
 
 @patch
-def _write(self:Whisper, waves_BT:Tensor, lengths_B:Tensor, margin, timestamps:bool, beams:int, temperature:float=0.)->list[Found]:
+def _write(self:Whisper, waves_BT:Tensor, lengths_B:Tensor, margin, timestamps:bool, beams:int, temperature:float=0.)->list[Decoded]:
     "A hypothesis for each wave."
     t = self.tokenizer
     limits = [MOST_TOKENS[0] + int(MOST_TOKENS[1]*n/SAMPLE_RATE) for n in lengths_B.tolist()]
     return search(self.net, *self.net.encode(*self.net.features(waves_BT, lengths_B, margin)), t.prompt(timestamps), self.rules, limits, timestamps, beams, temperature, t.special.get("no_speech"))
 
 @patch
-def _hear(self:Whisper, waves_BT:Tensor, lengths_B:Tensor, timestamps:bool=False, beams:int=1)->list[Found]:
+def _hear(self:Whisper, waves_BT:Tensor, lengths_B:Tensor, timestamps:bool=False, beams:int=1)->list[Decoded]:
     "The hypothesis of each wave after doubts."
     margin = self._margin()
     options = [[f] for f in self._write(waves_BT, lengths_B, margin, timestamps, beams)]
@@ -380,7 +381,7 @@ def _hear(self:Whisper, waves_BT:Tensor, lengths_B:Tensor, timestamps:bool=False
     if margin is not None and self.config["init"] != "scratch": again(lambda f: loops(f) or f.score < UNLIKELY, None, timestamps, beams)
     for temperature in TEMPERATURES: again(loops, margin, timestamps, 1, temperature)
     best = [max(found, key=lambda f: (not loops(f), f.score)) for found in options]
-    return [Found([], f.score, f.no_speech, True) if f.no_speech > NO_SPEECH and f.score < UNLIKELY else f for f in best]
+    return [Decoded([], f.score, f.no_speech, True) if f.no_speech > NO_SPEECH and f.score < UNLIKELY else f for f in best]
 
 @patch
 @torch.no_grad()
@@ -422,7 +423,7 @@ def quiet_cuts(
 # %% ../../nbs/models/30_whisper.ipynb #8f98159d
 @patch
 def _follow(self:Whisper, wave_T:Tensor, beams:int)->list:
-    "Windows of a long recording, each from where the segments of the last one ended: (ids, times, `Found`)."
+    "Windows of a long recording, each from where the segments of the last one ended: (ids, times, `Decoded`)."
     at, parts, first = 0, [], self.tokenizer.first_timestamp
     while at < len(wave_T):
         end = min(at + self.samples, len(wave_T))
@@ -455,7 +456,7 @@ def _joined(self:Whisper, parts:list)->Hypothesis:
     ids, times, found = zip(*parts)
     texts = [self.tokenizer.decode(i) for i in ids]
     tokens = sum(len(f.ids) + 1 for f in found)
-    return Hypothesis(" ".join(t for t in (unlooped(t) if repeats(t) else t for t in texts) if t), sum(ids, []), sum(times, []), sum(f.score*(len(f.ids) + 1) for f in found)/tokens)
+    return Hypothesis(" ".join(t for t in (remove_repeats(t) if repeats(t) else t for t in texts) if t), sum(ids, []), sum(times, []), sum(f.score*(len(f.ids) + 1) for f in found)/tokens)
 
 # %% ../../nbs/models/30_whisper.ipynb #09a1e5bc
 def checkpoint_folder(

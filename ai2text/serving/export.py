@@ -239,9 +239,9 @@ def exporter(
     raise ConfigError(f"{type(model).__name__}: no kind of bundle fits: it has no scores of each moment (`log_probs`) and is no Whisper; nbs/tutorials/family.ipynb shows what a family needs")
 
 @exporter.register
-def _(model:Conformer, chunk=8, left_chunks=8): return (StreamingExport if model.shape.chunk_share else CTCExport)(model, chunk, left_chunks)
+def _(model:Conformer, chunk=8, left_chunks=8): return (StreamingExport if model.shape.dynamic_chunk_prob else CTCExport)(model, chunk, left_chunks)
 @exporter.register
-def _(model:WhisperCTC, chunk=8, left_chunks=8): return (ChunkExport if model.config["chunk_share"] else CTCExport)(model, chunk, left_chunks)
+def _(model:WhisperCTC, chunk=8, left_chunks=8): return (ChunkExport if model.config["dynamic_chunk_prob"] else CTCExport)(model, chunk, left_chunks)
 @exporter.register
 def _(model:Whisper, chunk=8, left_chunks=8): return WhisperExport(model)
 

@@ -18,7 +18,7 @@ from ..core.batch import SAMPLE_RATE
 from ..audio.fbank import HOP
 from ..models.whisper import MOST_TOKENS, Whisper
 from ..models.whisper_net import LogMel
-from ..models.whisper_writing import SPECIAL_TOKENS, TIME_STEP, Found, ReleasedText
+from ..models.whisper_writing import SPECIAL_TOKENS, TIME_STEP, Decoded, ReleasedText
 
 # %% ../../nbs/streams/40_ctranslate.ipynb #21045474
 def token_names(
@@ -93,12 +93,12 @@ class TranslatedWhisper(Whisper):
             self.heard = key, self.runtime.encode(ctranslate2.StorageView.from_array(x.numpy()))
         return self.heard[1]
 
-    def _write(self, waves_BT:Tensor, lengths_B:Tensor, margin, timestamps:bool, beams:int, temperature:float=0.)->list[Found]:
+    def _write(self, waves_BT:Tensor, lengths_B:Tensor, margin, timestamps:bool, beams:int, temperature:float=0.)->list[Decoded]:
         "A hypothesis for each wave."
         if timestamps: raise ValueError("timestamps: the trained model alone writes them; when a word was said is what `align` gives")
         return [self._write_one(wave[:n], margin, beams, temperature) for wave,n in zip(waves_BT, lengths_B.tolist())]
 
-    def _write_one(self, wave_T, margin, beams, temperature)->Found:
+    def _write_one(self, wave_T, margin, beams, temperature)->Decoded:
         prompt, t = self.tokenizer.prompt(), self.tokenizer
         limit = min(MOST_TOKENS[0] + int(MOST_TOKENS[1]*len(wave_T)/SAMPLE_RATE), self.most - len(prompt))
         if temperature: ctranslate2.set_random_seed(0)
@@ -107,7 +107,7 @@ class TranslatedWhisper(Whisper):
             sampling_topk=0 if temperature else 1, sampling_temperature=temperature or 1)
         ids = found.sequences_ids[0]
         ended = len(ids) < limit
-        return Found(ids, found.scores[0]/(len(ids) + ended), found.no_speech_prob if "no_speech" in t.special else 0., ended)
+        return Decoded(ids, found.scores[0]/(len(ids) + ended), found.no_speech_prob if "no_speech" in t.special else 0., ended)
 
     def align(self,
         wave_T:np.ndarray, # samples of one window

@@ -27,7 +27,7 @@ def write_chunk_graph(
 ):
     "The chunk graph of a model, the same with weights of 8 bits, and its symbols."
     folder, one = Path(folder), StreamingWhisperCTC(model, chunk, left_chunks).eval()
-    inputs = dict(zip(GRAPH_INPUTS, (torch.zeros(1, one.shape.window), torch.tensor([one.past]), torch.tensor([one.shape.positions + 1]), *one.start())))
+    inputs = dict(zip(GRAPH_INPUTS, (torch.zeros(1, one.shape.window), torch.tensor([one.left_positions]), torch.tensor([one.shape.positions + 1]), *one.start())))
     write_graph(one, inputs, GRAPH_OUTPUTS, folder/"model.onnx", graph_metadata(one.shape, one.sizes))
     write_int8(folder/"model.onnx", folder/"model.int8.onnx")
     with open(folder/"tokens.txt", "w", encoding="utf-8", newline="\n") as f: f.writelines(f"{symbol} {i}\n" for i,symbol in enumerate(model.tokenizer.symbols))
@@ -45,7 +45,7 @@ def export_chunk_graph(
     if folder.resolve() == source.resolve(): raise ConfigError(f"{folder}: is the model itself, and would be replaced; name another folder")
     if left_chunks < 1: raise ConfigError(f"left_chunks: {left_chunks} leaves a stream no past; take at least 1")
     model = load_model(source)
-    if not model.config["chunk_share"]: raise ConfigError(f"{source}: was trained without chunks (chunk_share 0), and would hear far worse as a stream; train it with a chunk_share of 0.6")
+    if not model.config["dynamic_chunk_prob"]: raise ConfigError(f"{source}: was trained without chunks (dynamic_chunk_prob 0), and would hear far worse as a stream; train it with a dynamic_chunk_prob of 0.6")
     with atomic_folder(folder) as part:
         write_chunk_graph(model, part, chunk, left_chunks)
         for int8 in (False, True): ChunkGraph(part, int8)

@@ -31,13 +31,13 @@ def hann_spectrum()->Tensor:  # (2*(WINDOW//2 + 1), 1, WINDOW): real parts, then
 class StreamingWhisperCTC(nn.Module):
     "A Whisper encoder with CTC that hears a chunk at a time and sees `left_chunks` before it."
     def __init__(self,
-        model:WhisperCTC,  # trained with `chunk_share` above 0
+        model:WhisperCTC,  # trained with `dynamic_chunk_prob` above 0
         chunk:int=8,       # CTC frames of a chunk, 40 ms each
         left_chunks:int=8, # chunks of the past
     ):
         super().__init__()
         self.shape = ChunkShape(chunk, left_chunks, model.tokenizer.vocab_size, 2*POSITION, 2, 2*POSITION*chunk + REACH + WINDOW//2, REACH, WINDOW//2, round(CTC_TAIL*SAMPLE_RATE))
-        self.model, self.past = model, self.shape.positions*left_chunks
+        self.model, self.left_positions = model, self.shape.positions*left_chunks
         self.register_buffer("spectrum", hann_spectrum().to(model.head.weight.device), persistent=False)
 
     @property
@@ -49,7 +49,7 @@ class StreamingWhisperCTC(nn.Module):
     def start(self)->tuple[Tensor,Tensor]:
         "The state before the first chunk: the loudest log power (1,), keys and values (L, H, P, 2*D/H)."
         layers, heads, d = self.sizes
-        return self.spectrum.new_full((1,), STREAM_LOUDEST), self.spectrum.new_zeros(layers, heads, self.past, 2*d//heads)
+        return self.spectrum.new_full((1,), STREAM_LOUDEST), self.spectrum.new_zeros(layers, heads, self.left_positions, 2*d//heads)
 
     def features(self, audio_1T:Tensor, inside_F:Tensor, loudest:Tensor):  # (1, M, F), the loudest frame so far (F,)
         "Log-mel features as `LogMel` computes them with `running`."
@@ -75,7 +75,7 @@ class StreamingWhisperCTC(nn.Module):
         x = nnf.gelu(nnf.conv1d(x, net.conv1.weight, net.conv1.bias))*inside[1:-1]
         x = nnf.gelu(nnf.conv1d(x, net.conv2.weight, net.conv2.bias, stride=2)).transpose(1, 2)
         x = x + net.places[(offset + torch.arange(N, device=audio.device)) % self.model.window]
-        at = offset - self.past + torch.arange(self.past + N, device=audio.device)
+        at = offset - self.left_positions + torch.arange(self.left_positions + N, device=audio.device)
         hidden = torch.where((at >= 0) & (at < offset + remaining), 0., HIDDEN)[None,None,None]
         caches = []
         for block,cache in zip(net.encoder, attn_cache.chunk(len(net.encoder))):

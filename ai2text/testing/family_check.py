@@ -37,7 +37,7 @@ def check_family(
     lr:float=3e-3,   # their learning rate
 ):                   # losses an utterance, one a step
     "Ask a model what the house will ask of it; `FamilyError` says what it does not keep to."
-    if hasattr(model, "fit_features"): model.fit_features([batch])
+    if hasattr(model, "fit_cmvn"): model.fit_cmvn([batch])
     model.eval()
     with torch.no_grad(): whole, parts = model(batch), [model(batch[i:i + 1]) for i in range(len(batch))]
     _must(isinstance(whole, Loss) and all(t.ndim == 0 and t.dtype == torch.float32 for t in (whole.sum, whole.units)), "forward gives Loss(sum, units, counts) of 0-d float32 tensors")

@@ -9,7 +9,7 @@ __all__ = ['small_whisper']
 import json
 from pathlib import Path
 
-from ..models.whisper_writing import TIME_STEP, quiet
+from ..models.whisper_writing import TIME_STEP, quiet_transformers
 
 # %% ../../nbs/testing/25_small_whisper.ipynb #6e7849cf
 def small_whisper(
@@ -40,6 +40,6 @@ def small_whisper(
     net.generation_config = GenerationConfig(decoder_start_token_id=id_of("<|startoftranscript|>"), pad_token_id=end, bos_token_id=end, eos_token_id=end, is_multilingual=True, max_length=40,
         lang_to_id={language: id_of(language) for language in languages}, task_to_id={task: id_of(f"<|{task}|>") for task in ("translate", "transcribe")},
         no_timestamps_token_id=id_of("<|notimestamps|>"), suppress_tokens=[1, 2], begin_suppress_tokens=[end], max_initial_timestamp_index=50)
-    with quiet():
+    with quiet_transformers():
         for part in (net, tokenizer, WhisperFeatureExtractor(feature_size=net.config.num_mel_bins, chunk_length=window_seconds)): part.save_pretrained(folder)
     return Path(folder)

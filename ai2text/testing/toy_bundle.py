@@ -62,13 +62,13 @@ def _stream_graph(path, chunk:int, left_chunks:int, deaf:tuple):
     "sherpa-onnx's contract: features in."
     loud_WM = _loudness()
     symbols, heard = _words(deaf)
-    window, past, V, sharp = 4*(chunk - 1) + 7, chunk*left_chunks, len(symbols), 2.
+    window, left_frames, V, sharp = 4*(chunk - 1) + 7, chunk*left_chunks, len(symbols), 2.
     pick_MV = np.zeros((loud_WM.shape[1], V), np.float32)
     pick_MV[loud_WM.argmax(1), range(1, V)] = sharp*heard
     blank_V = np.array([1.] + [0.]*(V - 1), np.float32)*sharp*(loud_WM.max(1).min() - 2)
     says = dict(model_type="wenet_ctc", head=1, num_blocks=1, output_size=4, cnn_module_kernel=3, right_context=6, subsampling_factor=4, vocab_size=V)
-    attn, conv = (1, (1, 1, past, 8)), (1, (1, 1, 4, 2))
-    inputs = dict(x=(1, (1, window, 80)), offset=(7, (1,)), required_cache_size=(7, (1,)), attn_cache=attn, conv_cache=conv, attn_mask=(9, (1, 1, past + chunk)))
+    attn, conv = (1, (1, 1, left_frames, 8)), (1, (1, 1, 4, 2))
+    inputs = dict(x=(1, (1, window, 80)), offset=(7, (1,)), required_cache_size=(7, (1,)), attn_cache=attn, conv_cache=conv, attn_mask=(9, (1, 1, left_frames + chunk)))
     nodes = [("Transpose", "x", "m", dict(perm=[0, 2, 1])), ("AveragePool", "m", "p", dict(kernel_shape=[7], strides=[4])), ("Transpose", "p", "t", dict(perm=[0, 2, 1])),
              ("MatMul", "t pick", "s", {}), ("Add", "s bias", "b", {}), ("LogSoftmax", "b", "log_probs", dict(axis=-1)),
              ("Identity", "attn_cache", "next_attn_cache", {}), ("Identity", "conv_cache", "next_conv_cache", {})]

@@ -56,7 +56,7 @@ def tiny_model(
     from ai2text.training.publish import publish
     from ai2text.evaluation.evaluate import evaluate
     wanted = _STEPS[:_STEPS.index(upto) + 1]
-    init(name, InitConfig(seed), dict(family="conformer", size="tiny", chunk_share=0.5), layout)
+    init(name, InitConfig(seed), dict(family="conformer", size="tiny", dynamic_chunk_prob=0.5), layout)
     if "train" in wanted: publish(name, fit(name, TrainConfig(max_steps=steps, warmup_steps=0, amp_dtype="fp32", threads=1), MILESTONES, layout), MILESTONES, layout)
     if "evaluate" in wanted: evaluate(name, StreamConfig(), layout)
 

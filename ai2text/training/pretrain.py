@@ -54,7 +54,7 @@ WARM, COLD = 2., 0.5 # temperatures of the first and the last step
 
 class Contrast(nn.Module):
     "wav2vec 2.0's objective on a model's own encoder; a unit of its loss is a hidden frame."
-    edges = ("net.wav2vec2.feature_extractor", "net.wav2vec2.feature_projection", "net.wav2vec2.encoder.pos_conv_embed", "net.wav2vec2.masked_spec_embed", "net.quantizer", "net.project") # see `ai2text.training.optimizer`
+    adamw_prefixes = ("net.wav2vec2.feature_extractor", "net.wav2vec2.feature_projection", "net.wav2vec2.encoder.pos_conv_embed", "net.wav2vec2.masked_spec_embed", "net.quantizer", "net.project") # see `ai2text.training.optimizer`
     def __init__(self,
         model:Wav2Vec2,
         share:float=0.65,  # of the frames that are hidden, counted with overlaps
@@ -76,7 +76,7 @@ class Contrast(nn.Module):
         "What is hidden, and what it could be mistaken for: other hidden frames of the same utterance."
         from transformers.models.wav2vec2.modeling_wav2vec2 import _sample_negative_indices
         hidden = time_mask(frames, size, self.share, self.length, at_least=2)
-        with drawn(): others = _sample_negative_indices(tuple(hidden.shape), self.net.config.num_negatives, hidden.cpu().numpy())
+        with numpy_seed_from_torch(): others = _sample_negative_indices(tuple(hidden.shape), self.net.config.num_negatives, hidden.cpu().numpy())
         return hidden, torch.from_numpy(others).to(frames.device)
 
     def forward(self, batch:Batch)->Loss:
@@ -90,7 +90,7 @@ class Contrast(nn.Module):
         if short: batch = replace(batch, audio=batch.audio[long], lengths=batch.lengths[long])
         wave, inside, frames = self.prepare(batch)
         hidden, others = self.masks(frames, int(self.net._get_feat_extract_output_lengths(wave.shape[1])))
-        with drawn(): out = self.net(wave, attention_mask=inside, mask_time_indices=hidden, sampled_negative_indices=others)
+        with numpy_seed_from_torch(): out = self.net(wave, attention_mask=inside, mask_time_indices=hidden, sampled_negative_indices=others)
         n = hidden.sum()
         return Loss(out.loss, n, dict(contrastive=out.contrastive_loss.detach(), diversity=out.diversity_loss.detach(), perplexity=out.codevector_perplexity.detach()*n, short=short))
 

@@ -15,7 +15,7 @@ from ..core.tables import caveats, spell_hours
 from ..data.dvc_files import packed
 from ..data.shard_index import load_index
 from ..models.store import load_config, load_model, save_model
-from ..ttq.log import load_log, read_again, milestone_rows, to_target
+from ..ttq.log import load_log, replay_log, milestone_rows, to_target
 from .checkpoint import about as says, load_checkpoint, pack_run, runs
 from ..ttq.stopping import POLICIES
 
@@ -37,7 +37,7 @@ def publish(
     shutil.copyfile(folder/"learning_curve.csv", results/"learning_curve.csv")
     shutil.rmtree(results/"live", ignore_errors=True)
     shutil.copytree(folder/"live/plots/metrics", results/"live")
-    log, best = read_again(folder/"ttq_log.jsonl", milestones), says(folder/"checkpoints/best")["row"]
+    log, best = replay_log(folder/"ttq_log.jsonl", milestones), says(folder/"checkpoints/best")["row"]
     write_json(results/"ttq_log.json", log)
     took = {f"wer_{100*row['wer']:g}": {k: row[k] for k in ("hours", "audio_hours", "cost")} for row in to_target(log)}
     write_json(results/"ttq.json", took | read_json(folder/"memory.json"))

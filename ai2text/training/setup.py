@@ -78,7 +78,7 @@ def set_up(
     train_loader = lambda **part: create_webdataset_loader(layout.split_shards("train"), config.batch_size, config.num_workers, config.shuffle_buffer,
                                                            index=index, batch_seconds=config.batch_seconds, seed=config.seed, weights=config.weights, **part)
     if config.threads: torch.set_num_threads(config.threads)
-    if hasattr(model, "fit_features"): model.fit_features(batch for batch, _ in zip(train_loader(), range(FEATURE_BATCHES)))
+    if hasattr(model, "fit_cmvn"): model.fit_cmvn(batch for batch, _ in zip(train_loader(), range(FEATURE_BATCHES)))
     trainer = TrainerOptimized(model, make_optimizer(model, config.optimizer, config.lr, config.weight_decay), batch_size=None, accumulation_steps=config.accumulation_steps,
         gradient_clip_val=config.gradient_clip_val, amp_dtype=config.amp_dtype, schedule=WarmupConstantDecay(config.warmup_steps, config.decay),
         ema_decay=config.ema_decay, memory_gb=config.memory_gb, checkpointing=config.checkpointing,

@@ -151,7 +151,7 @@ class TrainerOptimized:
         for group in optimizer.param_groups: group.setdefault("initial_lr", group["lr"])
         self.state, self.clocks, self.folder, self.last, self.observers = State(), Clocks(), None, {}, []
         self.count_names, self._look = [], bool(memory_gb)
-        self.stop, self.stopped, self._open, self._beat = "", "", False, 0. # `stop`: the signal; `stopped`: the reason given to `enough`
+        self.stop, self.stopped, self._open, self._beat = "", "", False, 0. # `stop`: the signal; `stopped`: the reason given to `request_stop`
 
     @property
     def effective_batch_size(self)->int|None:
@@ -309,7 +309,7 @@ def train_step(self:TrainerOptimized,
     for group in self.optimizer.param_groups: group["lr"] = self.schedule(s.step, used)*group["initial_lr"]
     parts, totals = self.gradient(held)
     loss, units, *counts, seconds, hours, stop, enough, norm = totals.tolist()
-    self._heard = hours, stop > 0, enough > 0
+    self._agreed_values = hours, stop > 0, enough > 0
     finite = math.isfinite(loss) and math.isfinite(norm) and units > 0
     spike = finite and bool(self.max_norm_ratio) and len(s.norms) == LAST_NORMS and norm > self.max_norm_ratio*statistics.median(s.norms)
     if finite: s.norms = [*s.norms, norm][-LAST_NORMS:]
@@ -560,7 +560,7 @@ def _restore(self:TrainerOptimized, weights:dict, state:dict, loader=None):
     if loader is not None: loader.load_state_dict(self.state.loader)
 
 @patch
-def _donor(self:TrainerOptimized)->Path|None:
+def _find_parent_checkpoint(self:TrainerOptimized)->Path|None:
     "The furthest checkpoint of another budget that this one would have reached too."
     if not (self.folder.parent/"recipe.json").exists(): return None
     def fits(path):
@@ -575,7 +575,7 @@ each_its_own = "give each budget a folder of its own (run_folder(..., budget=bud
 def _saved(self:TrainerOptimized)->tuple[dict,dict]|None:
     "The folder's last checkpoint, or another budget's, and what the run has lived; for the first rank."
     own, beat = latest(self.folder/"checkpoints"), self.folder/"clocks.json"
-    path = self.continued_from = own or self._donor()
+    path = self.continued_from = own or self._find_parent_checkpoint()
     if own and (theirs := about(own)["budget"]) != self.budget.name:
         raise ValueError(f"{self.folder}: holds a run with the budget {theirs}, not {self.budget.name}; {each_its_own}")
     weights, state = load_checkpoint(path) if path else ({}, {})
@@ -610,12 +610,12 @@ def used(self:TrainerOptimized)->float:
 def _ask(self:TrainerOptimized):
     "Tell all ranks the first one's clock, whether anyone was asked to stop, and whether an observer has had enough. A step's sums do it, too."
     said = self.ranks.gather((self.clocks.hours, bool(self.stop), bool(self.stopped)))
-    self._heard = said[0][0], any(stop for _,stop,_ in said), said[0][2]
+    self._agreed_values = said[0][0], any(stop for _,stop,_ in said), said[0][2]
 
 @patch(as_prop=True)
 def _agreed(self:TrainerOptimized)->tuple[float,bool,bool]:
     "Hours, stop, enough: as all ranks have heard it; one alone knows it at once."
-    return self._heard if self.ranks.world > 1 else (self.clocks.hours, bool(self.stop), bool(self.stopped))
+    return self._agreed_values if self.ranks.world > 1 else (self.clocks.hours, bool(self.stop), bool(self.stopped))
 
 # %% ../../nbs/training/30_trainer.ipynb #5848f6b9
 @patch
@@ -642,7 +642,7 @@ def _between_steps(self:TrainerOptimized)->bool:
 
 # %% ../../nbs/training/30_trainer.ipynb #07770fa1
 @patch
-def enough(self:TrainerOptimized,
+def request_stop(self:TrainerOptimized,
     reason:str,  # a word or two, for `result.json`
 ):
     "End the run as if its budget were used up now: evaluated, with its best and its last checkpoint. For observers."
@@ -678,7 +678,7 @@ def fit(self:TrainerOptimized,
     checkpoint_every:Every=Every(minutes=5),
     monitor:str="val_wer",              # the measure whose smallest value makes the best weights
     keep:int=2,                         # step checkpoints that stay
-    go_on:bool=False,                   # with a run that `enough` had ended, too
+    go_on:bool=False,                   # with a run that `request_stop` had ended, too
     evaluate_start:bool=False,          # before the first step, too: released weights may be worth a milestone
 )->dict:                                # what `result.json` holds
     "Train until the budget is used up, from where the run folder stands; a finished run only gives its result."

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SHARED', 'LEVEL', 'UNSCHEDULED', 'SCHEDULED', 'WILD', 'DOUBTS', 'CURVE_START', 'FEWEST_POINTS', 'EARLIEST',
            'MOST_POINTS', 'RISE', 'WIDEST', 'EARLY_QUANTILE', 'LATE_QUANTILE', 'RECENT', 'LAST_PART', 'learning_rate',
-           'features', 'Constants', 'worlds', 'refusal', 'Futures', 'futures', 'steepness', 'Arrival', 'arrival']
+           'features', 'Constants', 'sample_curves', 'refusal', 'Futures', 'futures', 'steepness', 'TimeToTarget',
+           'time_to_target']
 
 # %% ../../nbs/ttq/00_forecast.ipynb #68ccfc88
 import math
@@ -56,7 +57,7 @@ SCHEDULED   = Constants(slope=(-.4, .4), fall=(-.15, .1), straight=0., falling=1
 WILD    = (.15, 2.5)   # share of the futures whose spread is wider, and how many times
 DOUBTS  = 3            # evaluations that the noise before the run has shown its own is worth
 
-def worlds(
+def sample_curves(
     at_N3,      # `features` of the evaluations, perhaps of many curves
     log_wer_N,
     noise_N,    # standard deviations; inf where there is no evaluation
@@ -162,9 +163,9 @@ def _coming(u_N, every)->np.ndarray: # (M,) shares of the schedule, the last 1
     return 1 - every*np.arange(max(1, math.ceil((1 - u_N[-1])/every - 1e-6)))[::-1]
 
 def _draw(u_N, y_N, noise_N, u_M, schedule, c, draws, stall)->np.ndarray: # (S, M) error rates
-    "Futures of all worlds, in proportion to their evidence; some go on better or worse than their past, some stall; each with the noise of evaluations."
+    "Futures of all sample_curves, in proportion to their evidence; some go on better or worse than their past, some stall; each with the noise of evaluations."
     chance, now, left = np.random.default_rng(0), u_N[-1], 1 - u_N[-1]
-    evidence, mean, cov, loud = worlds(features(u_N, schedule), y_N, noise_N, now, c)
+    evidence, mean, cov, loud = sample_curves(features(u_N, schedule), y_N, noise_N, now, c)
     share = np.exp(evidence - evidence.max())/np.exp(evidence - evidence.max()).sum()
     of_S = np.searchsorted(np.cumsum(share)[:-1], (np.arange(draws) + .5)/draws)
     roots = np.linalg.cholesky(cov*(loud**2)[:,None,None] + 1e-12*np.eye(3))
@@ -180,21 +181,21 @@ def _draw(u_N, y_N, noise_N, u_M, schedule, c, draws, stall)->np.ndarray: # (S, 
 
 # %% ../../nbs/ttq/00_forecast.ipynb #752ad529
 @dataclass(frozen=True)
-class Arrival:
+class TimeToTarget:
     "When a target will be reached: shares of the schedule, `inf` for never within it."
     early:float        # a share EARLY_QUANTILE of the draws is there
     middle:float       # half of them
     late:float         # a share LATE_QUANTILE
     probability:float  # to be there by the deadline
 
-def arrival(
+def time_to_target(
     seen:Futures,
     target:float,          # error rate
     deadline:float=1.,     # share of the schedule; what lies beyond its end is not forecast
-)->Arrival|None:           # None if the forecast was refused
+)->TimeToTarget|None:           # None if the forecast was refused
     "When the draws reach a target."
     if seen.refused: return None
     there_SM = seen.wer_SM <= target
     at_S = np.where(there_SM.any(1), seen.progress_M[there_SM.argmax(1)], np.inf)
     early, middle, late = (float(np.quantile(at_S, q, method="inverted_cdf")) for q in (EARLY_QUANTILE, .5, LATE_QUANTILE))
-    return Arrival(early, middle, late, float((at_S <= deadline + 1e-9).mean()))
+    return TimeToTarget(early, middle, late, float((at_S <= deadline + 1e-9).mean()))

@@ -132,8 +132,8 @@ def experiments(surface:Surface, prices:Prices, at:dict, count:int=3)->list[dict
     near = lambda p, D, C, N: p.parameters == N and abs(math.log(p.label_hours/D)) < .1 and abs(math.log(p.audio_hours/C)) < .1
     tried = [(s, s*have, C, N) for s in SHARES for C in budgets for N in pace if C*pace[N] <= 1.05*longest and not any(near(p, s*have, C, N) for p in points)]
     if not tried: return []
-    goal = np.log(surface.strain_of(at["label_hours"], at["audio_hours"], at["parameters"]))
-    y_SO = np.log(surface.strain_of(*(np.array(x, dtype=float) for x in list(zip(*tried))[1:])))
+    goal = np.log(surface.log_error_of(at["label_hours"], at["audio_hours"], at["parameters"]))
+    y_SO = np.log(surface.log_error_of(*(np.array(x, dtype=float) for x in list(zip(*tried))[1:])))
     noise = float(np.median(np.exp(surface.draws_SK[:,7])))**2
     together, whole, best, gain = np.cov(np.c_[goal, y_SO], rowvar=False), max(goal.var(), 1e-12), [], []
     for _ in range(min(count, len(tried))): # the best of them, then the best besides that

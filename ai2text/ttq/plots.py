@@ -14,7 +14,7 @@ from textwrap import indent
 import numpy as np
 from ..core.tables import columns, spell_hours
 from ..core.params import ConfigError
-from .log import ACHIEVED, LATE, MISSED, PENDING, forecast_run, foretold, load_log, spell_share, milestone_rows, to_target
+from .log import ACHIEVED, LATE, MISSED, PENDING, forecast_run, forecast_texts, load_log, spell_share, milestone_rows, to_target
 
 # %% ../../nbs/ttq/30_plots.ipynb #adc05390
 COLOURS = {PENDING: "#0072b2", ACHIEVED: "#009e73", LATE: "#e69f00", MISSED: "#d55e00"} # of the palette of Okabe and Ito
@@ -33,7 +33,7 @@ def plain_numbers(
 
 def _headline(log:dict)->str:
     "The answer in a line: the last milestone that was decided, and the next one with its forecast."
-    parts, texts = [], foretold(log)
+    parts, texts = [], forecast_texts(log)
     for m in log["milestones"]:
         if m["state"] == PENDING:
             parts.append(f"{m['wer']:.0%} within {spell_hours(m['budget_hours'])}: {texts.get(m['wer'], spell_hours(m['budget_hours'] - log['totals']['elapsed_hours']) + ' left')}")
@@ -66,7 +66,7 @@ def plot_ttq(
     t, wer = [h["elapsed_hours"]*scale for h in rows], [h["val_wer"] for h in rows]
     if band := [(x, *h["interval"]) for x,h in zip(t, rows) if h.get("interval")]: ax.fill_between(*zip(*band), color=INK, alpha=.25, lw=0, label="95% interval")
     ax.plot(t, wer, ".-", color=INK, lw=1.4, ms=4, label="WER", zorder=4)
-    for i,life in enumerate(log["lives"][1:]): ax.axvline(life["start_hours"]*scale, color=INK, lw=.9, ls=":", label="" if i else "restart")
+    for i,attempt in enumerate(log["attempts"][1:]): ax.axvline(attempt["start_hours"]*scale, color=INK, lw=.9, ls=":", label="" if i else "restart")
     if not log["finished"]: ax.axvline(log["totals"]["elapsed_hours"]*scale, color=INK, lw=1, ls="--", label="now")
     if logarithmic:
         ax.set_xscale("log")
@@ -112,18 +112,18 @@ def _fan(told:dict, wer:float, ax, scale:float):
         ax.annotate(spell_share(chance), (end, wer), xytext=(0, 5), textcoords="offset points", ha="right", fontsize=9, color=colour, weight="bold", zorder=6)
 
 def _cost_axis(log:dict, ax, scale:float):
-    "What the hours cost, above them; lives may have had different prices."
-    lives = [(x["start_hours"], x["devices"]*(x.get("price_per_hour") or 0)) for x in log["lives"]]
-    if any(price <= 0 for _,price in lives): return
-    ends = np.array([start for start,_ in lives[1:]] + [max(lives[-1][0], ax.get_xlim()[1]/scale) + 1])
+    "What the hours cost, above them; attempts may have had different prices."
+    attempts = [(x["start_hours"], x["devices"]*(x.get("price_per_hour") or 0)) for x in log["attempts"]]
+    if any(price <= 0 for _,price in attempts): return
+    ends = np.array([start for start,_ in attempts[1:]] + [max(attempts[-1][0], ax.get_xlim()[1]/scale) + 1])
     hours = np.concatenate([[0.], ends])
-    cost = np.concatenate([[0.], np.cumsum(np.diff(hours)*[price for _,price in lives])])
+    cost = np.concatenate([[0.], np.cumsum(np.diff(hours)*[price for _,price in attempts])])
     axis = ax.secondary_xaxis("top", functions=(lambda x: np.interp(np.asarray(x)/scale, hours, cost), lambda c: np.interp(c, cost, hours)*scale))
     axis.set_xlabel("cost")
 
 # %% ../../nbs/ttq/30_plots.ipynb #a67f36fb
 def _cost_until(log:dict, hours:float): # None without a price
-    priced = [max(0., min(x["hours"], hours - x["start_hours"]))*x["devices"]*x["price_per_hour"] for x in log["lives"] if x.get("price_per_hour") is not None]
+    priced = [max(0., min(x["hours"], hours - x["start_hours"]))*x["devices"]*x["price_per_hour"] for x in log["attempts"] if x.get("price_per_hour") is not None]
     return sum(priced) if priced else None
 
 def as_of(
@@ -134,7 +134,7 @@ def as_of(
     history = [h for h in log["history"] if h["elapsed_hours"] <= hours]
     totals = log["totals"] | dict(elapsed_hours=hours, cost=_cost_until(log, hours), best_wer=min((h["val_wer"] for h in history if h["val_wer"] is not None), default=None))
     still_open = lambda m: dict(wer=m["wer"], budget_hours=m["budget_hours"], state=MISSED if hours > m["budget_hours"] else PENDING, confirmed=False)
-    return log | dict(history=history, totals=totals, finished=False, reason=None, lives=[x for x in log["lives"] if x["start_hours"] <= hours], forecasts=[f for f in log["forecasts"] if f["at_hours"] <= hours],
+    return log | dict(history=history, totals=totals, finished=False, reason=None, attempts=[x for x in log["attempts"] if x["start_hours"] <= hours], forecasts=[f for f in log["forecasts"] if f["at_hours"] <= hours],
         achieved=[a for a in log["achieved"] if a["elapsed_hours"] <= hours], milestones=[m if m.get("elapsed_hours", math.inf) <= hours else still_open(m) for m in log["milestones"]])
 
 # %% ../../nbs/ttq/30_plots.ipynb #0fd41977

@@ -47,7 +47,7 @@ class StopWhen:
     def on_evaluate(self, trainer, row:dict): self._look(trainer)
 
     def on_step(self, trainer):
-        if self.tracker.books.seconds > self.deadline: self._end(trainer, "missed")
+        if self.tracker.run_log.seconds > self.deadline: self._end(trainer, "missed")
 
     def _look(self, trainer, ends:bool=True):
         log = self.tracker.log
@@ -57,4 +57,4 @@ class StopWhen:
     def _end(self, trainer, reason:str):
         if trainer.used >= 1 or trainer.stopped: return
         self.tracker.announce(f"Enough: {POLICIES[reason]}.")
-        trainer.enough(reason)
+        trainer.request_stop(reason)

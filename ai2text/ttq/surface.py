@@ -33,13 +33,13 @@ class Surface:
     points:tuple
     released:bool         # whether it begins with weights that know something
 
-    def strain_of(self, label_hours, audio_hours, parameters)->np.ndarray: # (S, ...)
+    def log_error_of(self, label_hours, audio_hours, parameters)->np.ndarray: # (S, ...)
         "Error of each draw, before noise."
         return _strain(self.draws_SK, self.unit, self.released, *np.broadcast_arrays(label_hours, audio_hours, parameters))
 
     def wer(self, label_hours, audio_hours, parameters, noise=False)->np.ndarray: # (S, ...) error rates
         "Error rate of each draw; with the noise of a run, what a run there would show."
-        y = np.log(self.strain_of(label_hours, audio_hours, parameters))
+        y = np.log(self.log_error_of(label_hours, audio_hours, parameters))
         if noise:
             sigma = np.exp(self.draws_SK[:,7]).reshape(-1, *[1]*(y.ndim - 1))
             y = y + sigma*np.random.default_rng(0).standard_normal(y.shape)
