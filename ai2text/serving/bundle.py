@@ -74,7 +74,7 @@ def check_streaming(
     if not m["head"] or m["output_size"] % m["head"]: raise BundleError(f"{path}: metadata: output_size {m['output_size']} is not a multiple of head {m['head']}; {MEND}")
     left_frames, window = chunk_size*left_chunks, _SUBSAMPLING*(chunk_size - 1) + m["right_context"] + 1
     caches = (m["num_blocks"], m["head"], left_frames, 2*m["output_size"]//m["head"]), (m["num_blocks"], 1, m["output_size"], m["cnn_module_kernel"] - 1)
-    expect_signature(path, "input", inputs, dict(zip(INPUTS, ((FLOAT, (1, window, _N_BINS)), (INT64, (1,)), (INT64, (1,)), (FLOAT, caches[0]), (FLOAT, caches[1]), (BOOL, (1, 1, past + chunk_size))))))
+    expect_signature(path, "input", inputs, dict(zip(INPUTS, ((FLOAT, (1, window, _N_BINS)), (INT64, (1,)), (INT64, (1,)), (FLOAT, caches[0]), (FLOAT, caches[1]), (BOOL, (1, 1, left_frames + chunk_size))))))
     expect_signature(path, "output", outputs, dict(zip(OUTPUTS, ((FLOAT, (1, chunk_size, m["vocab_size"])), (FLOAT, caches[0]), (FLOAT, caches[1])))))
     return m
 

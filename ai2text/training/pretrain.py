@@ -20,7 +20,7 @@ from ..core.params import ConfigError, opt
 from ..data.loader import create_webdataset_loader
 from .optimizer import OPTIMIZERS, make_optimizer
 from .trainer import Observer, TrainerOptimized
-from ..models.wav2vec import Wav2Vec2, drawn, time_mask
+from ..models.wav2vec import Wav2Vec2, numpy_seed_from_torch, time_mask
 
 # %% ../../nbs/training/40_pretrain.ipynb #4b25d873
 @dataclass
