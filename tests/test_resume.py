@@ -132,7 +132,7 @@ class StopAt:
     def __init__(self, step): self.step = step
     def on_start(self, trainer): self.on_step(trainer)
     def on_step(self, trainer):
-        if trainer.state.step >= self.step: trainer.enough("enough")
+        if trainer.state.step >= self.step: trainer.request_stop("enough")
 
 def test_stopped_goes_on_as_if_it_had_not(tmp_path):
     result = train(tmp_path/"stopped", observers=[StopAt(35)])

@@ -148,7 +148,7 @@ def measure(model):
 class StopAt:
     def __init__(self, step): self.step = step
     def on_step(self, trainer):
-        if trainer.state.step == self.step: trainer.enough("enough")
+        if trainer.state.step == self.step: trainer.request_stop("enough")
 
 def train(ranks, folder, criterion=None, observers=(), **more):
     "The run under test; four micro-batches a step, whatever the ranks."
