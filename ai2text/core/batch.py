@@ -32,7 +32,8 @@ class Batch:
     def __getitem__(self, which:slice)->'Batch':
         "Some of the utterances, padded to their own longest."
         lengths = self.lengths[which]
-        return replace(self, audio=self.audio[which, :int(lengths.max())], lengths=lengths, transcripts=self.transcripts[which], ids=self.ids[which], skipped=[])
+        return replace(self, audio=self.audio[which, :int(lengths.max())], lengths=lengths, transcripts=self.transcripts[which],
+                       ids=self.ids[which], skipped=[])
 
     @property
     def size(self)->int:

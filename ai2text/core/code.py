@@ -67,7 +67,8 @@ def imported_modules(
                 if file is not None and file.suffix: found.add(file)
                 elif not name or name not in own:
                     missing = ".".join(filter(None, [package.name, *parts, name]))
-                    raise ConfigError(f"{path}, line {node.lineno}: {missing} is not a module of {package}; import the module that defines it")
+                    raise ConfigError(f"{path}, line {node.lineno}: {missing} is not a module of {package}; "
+                                      "import the module that defines it")
     return found
 
 def import_closure(
@@ -94,7 +95,8 @@ def import_closure(
 _IGNORED = ("ctx", "kind", "type_comment", "type_ignores")  # fields without effect
 PLACE = re.compile(r"ai2text(?:\.\w+)+")
 
-def _is_docstring(node)->bool: return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+def _is_docstring(node)->bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 def _canonical(node, package:str)->str:
     "A string that is equal for equal code."
@@ -104,10 +106,14 @@ def _canonical(node, package:str)->str:
         return f"import {sorted((a.name, a.asname or '') for a in node.names)}"
     if isinstance(node, ast.Constant) and isinstance(node.value, str): return repr(PLACE.sub(lambda m: m[0].rsplit(".", 1)[-1], node.value))
     fields = dict(ast.iter_fields(node))
-    if isinstance(node, ast.JoinedStr): fields["values"] = [n for n in node.values if getattr(n, "value", None) != ""] # Python 3.12 adds empty strings
-    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.body and _is_docstring(node.body[0]): fields["body"] = node.body[1:]
-    if isinstance(node, ast.Module): fields["body"] = [n for n in fields["body"] if not (isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__")]
-    return type(node).__name__ + "(" + ",".join(f"{k}={_canonical(v, package)}" for k,v in fields.items() if k not in _IGNORED and v not in (None, [])) + ")"
+    # Python 3.12 adds empty strings
+    if isinstance(node, ast.JoinedStr): fields["values"] = [n for n in node.values if getattr(n, "value", None) != ""]
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.body and _is_docstring(node.body[0]):
+        fields["body"] = node.body[1:]
+    if isinstance(node, ast.Module):
+        fields["body"] = [n for n in fields["body"] if not (isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__")]
+    shown = [f"{k}={_canonical(v, package)}" for k,v in fields.items() if k not in _IGNORED and v not in (None, [])]
+    return f"{type(node).__name__}({','.join(shown)})"
 
 def code_digest(
     path,              # a module or a notebook
@@ -138,5 +144,6 @@ def package_digest(
 )->str:           # 16 hexadecimal digits
     "The digest of all modules of a package."
     package = Path(package or package_folder())
-    rows = [f"{p.relative_to(package).as_posix()} {code_digest(p, package.name)}" for p in sorted(package.rglob("*.py")) if p.name != "_modidx.py"]
+    rows = [f"{p.relative_to(package).as_posix()} "
+            f"{code_digest(p, package.name)}" for p in sorted(package.rglob("*.py")) if p.name != "_modidx.py"]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]

@@ -7,7 +7,8 @@ __all__ = ['MINUTES', 'BUCKET_BYTES', 'WORKER', 'LostRank', 'Ranks', 'buckets', 
            'rendezvous', 'worker', 'RankError', 'LostMachine', 'launch']
 
 # %% ../../nbs/core/80_distributed.ipynb #7b408ba1
-import codecs, contextlib, datetime, errno, importlib, json, os, select, signal, socket, struct, subprocess, sys, tempfile, threading, time, traceback
+import codecs, contextlib, datetime, errno, importlib, json, os, select, signal, socket, struct, subprocess
+import sys, tempfile, threading, time, traceback
 from pathlib import Path
 
 import torch
@@ -55,7 +56,8 @@ class Ranks:
         store = rendezvous(local == 0, **dict(minutes=minutes) | peers) if peers else None
         if peers: rank, world = peers["machine"]*world + rank, peers["machines"]*world
         ranks = cls(rank, world, device)
-        with ranks._collective(): dist.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes), store=store, rank=rank, world_size=world)
+        with ranks._collective():
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=minutes), store=store, rank=rank, world_size=world)
         if store and ranks.main: store.set("started", "")
         return ranks
 
@@ -74,7 +76,8 @@ class Ranks:
         "Around a collective operation: a failure raises `LostRank`."
         try: yield
         except RuntimeError as e:
-            raise LostRank(f"rank {self.rank} of {self.world}: another rank has ended or cannot be reached; its own error gives the cause ({str(e).splitlines()[0][-200:]})") from e
+            raise LostRank(f"rank {self.rank} of {self.world}: another rank has ended or cannot be reached; "
+                           f"its own error gives the cause ({str(e).splitlines()[0][-200:]})") from e
 
 # %% ../../nbs/core/80_distributed.ipynb #ee825914
 @patch
@@ -97,7 +100,9 @@ def same(self:Ranks, value):
     "Rank 0's value on every rank: numbers, strings, None, tensors on the CPU, and lists, tuples and dicts of them."
     if self.world == 1: return value
     held = []
-    def flat(t): held.append(t.as_strided((t.numel(),), (1,))); return t # in memory order; strides are kept, since a fused optimizer pairs tensors by memory
+    def flat(t): # in memory order; strides are kept, since a fused optimizer pairs tensors by memory
+        held.append(t.as_strided((t.numel(),), (1,)))
+        return t
     def mark(t):
         like = torch.empty_like(t, device="meta")
         flat(t if t.stride() == like.stride() else torch.empty_like(t).copy_(t))
@@ -176,7 +181,8 @@ def address(
     "Split the address of the first machine; `ConfigError` if it is not host:port."
     host, _, port = master.rpartition(":")
     if host and port.isdecimal() and 0 < int(port) < 65536: return host, int(port)
-    raise ConfigError(f"train.master: {master!r}; write the address of the first machine for the others as host:port, such as 10.0.0.1:29400")
+    raise ConfigError(f"train.master: {master!r}; write the address of the first machine for the others as host:port, "
+                      "such as 10.0.0.1:29400")
 
 def interface(
     host:str,  # of the first machine
@@ -190,7 +196,8 @@ def interface(
         import fcntl
         for _,name in socket.if_nameindex():
             with contextlib.suppress(OSError): # an interface without an address
-                if fcntl.ioctl(s, 0x8915, struct.pack("256s", name.encode()))[20:24] == socket.inet_aton(s.getsockname()[0]): return name # SIOCGIFADDR
+                found = fcntl.ioctl(s, 0x8915, struct.pack("256s", name.encode()))[20:24] # SIOCGIFADDR
+                if found == socket.inet_aton(s.getsockname()[0]): return name
     return ""
 
 def _listen(host:str, port:int, seconds:float)->int:
@@ -204,7 +211,8 @@ def _listen(host:str, port:int, seconds:float)->int:
             s.close()
             at = f"train.master: {host}:{port}"
             if e.errno != errno.EADDRINUSE:
-                raise ConfigError(f"{at}: this machine cannot listen there ({e.strerror}); the address must be one of the first machine's own") from e
+                raise ConfigError(f"{at}: this machine cannot listen there ({e.strerror}); "
+                                  "the address must be one of the first machine's own") from e
             if time.monotonic() > until:
                 raise ConfigError(f"{at}: the port is taken, perhaps by another run; stop that run, or give another port") from e
         time.sleep(0.2)
@@ -216,7 +224,8 @@ def differences(
 )->list[str]:
     "The differences between two descriptions of a run."
     short = lambda made, name: str(made[name])[:12] if name in made else "missing"
-    return [f"{name} ({short(mine, name)}, on the first machine {short(first, name)})" for name in sorted({*mine, *first}) if mine.get(name) != first.get(name)]
+    names = [name for name in sorted({*mine, *first}) if mine.get(name) != first.get(name)]
+    return [f"{name} ({short(mine, name)}, on the first machine {short(first, name)})" for name in names]
 
 # %% ../../nbs/core/80_distributed.ipynb #03b57976
 def _log(text:str): print(text, file=sys.stderr, flush=True)
@@ -253,7 +262,8 @@ def _join_store(leader:bool, machine:int, machines:int, master:str, made_of:dict
     while not store.check(["complete"]):
         time.sleep(0.1)
         if leader and store.add(f"joined {machine}", 0) > number:
-            raise ConfigError(f"machine {machine} of {machines}: another process has joined as machine {machine}; give each machine its own number")
+            raise ConfigError(f"machine {machine} of {machines}: another process has joined as machine {machine}; "
+                              "give each machine its own number")
     return store
 
 # %% ../../nbs/core/80_distributed.ipynb #5c08355d
@@ -326,7 +336,9 @@ def _outcome(folder:Path, nproc:int, stop_requested:bool):
         if end and end["interrupted"] and (stop_requested or not killed): raise KeyboardInterrupt(end["text"])
     if not any((folder/f"pid-{rank}.json").exists() for rank in range(nproc)):
         raise RankError(f"torchrun started none of {nproc} ranks: " + (folder/"torchrun.log").read_text(errors="replace")[-500:].strip())
-    if killed: raise RankError(f"rank {', '.join(killed)} of {nproc}: was killed, perhaps out of memory; run again to resume from the last checkpoint")
+    if killed:
+        raise RankError(f"rank {', '.join(killed)} of {nproc}: was killed, perhaps out of memory; "
+                        "run again to resume from the last checkpoint")
     if failed: raise LostMachine(failed[0][1]["text"], (folder/"joined").exists())
 
 # %% ../../nbs/core/80_distributed.ipynb #661d3ccc
@@ -350,10 +362,11 @@ def launch(
     threads:int=0,  # processor threads of each; 0: an equal share of the cores
     peers:dict|None=None, # for several machines: the arguments of `rendezvous`
 ):
-    "Run a function in several processes of this machine; `RankError` if one failed, `KeyboardInterrupt` if a stop was requested, here or on another machine."
+    "Run a function in several processes of this machine; `RankError` if one failed, `KeyboardInterrupt` if a stop was requested."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if threads > 1 and nproc*threads > cores:
-        raise ConfigError(f"{threads} threads in each of {nproc} processes exceed the {cores} cores; use at most {max(1, cores//nproc)} each (train.threads)")
+        raise ConfigError(f"{threads} threads in each of {nproc} processes exceed the {cores} cores; "
+                          f"use at most {max(1, cores//nproc)} each (train.threads)")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={nproc}",
                "--no-python", sys.executable, "-c", WORKER]
     device = interface(*address(peers["master"])) if peers else "lo0" if sys.platform == "darwin" else "lo"
@@ -363,10 +376,12 @@ def launch(
         os.mkfifo(folder/"output")
         output = os.open(folder/"output", os.O_RDWR) # also open for writing, so that it never ends
         stack.callback(os.close, output)
-        env = {"OMP_NUM_THREADS": str(max(1, cores//nproc))} | ({"GLOO_SOCKET_IFNAME": device, "NCCL_SOCKET_IFNAME": device} if device else {}) | os.environ | {"AI2TEXT_RANKS": scratch}
+        network = {"GLOO_SOCKET_IFNAME": device, "NCCL_SOCKET_IFNAME": device} if device else {}
+        env = {"OMP_NUM_THREADS": str(max(1, cores//nproc))} | network | os.environ | {"AI2TEXT_RANKS": scratch}
         if threads: env["OMP_NUM_THREADS"] = str(threads)
         log = stack.enter_context(open(folder/"torchrun.log", "wb"))
-        agent = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, start_new_session=True)) # nosec B603 # torchrun of this Python, constant arguments, no shell
+        options = dict(stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, start_new_session=True)
+        agent = stack.enter_context(subprocess.Popen(command, **options)) # nosec B603 # torchrun of this Python, no shell
         stack.callback(agent.kill) # runs first; then the pipe closes and the ranks end
         while True:
             ended = agent.poll() is not None

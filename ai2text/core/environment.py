@@ -20,21 +20,30 @@ MADE = ("results", "comparison", "papermill_runs", "dvc.lock", "README.md") # ou
 
 def environment()->dict:
     "Revision and uncommitted changes, pins, versions, hardware."
-    def first(*command):
-        try: return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip("\n") # nosec B603 # constant commands, no shell
+    def output(*command):
+        try: return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip("\n") # nosec B603 # constant, no shell
         except (OSError, subprocess.TimeoutExpired): return ""
     def version(name):
         try: return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError: return "none"
-    read = lambda path, name: next((line.partition(":")[2].strip() for line in Path(path).read_text().splitlines() if line.startswith(name)), "") if os.path.exists(path) else ""
-    revision = first("git", "rev-parse", "--short", "HEAD")
-    changed = [line[3:] for line in first("git", "status", "--porcelain", "--", ":/", *(f":(top,exclude,glob)**/{name}" for name in MADE), *(f":(top,exclude,glob)**/{name}/**" for name in MADE)).splitlines()]
+    def read(path, name):
+        lines = Path(path).read_text().splitlines() if os.path.exists(path) else []
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
+    revision = output("git", "rev-parse", "--short", "HEAD")
+    excluded = [f":(top,exclude,glob)**/{name}" for name in MADE] + [f":(top,exclude,glob)**/{name}/**" for name in MADE]
+    changed = [line[3:] for line in output("git", "status", "--porcelain", "--", ":/", *excluded).splitlines()]
+    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
     pins, gpu = Path(importlib.util.find_spec("ai2text").origin).parent.parent/"constraints.txt", torch.cuda.is_available()
-    found = dict(ai2text=__version__, revision=revision or "unknown", changed=", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "") or ("nothing" if revision else "unknown"),
-                 pins=sha256(pins)[:12] if pins.exists() else "none", python=platform.python_version(), torch=torch.__version__, **{name: version(name) for name in LIBRARIES},
+    found = dict(ai2text=__version__, revision=revision or "unknown",
+                 changed=", ".join(changed[:5]) + more or ("nothing" if revision else "unknown"),
+                 pins=sha256(pins)[:12] if pins.exists() else "none", python=platform.python_version(), torch=torch.__version__,
+                 **{name: version(name) for name in LIBRARIES},
                  system=platform.platform(), processor=read("/proc/cpuinfo", "model name") or platform.machine(), cores=os.cpu_count(),
-                 memory_gb=round(os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")/1e9, 1), threads=torch.get_num_threads(), gpu=torch.cuda.get_device_name() if gpu else "none")
-    if gpu: found |= dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), driver=read("/proc/driver/nvidia/version", "NVRM version") or "unknown")
+                 memory_gb=round(os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")/1e9, 1), threads=torch.get_num_threads(),
+                 gpu=torch.cuda.get_device_name() if gpu else "none")
+    if gpu:
+        found |= dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(),
+                      driver=read("/proc/driver/nvidia/version", "NVRM version") or "unknown")
     return found
 
 # %% ../../nbs/core/40_environment.ipynb #39674f75

@@ -84,7 +84,8 @@ def _same_code(client):
         return package_digest()
     for where,found in {"the scheduler": client.run_on_scheduler(code), **client.run(code)}.items():
         if found != code():
-            raise ConfigError(f"scheduler {client.scheduler.address}: {where} has {'another version of' if found else 'no'} ai2text; start it in the project's folder, at the commit of this run and in its environment")
+            raise ConfigError(f"scheduler {client.scheduler.address}: {where} has {'another version of' if found else 'no'} ai2text; "
+                              "start it in the project's folder, at the commit of this run and in its environment")
 
 # %% ../../nbs/core/50_parallel.ipynb #db10f9c0
 POLL_SECONDS = 60 # between two checks of the number of workers
@@ -96,19 +97,21 @@ def _result(future, client):
         try: return future.result(POLL_SECONDS)
         except TimeoutError:
             if future.done(): raise # from the function itself
-            if not client.nthreads(): raise ConfigError(f"scheduler {client.scheduler.address}: all workers are lost; start some, and run again") from None
+            if not client.nthreads():
+                raise ConfigError(f"scheduler {client.scheduler.address}: all workers are lost; start some, and run again") from None
 
 # %% ../../nbs/core/50_parallel.ipynb #3af9cf9e
 @contextlib.contextmanager
 def cluster(
     address:str, # of a Dask scheduler, as tcp://10.0.0.1:8786; "" = no cluster
 ):               # an executor and its number of threads; None and 0 without a cluster
-    "The workers of a Dask cluster, as an executor for `in_parallel`; `ConfigError` if there are none, if their code differs or if they are lost."
+    "The workers of a Dask cluster, as an executor for `in_parallel`; `ConfigError` if none are left or their code differs."
     if not address: yield None, 0; return
     try: from distributed import CancelledError, Client, KilledWorker
     except ImportError as e: raise ConfigError(f"scheduler {address}: needs Dask; pip install 'ai2text[cluster]'") from e
     try: client = Client(address, timeout=10, set_as_default=False)
-    except (OSError, ValueError) as e: raise ConfigError(f"scheduler {address}: does not answer ({e}); start it with `dask scheduler`, or leave the address empty") from e
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"scheduler {address}: does not answer ({e}); start it with `dask scheduler`, or leave the address empty") from e
     with client:
         threads = sum(client.nthreads().values())
         if not threads: raise ConfigError(f"scheduler {address}: has no workers; start some with `dask worker {address}`")
@@ -117,5 +120,7 @@ def cluster(
             future = client.submit(function, item, pure=False)
             return SimpleNamespace(result=partial(_result, future, client), cancel=future.cancel)
         try: yield SimpleNamespace(submit=submit), threads
-        except KilledWorker as e: raise ConfigError(f"scheduler {address}: workers were killed, perhaps out of memory; run again with fewer") from e
-        except (CancelledError, concurrent.futures.CancelledError) as e: raise ConfigError(f"scheduler {address}: connection lost; start it again, and run again") from e
+        except KilledWorker as e:
+            raise ConfigError(f"scheduler {address}: workers were killed, perhaps out of memory; run again with fewer") from e
+        except (CancelledError, concurrent.futures.CancelledError) as e:
+            raise ConfigError(f"scheduler {address}: connection lost; start it again, and run again") from e

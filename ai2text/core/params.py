@@ -69,7 +69,8 @@ def _in_range(value, meta, where:str):
         tests = dict(ge=(">=", lambda a,b: a >= b), gt=(">", lambda a,b: a > b), le=("<=", lambda a,b: a <= b), lt=("<", lambda a,b: a < b))
         for name,(sign,holds) in tests.items():
             bound = meta.get(name)
-            if bound is not None and not holds(value, bound): raise ConfigError(f"{where}: {value!r} is out of range; it must be {sign} {bound!r}")
+            if bound is not None and not holds(value, bound):
+                raise ConfigError(f"{where}: {value!r} is out of range; it must be {sign} {bound!r}")
         choices = meta.get("choices")
         if choices is not None and value not in choices:
             raise ConfigError(f"{where}: {value!r} is not known; choose from {', '.join(map(repr, choices))}")
@@ -81,12 +82,14 @@ def make(
     where:str,   # name of the mapping in errors, such as "train"
 ):               # an instance of `cls`
     "A typed, checked dataclass from a mapping; raises `ConfigError` for a key that is unknown, missing, mistyped or out of range."
-    if not isinstance(values, dict): raise ConfigError(f"{where}: {values!r} is a {type(values).__name__}; write a section of keys and values")
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: {values!r} is a {type(values).__name__}; write a section of keys and values")
     known = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for name in values:
         if name in known: continue
         near = difflib.get_close_matches(str(name), known, 1)
-        raise ConfigError(f"{where}.{name}: no such parameter; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"))
+        fix = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        raise ConfigError(f"{where}.{name}: no such parameter; {fix}")
     hints, checked = typing.get_type_hints(cls), {}
     for name,f in known.items():
         if name in values:

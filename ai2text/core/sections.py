@@ -25,11 +25,15 @@ class DemoConfig:
 @dataclass
 class CorpusConfig(DemoConfig):
     "An item of the section `corpora`."
-    source:str = opt("demo", "corpus layout: demo (synthetic speech), folder, csv, json, kaldi, nemo, huggingface or another of the README's list")
+    source:str = opt("demo", "corpus layout: demo (synthetic speech), folder, csv, json, kaldi, nemo, "
+                             "huggingface or another of the README's list")
     path:str = opt("", "folder of lists and recordings, relative to this file or absolute; for demo, the one with sentences.vi.txt")
     transcripts:str = opt("", "transcript list or folder of lists, relative to `path` or absolute; empty = the default of the layout")
-    columns:dict[str,str|int]|list[str] = opt({}, "column names of a table, as {audio: path, text: sentence, speaker: spk}; without a header, all columns in order, as [audio, _, text]")
-    channel:str = opt("mix", "of multi-channel recordings: mix (mean), left, right, or each (one row per channel, as for the two sides of a call)", choices=("mix", "left", "right", "each"))
+    columns:dict[str,str|int]|list[str] = opt({},
+                                              "column names of a table, as {audio: path, text: sentence, speaker: spk}; "
+                                              "without a header, all columns in order, as [audio, _, text]")
+    channel:str = opt("mix", "of multi-channel recordings: mix (mean), left, right, or each (one row per channel, "
+                             "as for the two sides of a call)", choices=("mix", "left", "right", "each"))
     processes:int = opt(0, "processes; 0 = one for each core", ge=0)
 
     def folder(self,
@@ -41,11 +45,13 @@ class CorpusConfig(DemoConfig):
 @dataclass
 class PseudoConfig:
     "An item of the section `pseudo`."
-    path:str = opt(help="recordings without transcripts: a folder, a list with one name per line, a table (.tsv, .csv) or a manifest (.jsonl); their transcripts are ignored")
+    path:str = opt(help="recordings without transcripts: a folder, a list with one name per line, a table (.tsv, "
+                        ".csv) or a manifest (.jsonl); their transcripts are ignored")
     teacher:str = opt(help="folder of the trained model that transcribes them, as teachers/base, a copy of models/base")
     folder:str = opt("", "folder of the recordings of a list; empty = that of the list")
     threshold:float = opt(0.8, "smallest confidence of a transcript: geometric mean of its token probabilities", ge=0, le=1)
-    agreement:float = opt(0.2, "share of the words that may differ in a second transcription at 1.1 times the speed; 1 = no second transcription", ge=0, le=1)
+    agreement:float = opt(0.2, "share of the words that may differ in a second transcription at 1.1 times the speed; "
+                               "1 = no second transcription", ge=0, le=1)
     longest:float = opt(20., "seconds of an utterance; longer recordings are segmented at silence", ge=1, le=300)
     batch_seconds:float = opt(60., "padded seconds of a batch", gt=0)
 
@@ -59,12 +65,15 @@ class PrepareConfig:
     silence_db:float = opt(-60., "an utterance whose peak is below this level (dB of full scale) is silent", le=0)
     max_clipped:float = opt(0.02, "largest share of samples at full scale", gt=0, le=1)
     max_reject_share:float = opt(0.1, "largest share of rejected utterances", ge=0, le=1)
-    splits:str = opt("source", "source: those of the corpus, if it has any; speaker: always split by speaker", choices=("source", "speaker"))
+    splits:str = opt("source", "source: those of the corpus, if it has any; speaker: always split by speaker",
+                     choices=("source", "speaker"))
     dev_share:float = opt(0.05, "share of the utterances for dev, if the corpus has no dev split", gt=0, lt=0.5)
     test_share:float = opt(0.05, "share of the utterances for test, if the corpus has no test split", gt=0, lt=0.5)
     seed:int = opt(0, "of these splits")
-    shared_texts:bool = opt(False, "allow a text in train and in dev or test, for commands and digits (few texts, many speakers); every score is then marked")
-    foreign:str = opt("keep", "words with non-Vietnamese letters: keep, spell them out, or reject the utterance", choices=("keep", "spell", "reject"))
+    shared_texts:bool = opt(False, "allow a text in train and in dev or test, for commands and digits (few texts, many speakers); "
+                                   "every score is then marked")
+    foreign:str = opt("keep", "words with non-Vietnamese letters: keep, spell them out, or reject the utterance",
+                      choices=("keep", "spell", "reject"))
     abbreviations:str = opt("", "abbreviations and how they are read: two columns; empty = none")
     readings:str = opt("", "your own readings, which precede all rules: written form, a tab, spoken words; empty = none")
     spoken:str = opt("", "chosen readings, as `ai2text readings` writes them; empty = the first of each")
@@ -96,7 +105,8 @@ class HardwareConfig:
     batch_seconds:float = opt(60., "padded seconds of a micro-batch", gt=0)
     batch_size:int = opt(64, "utterances of a micro-batch at most", ge=1)
     accumulation_steps:int = opt(1, "micro-batches of an optimizer step, in each process", ge=1)
-    amp_dtype:str = opt("auto", "auto: on a GPU bf16 or, on older ones, fp16; on a processor bf16 or fp32, whichever is timed as faster", choices=("auto", "bf16", "fp16", "fp32"))
+    amp_dtype:str = opt("auto", "auto: on a GPU bf16 or, on older ones, fp16; on a processor bf16 or fp32, whichever is timed as faster",
+                        choices=("auto", "bf16", "fp16", "fp32"))
     num_workers:int = opt(1, "threads that read ahead", ge=0)
     threads:int = opt(0, "processor threads of each process; the same number gives the same bits; 0 = torch's default", ge=0)
     memory_gb:float = opt(0., "memory of a GPU that may be used; micro-batches are split to fit into it; 0 = all", ge=0)
@@ -121,17 +131,20 @@ class TrainConfig(HardwareConfig):
     evaluate_every_minutes:float = opt(0., "minutes between two evaluations on dev; 0 = by steps alone", ge=0)
     checkpoint_minutes:float = opt(1., "minutes between two checkpoints", gt=0)
     weights:dict[str,float] = opt({}, "repetitions of each utterance of a corpus in an epoch, as {demo: 0.5}; 1 for those not named", ge=0)
-    data_share:float = opt(1., "share of the training utterances used, to measure the value of more data; a smaller share is a subset of a larger one", gt=0, le=1)
+    data_share:float = opt(1., "share of the training utterances used, to measure the value of more data; "
+                               "a smaller share is a subset of a larger one", gt=0, le=1)
     shuffle_buffer:int = opt(10_000, "utterances in a window of the shuffle", ge=1)
     nproc:int = opt(1, "processes that train together, one for each GPU of a machine", ge=1)
     machines:int = opt(1, "machines that train together, each with `nproc` processes; all but the first run `ai2text join`", ge=1)
     master:str = opt("127.0.0.1:29400", "address of the first machine, host:port; it accepts any connection, so use a private network")
-    stop_when:list[str] = opt([], "stop early, any of: confirmed (every milestone), missed (the next one's budget is spent), hopeless (the next one is less than 5% likely)", choices=("confirmed", "missed", "hopeless"))
+    stop_when:list[str] = opt([], "stop early, any of: confirmed (every milestone), missed (the next one's budget is spent), "
+                                  "hopeless (the next one is less than 5% likely)", choices=("confirmed", "missed", "hopeless"))
     price_per_hour:float = opt(0., "of the machine, for the cost in the log", ge=0)
     seed:int = opt(0, "of order and noise", ge=0)
 
     def __post_init__(self):
-        if not (self.max_steps or self.max_hours or self.max_audio_hours): raise ValueError("max_steps, max_hours, max_audio_hours: all are 0; give the run a budget")
+        if not (self.max_steps or self.max_hours or self.max_audio_hours):
+            raise ValueError("max_steps, max_hours, max_audio_hours: all are 0; give the run a budget")
 
 # %% ../../nbs/core/05_sections.ipynb #0ea683f6
 @dataclass
@@ -143,14 +156,17 @@ class StreamConfig:
 @dataclass
 class CompareConfig:
     "The section `compare`."
-    latency:float = opt(1., "recommend the best model on dev whose latency is at most so many seconds; 0 = any, as for recordings. A full-context model has the latency of the longest utterance", ge=0)
+    latency:float = opt(1., "recommend the best model on dev whose latency is at most so many seconds; "
+                            "0 = any, as for recordings. A full-context model has the latency of the longest utterance", ge=0)
 
 @dataclass
 class ExportConfig:
     "The section `export`."
     model:str = opt("conformer_ctc", "a name in `models`, of any family")
     utterances:int = opt(1000, "test utterances of the measurements; 0 = all", ge=0)
-    runtime_utterances:int = opt(100, "of these for sherpa-onnx, which decodes each three times, if the model is a streaming Conformer; 0 = all", ge=0)
+    runtime_utterances:int = opt(100,
+                                 "of these for sherpa-onnx, which decodes each three times, if the model is a streaming Conformer; 0 = all",
+                                 ge=0)
     min_utterances:int = opt(100, "smallest number of test utterances", ge=1)
     max_wer_gap:float = opt(0.05, "largest WER difference between streaming and full context", ge=0, le=1)
     max_int8_gap:float = opt(0.01, "largest WER difference of 8 bits to 32, and of Whisper in CTranslate2 to the trained model", ge=0, le=1)
@@ -169,10 +185,13 @@ class PlanConfig:
     runs:list[str] = opt([], "folders of runs kept with `ai2text plan --keep`; empty = the runs of this workspace")
 
     def __post_init__(self):
-        if not (self.target or self.budget): raise ValueError("target, budget: both are 0; set an error rate (target: 0.2) or an amount (budget: 300)")
+        if not (self.target or self.budget):
+            raise ValueError("target, budget: both are 0; set an error rate (target: 0.2) or an amount (budget: 300)")
 
 # %% ../../nbs/core/05_sections.ipynb #27e0dcdd
-SECTIONS = dict(corpus=CorpusConfig, pseudo=PseudoConfig, prepare=PrepareConfig, shards=ShardsConfig, init=InitConfig, hardware=HardwareConfig, train=TrainConfig, stream=StreamConfig, compare=CompareConfig, export=ExportConfig, plan=PlanConfig)
+SECTIONS = dict(corpus=CorpusConfig, pseudo=PseudoConfig, prepare=PrepareConfig, shards=ShardsConfig, init=InitConfig,
+                hardware=HardwareConfig, train=TrainConfig, stream=StreamConfig, compare=CompareConfig, export=ExportConfig,
+                plan=PlanConfig)
 
 def section(
     name:str,      # a key of SECTIONS

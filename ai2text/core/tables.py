@@ -21,9 +21,12 @@ def table(
     percent=("wer", "cer"), # columns in per cent
 )->Html:
     "Rows as an HTML table, escaped."
-    def show(key, v): return "" if v is None else html.escape(str(v)) if not isinstance(v, float) else f"{v:.1%}" if key in percent else f"{v:.3g}"
+    def show(key, v):
+        if isinstance(v, float): return f"{v:.1%}" if key in percent else f"{v:.3g}"
+        return "" if v is None else html.escape(str(v))
     head = "".join(f"<th>{html.escape(str(k))}</th>" for k in (rows[0] if rows else ()))
-    return Html(f"<table><tr>{head}</tr>" + "".join("<tr>" + "".join(f"<td>{show(k, v)}</td>" for k,v in r.items()) + "</tr>" for r in rows) + "</table>")
+    body = ("<tr>" + "".join(f"<td>{show(k, v)}</td>" for k,v in r.items()) + "</tr>" for r in rows)
+    return Html(f"<table><tr>{head}</tr>{''.join(body)}</table>")
 
 def columns(
     lines, # rows of cells; None is empty
@@ -46,5 +49,8 @@ def caveats(
     seen:dict,  # "text", "speaker" (shared with train) or "unknown speaker" -> share of its utterances
 )->list[str]:   # one sentence each
     "The caveats of an error rate on a split."
-    forms = "are in train too: this error rate flatters, and says little of other {what}s", "are unknown, and may be in train too: this error rate may flatter"
-    return [f"the {what.removeprefix('unknown ')}s of {share:.0%} of the utterances of {split} {forms[what.startswith('unknown')].format(what=what)}" for what,share in seen.items()]
+    def one(what, share):
+        who = f"the {what.removeprefix('unknown ')}s of {share:.0%} of the utterances of {split}"
+        if what.startswith("unknown"): return f"{who} are unknown, and may be in train too: this error rate may flatter"
+        return f"{who} are in train too: this error rate flatters, and says little of other {what}s"
+    return [one(*s) for s in seen.items()]
