@@ -133,7 +133,7 @@ trainer.fit(loader, config.budget, (), layout.root/"run", evaluate=evaluate, eva
         "the profiler misses modules")
     assert not missing, (
         f"{missing} run in training and are not in the identity of a run: "
-        "import them in training/50_setup, directly or indirectly, under a name not in `WITHOUT` of core/30_code")
+        "import them in training/50_setup, directly or indirectly, under a name not in `NOT_FOLLOWED` of core/30_code")
 
 
 def test_no_identity_includes_test_modules_or_figures():

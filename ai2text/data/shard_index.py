@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INDEX_FORMAT', 'COLUMNS', 'ShardError', 'members', 'utterance_text', 'member_audio', 'Index', 'printable',
-           'reject_summary', 'save_index', 'data_fingerprint', 'load_index', 'parse_index', 'select', 'numbered',
+           'reject_summary', 'save_index', 'data_fingerprint', 'load_index', 'parse_index', 'select', 'encode_names',
            'scan']
 
 # %% ../../nbs/data/00_shard_index.ipynb #5bcd8ea8
@@ -206,7 +206,7 @@ def _scanned(path):
     return dict(file=path.name, samples=len(rows), seconds=seconds, bytes=path.stat().st_size, sha256=sha256(path)), rows, rejected
 
 # %% ../../nbs/data/00_shard_index.ipynb #7058f84a
-def numbered(names:list)->tuple:
+def encode_names(names:list)->tuple:
     "Encode corpus names: the sorted distinct names, and for each utterance the number of its name."
     corpora = sorted(set(names)) or [""]
     return corpora, list(map({name: i for i,name in enumerate(corpora)}.get, names))
@@ -224,6 +224,6 @@ def scan(
             for c,v in zip(columns, (number, *values)): columns[c].append(v)
         shards.append(shard); rejected += bad
     if not keys: raise ShardError(f"no utterances in {len(shards)} shards" + (f": {reject_summary(rejected)}" if rejected else ""))
-    corpora, columns["corpus"] = numbered(columns["corpus"])
+    corpora, columns["corpus"] = encode_names(columns["corpus"])
     return Index(shards, keys, *(np.array(columns[c], dtype=t) for c,t in COLUMNS.items()),
                  corpora, rates.pop() if len(rates) == 1 else 0, max(s["samples"] for s in shards), "", rejected)
