@@ -157,9 +157,9 @@ def _explain_nothing_kept(found:list, cfg:PseudoConfig, where:str)->str:
     spoken, label = [f for f in found if f["text"]], lambda f: f"{f['row']['id']}, {f['text'][:60]!r}"
     if not spoken: return f"{where}.path: {cfg.path}: the teacher {cfg.teacher} recognised no word in {len(found)} utterances ({sum(f['duration'] for f in found)/60:.1f} min); check that they are Vietnamese speech, or use a better teacher"
     best = max(spoken, key=lambda f: f["confidence"])
-    if best["confidence"] < cfg.threshold: return f"{where}.threshold: {cfg.threshold:g}, but the highest confidence of {len(spoken)} transcripts is {best['confidence']:.3f} ({with_split(best)}); lower it if `ai2text pseudo {cfg.teacher}` shows an acceptable WER on dev there, or use a better teacher"
+    if best["confidence"] < cfg.threshold: return f"{where}.threshold: {cfg.threshold:g}, but the highest confidence of {len(spoken)} transcripts is {best['confidence']:.3f} ({label(best)}); lower it if `ai2text pseudo {cfg.teacher}` shows an acceptable WER on dev there, or use a better teacher"
     near = min((f for f in spoken if f["differs"] is not None), key=lambda f: f["differs"])
-    return f"{where}.agreement: {cfg.agreement:g}, but of {sum(f['differs'] is not None for f in spoken)} transcripts above the threshold the one closest to its second decoding differs in {near['differs']:.0%} of its words ({with_split(near)}); raise it, or use a better teacher"
+    return f"{where}.agreement: {cfg.agreement:g}, but of {sum(f['differs'] is not None for f in spoken)} transcripts above the threshold the one closest to its second decoding differs in {near['differs']:.0%} of its words ({label(near)}); raise it, or use a better teacher"
 
 def _reject_reason(f:dict, cfg:PseudoConfig)->tuple|None:
     "Why an utterance is rejected: reason and detail, or None."
@@ -236,4 +236,4 @@ def pseudo_curve(
     curves = {a: confidence_curve(found, a) for a in (AGREEMENTS if second else AGREEMENTS[-1:])}
     cell = lambda row: f"{row['kept']:.0%}" + ("" if row["wer"] is None else f", WER {row['wer']:.1%}")
     head = [f"{manifest}: {len(found)} utterances, {sum(f['duration'] for f in found)/60:.1f} min, WER {sum(f['errors'] for f in found)/max(1, sum(f['words'] for f in found)):.1%}.", "Share of the speech kept, and its WER, by threshold (rows) and agreement (columns):"]
-    return "\n".join([*head, columns([["", *(f"{a:g}" for a in curves)], *([f"{t:g}", *(with_split(curve[n]) for curve in curves.values())] for n,t in enumerate(THRESHOLDS))])])
+    return "\n".join([*head, columns([["", *(f"{a:g}" for a in curves)], *([f"{t:g}", *(cell(curve[n]) for curve in curves.values())] for n,t in enumerate(THRESHOLDS))])])
