@@ -37,7 +37,7 @@ def signal_to_noise(powers)->float:
     return float(np.clip(10 * np.log10(max(loud - quiet, _ROUNDING) / max(quiet, _ROUNDING)), -20, 80))
 
 def _measure(recording:Recording, max_seconds:float)->dict:
-    "Decode a recording: duration (s), peak, clipped (share of samples), finite, snr_db, samples (a hash), notes; reason and detail if it is truncated; duration and `longer` if it exceeds `max_seconds`."
+    "Decode a recording: its measurements; with reason and detail if truncated; `longer` and duration if over `max_seconds`."
     rate, channels, hop = recording.rate, recording.channels, recording.hop
     digest, powers, lost = hashlib.blake2b(f"{rate} {channels}".encode(), digest_size=16), [], {}
     low, high, clipped, finite = np.inf, -np.inf, 0, True
@@ -54,7 +54,8 @@ def _measure(recording:Recording, max_seconds:float)->dict:
         if e.reason != "truncated": raise
         lost = dict(reason=e.reason, detail=e.why)
     powers = np.concatenate(powers or [[]])
-    return dict(duration=recording.decoded / rate, peak=max(0., high - low) / 2, clipped=clipped / max(1, recording.decoded * channels), finite=finite,
+    return dict(duration=recording.decoded / rate, peak=max(0., high - low) / 2, clipped=clipped / max(1, recording.decoded * channels),
+        finite=finite,
                 snr_db=signal_to_noise(powers) if len(powers) else None, samples=digest.hexdigest(), notes=list(recording.notes)) | lost
 
 @lru_cache(8)
@@ -75,7 +76,8 @@ def probe(
         with Recording(path, **segment) as r:
             facts = dict(sample_rate=r.rate, channels=r.channels, duration=r.seconds)
             if r.frames is not None and r.seconds > max_seconds: return facts
-            if digest and _sha256(path, os.stat(path).st_mtime_ns) != digest: return dict(reason="changed since import", detail="other SHA-256 than in the manifest; run the corpus stage again")
+            if digest and _sha256(path, os.stat(path).st_mtime_ns) != digest:
+                return dict(reason="changed since import", detail="other SHA-256 than in the manifest; run the corpus stage again")
             return facts | _measure(r, max_seconds)
     except AudioError as e: return dict(reason=e.reason, detail=e.why)
     except OSError as e: return dict(reason="unreadable audio", detail=str(e))
@@ -134,7 +136,8 @@ def check_audio(row:dict, facts:dict, cfg:PrepareConfig)->tuple|None:
     if speed > cfg.max_characters_per_second: return "too fast", f"{speed:.1f} characters/s"
 
 # %% ../../nbs/corpora/40_checks.ipynb #820f9a32
-_REJECT_FIELDS = ("id", "corpus", "audio_filepath", "split", "speaker", "text_raw", "text", "duration", "peak_db", "clipped", "snr_db") # of a reject, where known
+_REJECT_FIELDS = ("id", "corpus", "audio_filepath", "split", "speaker", "text_raw", "text", "duration", "peak_db", "clipped",
+    "snr_db") # of a reject, where known
 
 def filter_rows(rows:list[dict], check, rejects:list[dict])->list[dict]:
     "The rows that pass a check, row -> None or (reason, detail); the others are appended to `rejects`."
@@ -157,7 +160,8 @@ def unknown_table(rows:list[dict])->list[dict]:
         for char in unknown_characters(row["text"]):
             utterances[char] += 1
             first.setdefault(char, row)
-    return [dict(character=char, code=f"U+{ord(char):04X}", name=unicodedata.name(char, "no name"), times=times[char], utterances=utterances[char],
+    return [dict(character=char, code=f"U+{ord(char):04X}", name=unicodedata.name(char, "no name"), times=times[char],
+        utterances=utterances[char],
                  id=first[char]["id"], text=first[char]["text_raw"]) for char in sorted(times, key=lambda char: (-times[char], char))]
 
 # %% ../../nbs/corpora/40_checks.ipynb #e502ca88
@@ -189,14 +193,16 @@ def assign_splits(
     "Assign each row the split of its source, or one drawn by speaker."
     for row in rows:
         if cfg.splits == "speaker": row["split"] = ""
-        if row.setdefault("split", "") not in ("", *SPLITS): raise ConfigError(f"{row['id']}: split {row['split']!r} is not one of {', '.join(SPLITS)}; correct it or leave it empty")
+        if row.setdefault("split", "") not in ("", *SPLITS):
+            raise ConfigError(f"{row['id']}: split {row['split']!r} is not one of {', '.join(SPLITS)}; correct it or leave it empty")
     given = {row["split"] for row in rows} | (set(given) if cfg.splits == "source" else set())
     split_of_voice, alone = {voice(row): row["split"] for row in rows if row["split"] in ("dev", "test")}, []
     for split, share in (("test", cfg.test_share), ("dev", cfg.dev_share)):
         if split in given: continue
         sizes = Counter(voice(row) for row in rows if voice(row) not in split_of_voice)
         if len(sizes) == 1:
-            alone += _draw_utterances([row for row in rows if voice(row) in sizes and row["split"] not in ("dev", "test")], share * len(rows), cfg, split)
+            alone += _draw_utterances([row for row in rows if voice(row) in sizes and row["split"] not in ("dev", "test")],
+                share * len(rows), cfg, split)
             continue
         split_of_voice |= dict.fromkeys(drawn := _draw_speakers(sizes, share * len(rows), cfg.seed), split)
         alone += [split] if any(not row.get("speaker") and voice(row) in drawn for row in rows) else []
@@ -213,7 +219,8 @@ def check_speakers(
     "`ConfigError` if a speaker of train is also in dev or test."
     train, dev, test = ({voice(row) for row in rows if row["split"] == split and row.get("speaker")} for split in SPLITS)
     if both := sorted(train & set().union(*(speakers for split,speakers in (("dev", dev), ("test", test)) if split not in alone))):
-        raise ConfigError(f"{len(both)} speakers of train are in dev or test too, such as {both[0]!r}; set prepare.splits to speaker, or correct the corpus")
+        raise ConfigError(f"{len(both)} speakers of train are in dev or test too, such as {both[0]!r}; set prepare.splits to speaker, or "
+            f"correct the corpus")
     return sorted(dev & test)
 
 def check_leak(rows:list[dict]):
@@ -228,7 +235,7 @@ def note_seen(
     rows:list[dict],
     alone=(), # splits drawn by utterance
 )->dict:      # split -> what was seen -> share of its utterances
-    "Set `seen` of each row of dev and test: which of its text and speaker are in train; `unknown speaker` if drawn by utterance without one."
+    "Set `seen` of rows of dev and test: text or speaker in train; `unknown speaker` if drawn by utterance without one."
     train = [row for row in rows if row["split"] == "train"]
     known, found = dict(text={row["text"] for row in train}, speaker={voice(row) for row in train if row.get("speaker")}), {}
     for split in ("dev", "test"):
@@ -237,7 +244,8 @@ def note_seen(
             seen = [what for what,value in (("text", row["text"]), ("speaker", voice(row))) if value in known[what]]
             if split in alone and not row.get("speaker"): seen.append("unknown speaker")
             if seen: row["seen"] = seen
-        found[split] = {what: round(sum(what in row.get("seen", ()) for row in mine) / len(mine), 4) for what in (*known, "unknown speaker") if any(what in row.get("seen", ()) for row in mine)}
+        found[split] = {what: round(sum(what in row.get("seen", ()) for row in mine) / len(mine),
+            4) for what in (*known, "unknown speaker") if any(what in row.get("seen", ()) for row in mine)}
     return found
 
 # %% ../../nbs/corpora/40_checks.ipynb #41b79b19
@@ -245,7 +253,8 @@ def check_repeated_audio(rows:list[dict], facts:dict):
     "A check that rejects rows transcribed by a model (`teacher`) if people transcribed the same samples, by `facts` of each id."
     samples = lambda row: facts[row["id"]].get("samples")
     people = {samples(row): row["id"] for row in rows if not row.get("teacher")}
-    return lambda row: ("transcribed by people", f"same as {people[samples(row)]}") if row.get("teacher") and samples(row) in people else None
+    return lambda row: ("transcribed by people", f"same as "
+        f"{people[samples(row)]}") if row.get("teacher") and samples(row) in people else None
 
 # %% ../../nbs/corpora/40_checks.ipynb #e023799e
 def check_duplicates(rows:list[dict], samples:dict):
@@ -276,12 +285,14 @@ def check_time(rows:list[dict], tokenizer:Tokenizer):
     "A check that rejects infeasible utterances of train."
     least = {row["id"]: count for row, count in zip(rows, needed(rows, tokenizer))}
     def check(row):
-        if row["split"] == "train" and least[row["id"]] > outputs(row): return "no time for its tokens", f"{least[row['id']]} outputs needed, {outputs(row)} available"
+        if row["split"] == "train" and least[row["id"]] > outputs(row):
+            return "no time for its tokens", f"{least[row['id']]} outputs needed, {outputs(row)} available"
     return check
 
 def describe(rows:list[dict], tokenizer:Tokenizer)->dict:
     "Statistics of the rows of a split."
-    seconds, infeasible = sum(row["duration"] for row in rows), sum(count > outputs(row) for row, count in zip(rows, needed(rows, tokenizer)))
+    seconds, infeasible = (sum(row["duration"] for row in rows),
+        sum(count > outputs(row) for row, count in zip(rows, needed(rows, tokenizer))))
     return dict(
         utterances=len(rows), hours=round(seconds / 3600, 4), speakers=len({voice(row) for row in rows if row.get("speaker")}),
         without_speaker=sum(not row.get("speaker") for row in rows), mean_seconds=round(seconds / len(rows), 3),

@@ -19,23 +19,30 @@ from ..core.sections import CorpusConfig
 from ..audio.decoders import AUDIO_SUFFIXES
 from ..audio.io import AudioError, Recording, sides
 from .lists import AUDIO_ENDS, AUDIO_FOLDERS, SPLIT_NAMES, Files, field_names, nfc, only_numbers
-from .importers import import_common_voice, import_csv, import_demo, import_fleurs, import_folder, import_fosd, import_json, import_ljspeech, import_speechbrain, import_vits, import_vivos, import_vlsp
+from .importers import import_common_voice, import_csv, import_demo, import_fleurs, import_folder
+from .importers import import_fosd, import_json, import_ljspeech, import_speechbrain, import_vits, import_vivos, import_vlsp
 from .manifests import import_kaldi, import_lhotse, import_nemo, import_wenet
 from .hub import import_huggingface
 
 # %% ../../nbs/corpora/30_corpus.ipynb #dfd47987
 IMPORTERS = dict(
-    demo=import_demo, folder=import_folder, vlsp=import_vlsp, csv=import_csv, json=import_json, ljspeech=import_ljspeech, vits=import_vits, fosd=import_fosd, fleurs=import_fleurs, speechbrain=import_speechbrain,
-    vivos=import_vivos, common_voice=import_common_voice, nemo=import_nemo, kaldi=import_kaldi, lhotse=import_lhotse, wenet=import_wenet, huggingface=import_huggingface)
+    demo=import_demo, folder=import_folder, vlsp=import_vlsp, csv=import_csv, json=import_json, ljspeech=import_ljspeech, vits=import_vits,
+    fosd=import_fosd, fleurs=import_fleurs, speechbrain=import_speechbrain,
+    vivos=import_vivos, common_voice=import_common_voice, nemo=import_nemo, kaldi=import_kaldi, lhotse=import_lhotse, wenet=import_wenet,
+    huggingface=import_huggingface)
 _SIGNATURES = dict(
-    kaldi=("wav.scp", "*/wav.scp"), wenet=("data.list", "*/data.list"), vivos=("prompts.txt", "*/prompts.txt"), fosd=("transcriptAll.txt",), common_voice=("validated.tsv", "clips/../train.tsv"), fleurs=("train.tsv", "test.tsv"),
-    lhotse=("*cuts*.json*", "*supervisions*.json*"), nemo=("*manifest*.json*", "*/*manifest*.json*"), vits=("*filelist*.txt", "filelists/*.txt"), csv=("metadata.csv", "*/metadata.csv", "metadata.tsv", "metadata.jsonl"),
-    huggingface=("dataset_dict.json", "state.json", "*.parquet", "*/*.parquet", "*/*/*.parquet"), speechbrain=("train.csv",), folder=("*.txt", "*/*.txt", "*/*/*.txt"))
+    kaldi=("wav.scp", "*/wav.scp"), wenet=("data.list", "*/data.list"), vivos=("prompts.txt", "*/prompts.txt"), fosd=("transcriptAll.txt",),
+    common_voice=("validated.tsv", "clips/../train.tsv"), fleurs=("train.tsv", "test.tsv"),
+    lhotse=("*cuts*.json*", "*supervisions*.json*"), nemo=("*manifest*.json*", "*/*manifest*.json*"),
+    vits=("*filelist*.txt", "filelists/*.txt"), csv=("metadata.csv", "*/metadata.csv", "metadata.tsv", "metadata.jsonl"),
+    huggingface=("dataset_dict.json", "state.json", "*.parquet", "*/*.parquet", "*/*/*.parquet"), speechbrain=("train.csv",),
+    folder=("*.txt", "*/*.txt", "*/*/*.txt"))
 
 def guess_source(folder:Path)->str:
     "The source whose files a folder has; empty if none matches."
     def matches(name, path): return name != "folder" or any(path.with_suffix(end).exists() for end in AUDIO_SUFFIXES)
-    return next((name for name,patterns in _SIGNATURES.items() for pattern in patterns if any(matches(name, path) for path in islice(folder.glob(pattern), 20))), "") if folder.is_dir() else ""
+    return next((name for name,patterns in _SIGNATURES.items() for pattern in patterns
+        if any(matches(name, path) for path in islice(folder.glob(pattern), 20))), "") if folder.is_dir() else ""
 
 # %% ../../nbs/corpora/30_corpus.ipynb #98a41a91
 IMPORT_REASONS = {
@@ -53,7 +60,8 @@ IMPORT_REASONS = {
     "piece of a recording":    "the list gives a shorter duration without an offset: give the offset, 0 for the first segment",
     "no time":                 "offset, duration, end or channel is not a number, or the segment is empty",
     "outside of the recording": "the segment starts or ends after the end of the recording, or there is no such channel",
-    "command or archive":      "the list has a command, a URL or a Kaldi archive there, and nothing from a list is run: write the recordings as files",
+    "command or archive":      "the list has a command, a URL or a Kaldi archive there, and nothing from a list is run: write the "
+    "recordings as files",
     "changed on reading":      "lhotse changes its speed or volume or mixes it on reading: write the cuts as files",
     "repeated sentence":       "the demo has the sentence already",
     "unknown characters":      "the demo's voices cannot pronounce them",
@@ -69,7 +77,8 @@ def place_of(entry:dict)->str:
 def _number(value)->float|None:
     "A number of a list, perhaps as text; `ValueError` for anything else and for negative numbers."
     if value in (None, ""): return None
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)) or not 0 <= (number := float(value)) < math.inf: raise ValueError(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)) or not 0 <= (number := float(value)) < math.inf:
+        raise ValueError(value)
     return number
 
 def _set_times(entry:dict)->tuple|None:
@@ -81,10 +90,11 @@ def _set_times(entry:dict)->tuple|None:
         if end is not None: offset, duration = offset or 0., end - (offset or 0)
         if duration is not None and duration <= 0 and offset is not None or channel is not None and channel % 1: raise ValueError
     except ValueError: return "no time", ", ".join(f"{key} {value!r}" for key,value in times.items() if value is not None)[:80]
-    entry |= {key: value for key,value in dict(offset=offset, duration=duration, channel=channel if channel is None else int(channel)).items() if value is not None}
+    entry |= {key: value for key,value in dict(offset=offset, duration=duration,
+        channel=channel if channel is None else int(channel)).items() if value is not None}
 
 def _reject_reason(entry:dict, files:Files, seen:dict, folder:Path|None=None)->tuple|None:
-    "Why an entry is rejected (reason and detail) before its recording is opened, or None. Sets its `path`, its times and its names in NFC; updates `seen`; writes its bytes, if any, below `folder`."
+    "Reason and detail to reject an entry before its recording is opened, or None. Sets `path`, times and NFC names; updates `seen`."
     for key in ("id", "speaker", "split", "dialect"): entry[key] = nfc("" if entry.get(key) is None else str(entry[key])).strip()
     text, name = entry["text_raw"], entry.get("audio", "")
     if not isinstance(text, str): return "no transcript", "" if text is None else f"a {type(text).__name__}: {text}"[:80]
@@ -96,7 +106,8 @@ def _reject_reason(entry:dict, files:Files, seen:dict, folder:Path|None=None)->t
     if "data" in entry: name = entry["audio"] = entry["stored"] = _store(entry.pop("data"), name, folder)
     elif "record" not in entry:
         if not isinstance(name, str) or not name: return "audio not found", f"no name but {name!r}"
-        entry["path"], reason = files.find(name, entry.get("folders", AUDIO_FOLDERS), ("",) if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES else AUDIO_ENDS)
+        entry["path"], reason = files.find(name, entry.get("folders", AUDIO_FOLDERS),
+            ("",) if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES else AUDIO_ENDS)
         if reason: return reason, name
     part = "-".join(f"{entry[key]*1000:07.0f}" for key in ("offset", "duration") if key in entry) if "offset" in entry else ""
     name = entry["id"] or (os.path.relpath(entry["path"], files.folder) if "path" in entry else name)
@@ -119,25 +130,31 @@ def _store(data:bytes, name:str, folder:Path)->str:
     return stored
 
 # %% ../../nbs/corpora/30_corpus.ipynb #cac7d806
-_TRANSCRIPTS = [name for name in IMPORTERS if name not in ("demo", "folder", "vlsp", "vivos", "huggingface")] # sources with lists of any name
-_COLUMNS = "csv", "json", "ljspeech", "vits", "fosd", "fleurs", "speechbrain", "common_voice", "nemo", "wenet", "huggingface", "folder", "vlsp"
+_TRANSCRIPTS = [name for name in IMPORTERS
+    if name not in ("demo", "folder", "vlsp", "vivos", "huggingface")] # sources with lists of any name
+_COLUMNS = ("csv", "json", "ljspeech", "vits", "fosd", "fleurs", "speechbrain", "common_voice", "nemo", "wenet", "huggingface", "folder",
+    "vlsp")
 
 def _check_source(cfg:CorpusConfig):
     "`ConfigError` for parameters that do not fit their source."
     if cfg.source not in IMPORTERS: raise ConfigError(f"source {cfg.source!r} is not known; choose from {', '.join(IMPORTERS)}")
     if cfg.source != "demo" and not cfg.path: raise ConfigError(f"path is empty; give {IMPORTERS[cfg.source].__doc__}")
-    if cfg.path.startswith("hf://") and cfg.source != "huggingface": raise ConfigError(f"path: {cfg.path} is on the Hub of Hugging Face; set source to huggingface")
+    if cfg.path.startswith("hf://") and cfg.source != "huggingface":
+        raise ConfigError(f"path: {cfg.path} is on the Hub of Hugging Face; set source to huggingface")
     if cfg.source == "json" and not cfg.transcripts: raise ConfigError("transcripts is empty; name the JSON file")
-    if cfg.transcripts and cfg.source not in _TRANSCRIPTS: raise ConfigError(f"transcripts is for {', '.join(_TRANSCRIPTS)}; source {cfg.source} has a fixed place for them")
+    if cfg.transcripts and cfg.source not in _TRANSCRIPTS:
+        raise ConfigError(f"transcripts is for {', '.join(_TRANSCRIPTS)}; source {cfg.source} has a fixed place for them")
     if cfg.columns and cfg.source not in _COLUMNS: raise ConfigError(f"columns is for {', '.join(_COLUMNS)}; source {cfg.source} has none")
-    if isinstance(cfg.columns, list) and cfg.source in ("json", "nemo", "wenet", "huggingface"): raise ConfigError(f"columns: source {cfg.source} has column names; map fields to them, as {{text: sentence, speaker: spk}}")
+    if isinstance(cfg.columns, list) and cfg.source in ("json", "nemo", "wenet", "huggingface"):
+        raise ConfigError(f"columns: source {cfg.source} has column names; map fields to them, as {{text: sentence, speaker: spk}}")
     field_names(cfg.columns)
 
 def as_reject(entry:dict)->dict:
     "The row of rejects.jsonl for an entry; characters that cannot be encoded are escaped."
     row = {k: entry.get(k) or "" for k in ("id", "reason", "detail", "file", "line", "speaker", "text_raw")}
     row |= dict(split=SPLIT_NAMES.get(str(entry.get("split")).strip().lower(), ""), audio_filepath=entry.get("audio") or "")
-    return {k: v if k == "line" else str(v).encode("utf-8", "backslashreplace").decode() for k,v in row.items() if v != "" or k in ("id", "detail")}
+    return {k: v if k == "line" else str(v).encode("utf-8", "backslashreplace").decode() for k,v in row.items() if v != ""
+        or k in ("id", "detail")}
 
 def filter_entries(
     cfg,
@@ -147,7 +164,8 @@ def filter_entries(
     "Run an importer: entries whose recordings are to be opened, and rejects."
     _check_source(cfg)
     importer, entries, rejects, seen = IMPORTERS[cfg.source], [], [], {}
-    if source and not source.is_dir() and not (cfg.source == "huggingface" and source.is_file()): raise ConfigError(f"{source}: no such folder; path must name {importer.__doc__}")
+    if source and not source.is_dir() and not (cfg.source == "huggingface" and source.is_file()):
+        raise ConfigError(f"{source}: no such folder; path must name {importer.__doc__}")
     try: os.listdir(source if source and source.is_dir() else ".")
     except OSError as e: raise ConfigError(f"{source}: cannot be read ({e.strerror}); change its permissions") from e
     files = Files(source or ".")
@@ -156,7 +174,8 @@ def filter_entries(
         if "reason" in entry: rejects.append(as_reject(entry))
         else: entries.append(entry)
     if len(entries) > 1 and only_numbers(entry["text_raw"] for entry in entries) and any(set(".:") & set(entry["text_raw"]) for entry in entries):
-        raise ConfigError(f"{source}: the transcripts are times or numbers, as {entries[0]['text_raw']!r} of {place_of(entries[0])}; set columns or path to the transcripts")
+        raise ConfigError(f"{source}: the transcripts are times or numbers, as {entries[0]['text_raw']!r} of {place_of(entries[0])}; set "
+            f"columns or path to the transcripts")
     return entries, rejects
 
 # %% ../../nbs/corpora/30_corpus.ipynb #5fdb43a3
@@ -165,18 +184,22 @@ _TOLERANCE = 0.5 # s, by which a recording may exceed the duration of its list, 
 def _segment_facts(entry:dict, seconds:float, channels:int)->dict:
     "Duration of an entry in a recording of `seconds`, and offset if it is only a segment; or a reason to reject it."
     channel, listed, offset = entry.get("channel"), entry.get("duration"), entry.get("offset")
-    if channel is not None and channel >= channels: return dict(reason="outside of the recording", detail=f"channel {channel} (from 0) of {channels}")
+    if channel is not None and channel >= channels:
+        return dict(reason="outside of the recording", detail=f"channel {channel} (from 0) of {channels}")
     if offset is None:
-        if listed is not None and seconds - listed > _TOLERANCE: return dict(reason="piece of a recording", detail=f"{listed:.1f} s of {seconds:.1f} s")
+        if listed is not None and seconds - listed > _TOLERANCE:
+            return dict(reason="piece of a recording", detail=f"{listed:.1f} s of {seconds:.1f} s")
         return dict(duration=seconds)
     end = seconds if listed is None else offset + listed
-    if offset >= seconds or end > seconds + _TOLERANCE: return dict(reason="outside of the recording", detail=f"{offset:.2f} to {end:.2f} s of {seconds:.2f} s")
+    if offset >= seconds or end > seconds + _TOLERANCE:
+        return dict(reason="outside of the recording", detail=f"{offset:.2f} to {end:.2f} s of {seconds:.2f} s")
     if offset < 0.001 and end > seconds - 0.02: return dict(duration=seconds)
     return dict(duration=round(min(end, seconds) - offset, 6), offset=round(offset, 6))
 
 def examine(entries:list[dict], folder:Path)->list[dict]:
-    "Facts for the manifest of the entries of one recording (at `path`, `stored` in a folder, or written there by `record`), or a reason to reject each."
-    made = entries[0]["record"](folder) if "record" in entries[0] else dict(audio_filepath=entries[0]["stored"]) if "stored" in entries[0] else {}
+    "Facts for each entry of a recording (at `path`, `stored`, or written by `record`), or a reason to reject it."
+    made = (entries[0]["record"](folder) if "record" in entries[0] else dict(audio_filepath=entries[0]["stored"]) if "stored" in entries[0]
+        else {})
     path = str(folder/made["audio_filepath"]) if made else entries[0]["path"]
     try:
         with Recording(path) as r: rate, channels, frames = r.rate, r.channels, r.count()
@@ -185,20 +208,24 @@ def examine(entries:list[dict], folder:Path)->list[dict]:
     except OSError as e: return [dict(reason="unreadable audio", detail=str(e))]*len(entries)
     if not frames: return [dict(reason="unreadable audio", detail="has no samples")]*len(entries)
     facts = made | dict(sample_rate=rate, channels=channels, sha256=digest, bytes=size)
-    def scaled(entry): return entry | {k: entry[k]/rate for k in ("offset", "duration") if k in entry} if entry.get("in_samples") and "offset" in entry else entry
+    def scaled(entry):
+        return entry | {k: entry[k]/rate for k in ("offset", "duration")
+            if k in entry} if entry.get("in_samples") and "offset" in entry else entry
     return [facts | _segment_facts(scaled(entry), frames/rate, channels) for entry in entries]
 
 # %% ../../nbs/corpora/30_corpus.ipynb #38455f06
 def _rows(name:str, entry:dict, facts:dict, out_dir:Path|None, channel:str)->list[dict]:
     "The row of an entry, or a row for each channel; paths are absolute without `out_dir`."
     path = facts.get("audio_filepath") or (os.path.relpath(entry["path"], out_dir) if out_dir else entry["path"])
-    row = dict(id=f"{name}-{entry['id']}", audio_filepath=path) | {k: facts[k] for k in ("offset", "duration", "sample_rate", "channels") if k in facts}
+    row = dict(id=f"{name}-{entry['id']}", audio_filepath=path) | {k: facts[k] for k in ("offset", "duration", "sample_rate", "channels")
+        if k in facts}
     row |= {k: entry[k] for k in ("text_raw", "speaker", "split")} | dict(corpus=name) | {k: facts[k] for k in ("sha256", "bytes")}
     row |= {k: v for k,v in dict(dialect=entry["dialect"], words=facts.get("words")).items() if v}
     channel = entry.get("channel", channel)
     if facts["channels"] == 1 or channel == "mix": return [row]
     one = row | dict(channels=1)
-    return [one | dict(id=f"{row['id']}-{side}", channel=side) for side in sides(facts["channels"])] if channel == "each" else [one | dict(channel=channel)]
+    return ([one | dict(id=f"{row['id']}-{side}", channel=side) for side in sides(facts["channels"])] if channel == "each"
+        else [one | dict(channel=channel)])
 
 # %% ../../nbs/corpora/30_corpus.ipynb #05ddc04d
 def _find_empty(rows:list[dict], rejects:list[dict])->str:
@@ -207,7 +234,8 @@ def _find_empty(rows:list[dict], rejects:list[dict])->str:
     if not rows and not rejects: return "no usable utterance and no reject"
     if not rows: return f"no usable utterance; {first(rejects)}"
     for split in sorted({r.get("split", "") for r in rejects} - {r["split"] for r in rows} - {""}):
-        return f"split {split} has no usable utterance; {first([r for r in rejects if r.get('split') == split])}. Fix them, or remove the split: prepare then draws it by speaker"
+        return (f"split {split} has no usable utterance; {first([r for r in rejects if r.get('split') == split])}. Fix them, or remove "
+            f"the split: prepare then draws it by speaker")
     return ""
 
 def _source_hint(cfg:CorpusConfig, source:Path|None)->str:
@@ -219,7 +247,8 @@ def _path_hint(cfg:CorpusConfig, rejects:list[dict])->str:
     "A hint at `path` if nothing was found, or most recordings are outside of the folder."
     away = [r["audio_filepath"] for r in rejects if r["reason"] == "outside of the folder" and os.path.isabs(r.get("audio_filepath", ""))]
     if 2*len(away) > len(rejects) and cfg.source in _TRANSCRIPTS:
-        return f"; its recordings are elsewhere: set path to their folder, as {os.path.dirname(os.path.commonprefix(away))}, and transcripts to {cfg.transcripts or cfg.path}, absolute"
+        return (f"; its recordings are elsewhere: set path to their folder, as {os.path.dirname(os.path.commonprefix(away))}, and "
+            f"transcripts to {cfg.transcripts or cfg.path}, absolute")
     return f"; source {cfg.source} reads {IMPORTERS[cfg.source].__doc__}"
 
 def make_corpus(
@@ -229,7 +258,7 @@ def make_corpus(
     root=".",               # folder to which `cfg.path` is relative
     executor:Executor=None, # in place of own processes
 )->tuple[int,int]:          # utterances and rejects
-    "Write `manifest.jsonl` and `rejects.jsonl`, and `wav/` if the source has no recordings; `ConfigError` if no utterance is left, or none of a split."
+    "Write `manifest.jsonl` and `rejects.jsonl` (and `wav/` of the demo); `ConfigError` if no utterance is left, or none of a split."
     if not re.fullmatch("[a-z0-9_]+", name): raise ConfigError(f"corpora.{name}: a name may have lower-case letters, digits and _")
     out_dir, source, rows = Path(os.path.abspath(out_dir)), cfg.folder(root), []
     with atomic_folder(out_dir) as folder:
@@ -237,11 +266,13 @@ def make_corpus(
         except ConfigError as e: raise ConfigError(f"corpora.{name}: {e}{_source_hint(cfg, source)}") from e
         groups = {} # recording -> its entries, in order of the first
         for n,entry in enumerate(entries): groups.setdefault(entry.get("stored") or entry.get("path") or n, []).append(entry)
-        inspected = in_parallel(partial(examine, folder=folder), list(groups.values()), cfg.processes, executor, label=f"corpus {name}", weigh=len)
+        inspected = in_parallel(partial(examine, folder=folder), list(groups.values()), cfg.processes, executor, label=f"corpus {name}",
+            weigh=len)
         for entry,facts in ((entry, facts) for group,found in zip(groups.values(), inspected) for entry,facts in zip(group, found)):
             if "reason" in facts: rejects.append(as_reject(entry | facts))
             else: rows += _rows(name, entry, facts, None if Path(cfg.path).is_absolute() else out_dir, cfg.channel)
-        if problem := _find_empty(rows, rejects): raise ConfigError(f"corpora.{name}: {source or cfg.path or cfg.source}: {problem}{'' if rows else _path_hint(cfg, rejects) + _source_hint(cfg, source)}")
+        if problem := _find_empty(rows, rejects):
+            raise ConfigError(f"corpora.{name}: {source or cfg.path or cfg.source}: {problem}{'' if rows else _path_hint(cfg, rejects) + _source_hint(cfg, source)}")
         write_jsonl(folder/"rejects.jsonl", rejects)
         write_jsonl(folder/"manifest.jsonl", rows)
     return len(rows), len(rejects)

@@ -39,10 +39,12 @@ def _read_sentences(lines:list[str])->tuple[list,list]:
     return kept, rejects
 
 def demo_sentences(folder:Path=None)->tuple[list,list]:
-    "The sentences in a folder or the package: (line number, sentence) of what can be spoken; rejects. `ConfigError` if they cannot be read."
+    "(line number, sentence) of what can be spoken, from a folder or the package; rejects. `ConfigError` if it cannot be read."
     path = (folder or files("ai2text")/"demo")/SENTENCES
     try: return _read_sentences(path.read_text("utf-8-sig").removesuffix("\n").split("\n"))
-    except OSError as e: raise ConfigError(f"{path}: cannot be read ({e.strerror}); path must name the folder that holds {SENTENCES}, as ai2text/demo does") from None
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read ({e.strerror}); path must name the folder that holds {SENTENCES}, as "
+            f"ai2text/demo does") from None
     except UnicodeDecodeError as e: raise ConfigError(f"{path}: not UTF-8 at byte {e.start}; save it as UTF-8") from e
 
 # %% ../../nbs/corpora/10_demo.ipynb #f45a7812
@@ -66,16 +68,19 @@ def _utterances(line:int, sentence:str, split:str, count:int, seed:int):
     "One sentence in `count` voices."
     for number,name in enumerate(generator(seed, f"voices {line}").permutation(voice_names(split))[:count]):
         rng = generator(seed, f"manner {line} {number}")
-        voice = Voice(*str(name).split("+"), rate=int(rng.integers(*SPEEDS, endpoint=True)), pitch=int(rng.integers(*PITCHES, endpoint=True)))
+        voice = Voice(*str(name).split("+"), rate=int(rng.integers(*SPEEDS, endpoint=True)),
+            pitch=int(rng.integers(*PITCHES, endpoint=True)))
         yield Utterance(f"{line:05d}-{number}", sentence, split, voice)
 
 def plan_demo(sentences:list, cfg:DemoConfig)->list[Utterance]:
-    "The utterances of the numbered sentences, with voices and splits, sorted by id; `ConfigError` if dev and test leave nothing to train on."
+    "The utterances of sentences with voices and splits, sorted by id; `ConfigError` if dev and test leave none to train on."
     chosen = sorted(sentences, key=lambda s: generator(cfg.seed, f"deal {s[0]}").random())[:cfg.sentences or None]
     if (held_out := cfg.dev_sentences + cfg.test_sentences) >= len(chosen):
-        raise ConfigError(f"dev_sentences + test_sentences = {held_out} leave nothing of {len(chosen)} sentences to train on; lower them or raise sentences")
+        raise ConfigError(f"dev_sentences + test_sentences = {held_out} leave nothing of {len(chosen)} sentences to train on; lower them "
+            f"or raise sentences")
     splits = ["test"]*cfg.test_sentences + ["dev"]*cfg.dev_sentences + ["train"]*(len(chosen) - held_out)
-    return sorted((u for (line, sentence), split in zip(chosen, splits) for u in _utterances(line, sentence, split, cfg.voices_per_sentence if split == "train" else 1, cfg.seed)), key=lambda u: u.id)
+    return sorted((u for (line, sentence), split in zip(chosen, splits) for u in _utterances(line, sentence, split,
+        cfg.voices_per_sentence if split == "train" else 1, cfg.seed)), key=lambda u: u.id)
 
 # %% ../../nbs/corpora/10_demo.ipynb #9ad662f6
 def shared_with_train(rows:list[dict], key)->set:

@@ -24,7 +24,8 @@ def _arrow():
 def _one_subset(names:list[str], where:str)->list[str]:
     "The names of files; `ConfigError` if their folders are more than splits."
     subsets = sorted({"/".join(part for part in name.split("/")[:-1] if not split_of(part) and part not in ("data",)) for name in names})
-    if len(subsets) > 1: raise ConfigError(f"{where}: has several subsets: {', '.join(subsets[:9])}; name one, as {where.rstrip('/')}/{subsets[-1]}")
+    if len(subsets) > 1:
+        raise ConfigError(f"{where}: has several subsets: {', '.join(subsets[:9])}; name one, as {where.rstrip('/')}/{subsets[-1]}")
     return names
 
 def _hub_files(url:str):
@@ -33,28 +34,37 @@ def _hub_files(url:str):
     if not found: raise ConfigError(f"{url}: write hf://datasets/ORG/NAME@REVISION, and /FOLDER for a part of it")
     name, revision, folder = found[1], found[2] or "", (found[3] or "").strip("/")
     if not re.fullmatch("[0-9a-f]{40}", revision):
-        raise ConfigError(f"{url}: {revision or 'no revision'} is not a commit: write its 40 digits after @, from `git ls-remote https://huggingface.co/datasets/{name}`; a branch may move")
+        raise ConfigError(f"{url}: {revision or 'no revision'} is not a commit: write its 40 digits after @, from `git ls-remote "
+            f"https://huggingface.co/datasets/{name}`; a branch may move")
     from huggingface_hub import HfFileSystem
     fs = HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"), skip_instance_cache=True)
     root = f"datasets/{name}@{revision}" + (f"/{folder}" if folder else "")
     with _network(url):
-        if not fs.exists(root): raise ConfigError(f"{url}: the Hub has no such dataset, revision or folder, or it is private and HF_TOKEN may not read it")
+        if not fs.exists(root):
+            raise ConfigError(f"{url}: the Hub has no such dataset, revision or folder, or it is private and HF_TOKEN may not read it")
         names = sorted(path.removeprefix(root).strip("/") or path.rpartition("/")[2] for path in fs.find(root) if path.endswith(".parquet"))
-    if not names: raise ConfigError(f"{url}: has no parquet files; use a commit of the branch refs/convert/parquet, where the Hub converts most datasets")
-    return [(file, lambda file=file: fs.open(f"{root}/{file}" if root.rpartition("/")[2] != file else root, "rb")) for file in _one_subset(names, url)]
+    if not names:
+        raise ConfigError(f"{url}: has no parquet files; use a commit of the branch refs/convert/parquet, where the Hub converts most "
+            f"datasets")
+    return [(file, lambda file=file: fs.open(f"{root}/{file}" if root.rpartition("/")[2] != file else root,
+        "rb")) for file in _one_subset(names, url)]
 
 @contextlib.contextmanager
 def _network(what:str):
     "Turn any error of reading into a `ConfigError`."
     try: yield
     except ConfigError: raise
-    except Exception as e: raise ConfigError(f"{what}: cannot be read ({type(e).__name__}: {' '.join(str(e).split())[:300]}); nothing was kept; run the stage again") from e
+    except Exception as e:
+        raise ConfigError(f"{what}: cannot be read ({type(e).__name__}: {' '.join(str(e).split())[:300]}); nothing was kept; run the "
+            f"stage again") from e
 
 def _saved_files(folder:Path):
     "(name, path) of each arrow file that `save_to_disk` wrote."
-    splits = json.loads((folder/"dataset_dict.json").read_text())["splits"] if (folder/"dataset_dict.json").is_file() else [""] if (folder/"state.json").is_file() else []
+    splits = (json.loads((folder/"dataset_dict.json").read_text())["splits"] if (folder/"dataset_dict.json").is_file() else [""]
+        if (folder/"state.json").is_file() else [])
     for split in splits:
-        for data in json.loads((folder/split/"state.json").read_text())["_data_files"]: yield f"{split}/{data['filename']}", folder/split/data["filename"]
+        for data in json.loads((folder/split/"state.json").read_text())["_data_files"]:
+            yield f"{split}/{data['filename']}", folder/split/data["filename"]
 
 # %% ../../nbs/corpora/26_hub.ipynb #23063b47
 _ROWS = 16 # decoded at a time
@@ -62,16 +72,22 @@ _ROWS = 16 # decoded at a time
 def _classes(schema)->dict:
     "column -> names of its classes, from the metadata of `datasets`."
     about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    return {name: of["names"] for name,of in about.get("info", {}).get("features", {}).items() if isinstance(of, dict) and of.get("_type") == "ClassLabel"}
+    return {name: of["names"] for name,of in about.get("info", {}).get("features", {}).items() if isinstance(of, dict)
+        and of.get("_type") == "ClassLabel"}
 
 def _audio_column(schema, wanted:tuple, where:str)->str:
     "The column of recordings."
     pa = _arrow()
-    holds = lambda kind: pa.types.is_struct(kind) and "bytes" in [kind.field(i).name for i in range(kind.num_fields)] or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    holds = (lambda kind: pa.types.is_struct(kind) and "bytes" in [kind.field(i).name for i in range(kind.num_fields)]
+        or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
     lower = {name.lower(): name for name in schema.names}
-    found = [lower[name] for name in wanted if name in lower and holds(schema.field(lower[name]).type)] or [name for name in schema.names if holds(schema.field(name).type)]
-    found = found or [lower[name] for name in wanted if name in lower and pa.types.is_string(schema.field(lower[name]).type)] # names of files
-    if not found: raise ConfigError(f"{where}: no column has recordings; columns: {', '.join(schema.names)}. Name it, as `columns: {{audio: {schema.names[0]}}}`: bytes, or names of files")
+    found = [lower[name] for name in wanted if name in lower and holds(schema.field(lower[name]).type)] or [name for name in schema.names
+        if holds(schema.field(name).type)]
+    found = found or [lower[name] for name in wanted if name in lower
+        and pa.types.is_string(schema.field(lower[name]).type)] # names of files
+    if not found:
+        raise ConfigError(f"{where}: no column has recordings; columns: {', '.join(schema.names)}. Name it, as `columns: {{audio: "
+            f"{schema.names[0]}}}`: bytes, or names of files")
     return found[0]
 
 def _batches(name:str, source):
@@ -81,7 +97,9 @@ def _batches(name:str, source):
         file = pa.parquet.ParquetFile(source, buffer_size=1 << 22) # part of a row group at a time
         return file.schema_arrow, lambda columns: file.iter_batches(_ROWS, columns=columns)
     reader = pa.ipc.open_stream(source)
-    return reader.schema, lambda columns: (part.select(columns) for batch in reader for start in range(0, batch.num_rows, _ROWS) for part in [batch.slice(start, _ROWS)])
+    return (reader.schema,
+        lambda columns: (part.select(columns) for batch in reader for start in range(0, batch.num_rows,
+        _ROWS) for part in [batch.slice(start, _ROWS)]))
 
 def _rows(name:str, source, columns)->list:
     "(recording as bytes and path, other cells by name) of each row."
@@ -104,17 +122,19 @@ def _sound(sound:dict, id:str, url:str)->dict:
     return dict(audio=path) if path and not url else dict(reason="audio not found", detail=f"neither bytes nor a file: {path!r}")
 
 def import_huggingface(cfg:CorpusConfig, source:Path|None):
-    "a folder of parquet files, or one that `save_to_disk` of Hugging Face's datasets wrote, or hf://datasets/ORG/NAME@REVISION/FOLDER, or a text file with that line"
+    "a folder of parquet files or of `save_to_disk`, or hf://datasets/ORG/NAME@REVISION/FOLDER, or a text file with that line"
     url = cfg.path if source is None else source.read_text("utf-8").strip() if source.is_file() and source.suffix != ".parquet" else ""
     if url: files = _hub_files(url)
     elif source.is_file(): files = [(source.name, lambda: source)]
     else: files = [(name, lambda path=path: _arrow().memory_map(str(path))) for name,path in _saved_files(source)] or [
         (name, lambda name=name: source/name) for name in _one_subset(sorted(p.relative_to(source).as_posix() for p in source.rglob("*.parquet")), str(source))]
-    if not files: raise ConfigError(f"{source}: has no parquet file and nothing that save_to_disk wrote; path must name {import_huggingface.__doc__}")
+    if not files:
+        raise ConfigError(f"{source}: has no parquet file and nothing that save_to_disk wrote; path must name {import_huggingface.__doc__}")
     taken, done, by_split = set(), 0, any(split_of(*name.split("/")[::-1]) for name,_ in files)
     for name,opened in files:
         if "invalidated" in name or by_split and not split_of(*name.split("/")[::-1]):
-            yield dict(file=name, reason="unknown split", detail="the file is of none of train, dev, valid and test, as others are, and is left out")
+            yield dict(file=name, reason="unknown split",
+                detail="the file is of none of train, dev, valid and test, as others are, and is left out")
             continue
         with _network(f"{url}/{name}" if url else str(source/name)):
             for sound,cells in _rows(name, opened(), cfg.columns):
@@ -124,4 +144,5 @@ def import_huggingface(cfg:CorpusConfig, source:Path|None):
                 id = str(entry["id"]) if "id" in cfg.columns else Path(path).stem or str(entry["id"])
                 entry["id"] = id if id and id not in taken else f"{id or split_of(name) or 'row'}-{done:07d}"
                 taken.add(entry["id"])
-                yield dict(file=name, line=done) | entry | dict(split=entry["split"] or split_of(*name.split("/")[::-1])) | _sound(sound, entry["id"], url)
+                yield (dict(file=name, line=done) | entry | dict(split=entry["split"] or split_of(*name.split("/")[::-1]))
+                    | _sound(sound, entry["id"], url))

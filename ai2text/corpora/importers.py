@@ -16,7 +16,8 @@ from ..core.params import ConfigError
 from ..core.sections import CorpusConfig
 from ..audio.decoders import AUDIO_SUFFIXES
 from .demo import SENTENCES, demo_sentences, plan_demo, record
-from .lists import SPLIT_NAMES, Files, check_fields, check_segment_columns, fields, find_lists, json_lines, json_records, list_path, nfc, read_lines, read_table, split_of, read_text, with_split
+from .lists import SPLIT_NAMES, Files, check_fields, check_segment_columns, fields, find_lists, json_lines
+from .lists import json_records, list_path, nfc, read_lines, read_table, read_text, split_of, with_split
 
 # %% ../../nbs/corpora/22_importers.ipynb #7e7b1ca2
 def import_demo(cfg, source:Path|None):
@@ -24,7 +25,8 @@ def import_demo(cfg, source:Path|None):
     sentences, rejects = demo_sentences(source)
     yield from rejects
     for u in plan_demo(sentences, cfg):
-        yield dict(file=SENTENCES, id=u.id, text_raw=u.sentence, speaker=u.voice.name, dialect=u.voice.dialect, split=u.split, record=partial(record, u, seed=cfg.seed))
+        yield dict(file=SENTENCES, id=u.id, text_raw=u.sentence, speaker=u.voice.name, dialect=u.voice.dialect, split=u.split,
+            record=partial(record, u, seed=cfg.seed))
 
 # %% ../../nbs/corpora/22_importers.ipynb #0dea4e29
 def import_common_voice(cfg:CorpusConfig, source:Path):
@@ -46,14 +48,17 @@ def import_vivos(cfg:CorpusConfig, source:Path):
         for where,line in read_lines(list_path(source, f"{part}/prompts.txt")):
             id, text = (*line.split(None, 1), "")[:2]
             speaker = id.split("_")[0]
-            yield where | dict(id=id, audio=f"{part}/waves/{speaker}/{id}", text_raw=text, speaker=speaker, split=SPLIT_NAMES.get(Path(os.path.abspath(source/part)).name, ""))
+            yield where | dict(id=id, audio=f"{part}/waves/{speaker}/{id}", text_raw=text, speaker=speaker,
+                split=SPLIT_NAMES.get(Path(os.path.abspath(source/part)).name, ""))
 
 # %% ../../nbs/corpora/22_importers.ipynb #c7a54fda
 def import_json(cfg:CorpusConfig, source:Path):
     "the folder of the recordings that the JSON file `transcripts` names"
     records = json_records(path := list_path(source, "", cfg.transcripts))
-    if any("audio_filepath" in (*r, r.get("id")) for _,r in records): raise ConfigError(f"{path}: is a NeMo manifest, with audio_filepath; set source to nemo")
-    names, entries = dict.fromkeys(key for _,cells in records for key in cells), [where | fields(cells, cfg.columns) for where,cells in records]
+    if any("audio_filepath" in (*r, r.get("id")) for _,r in records):
+        raise ConfigError(f"{path}: is a NeMo manifest, with audio_filepath; set source to nemo")
+    names, entries = dict.fromkeys(key for _,cells in records for key in cells), [where
+        | fields(cells, cfg.columns) for where,cells in records]
     check_fields(path, names, cfg.columns)
     check_segment_columns(path, names, entries, cfg.columns)
     yield from entries
@@ -62,7 +67,8 @@ def import_json(cfg:CorpusConfig, source:Path):
 def _tables(cfg:CorpusConfig, source:Path, *patterns:str, layout:dict=None):
     "Entries of all tables of a corpus."
     for path,about in find_lists(cfg, source, *patterns):
-        lines = (where | fields(cells, cfg.columns) for where,cells in json_lines(path)) if path.suffix == ".jsonl" else read_table(path, cfg.columns, layout)
+        lines = (where | fields(cells, cfg.columns) for where,cells in json_lines(path)) if path.suffix == ".jsonl" else read_table(path,
+            cfg.columns, layout)
         yield from (with_split(entry, about) for entry in lines)
 
 def import_csv(cfg:CorpusConfig, source:Path):
@@ -72,11 +78,13 @@ def import_csv(cfg:CorpusConfig, source:Path):
 def import_ljspeech(cfg:CorpusConfig, source:Path):
     "the folder that holds metadata.csv, with lines id|text or id|text|normalized text, and wavs/"
     for entry in _tables(cfg, source, "metadata.csv", layout={2: ("id", "text"), 3: ("id", "text", "normalized_text")}):
-        if entry.get("id", "").lower().endswith(AUDIO_SUFFIXES): raise ConfigError(f"{entry['file']}: {entry['id']!r} is a file name, and LJSpeech has ids there; for file|speaker|text set source to vits, or to csv with `columns`")
+        if entry.get("id", "").lower().endswith(AUDIO_SUFFIXES):
+            raise ConfigError(f"{entry['file']}: {entry['id']!r} is a file name, and LJSpeech has ids there; for file|speaker|text set "
+                f"source to vits, or to csv with `columns`")
         yield entry
 
 def import_vits(cfg:CorpusConfig, source:Path):
-    "the folder that holds file lists of VITS, as filelists/x_train_filelist.txt with lines file|speaker|text or file|text, and the recordings"
+    "the folder of the recordings and of VITS file lists, as filelists/x_train_filelist.txt with lines file|speaker|text or file|text"
     yield from _tables(cfg, source, "*filelist*.txt", "train.txt", "val.txt", "test.txt", "train.list", "val.list",
                        layout={2: ("audio", "text"), 3: ("audio", "speaker", "text"), 4: ("audio", "speaker", "_", "text")})
 
@@ -97,12 +105,14 @@ def import_speechbrain(cfg:CorpusConfig, source:Path):
         first = read_lines(path)[:1]
         times = dict(offset="start", end="stop") if first and {"start", "stop"} <= {*re.findall(r"\w+", first[0][1].lower())} else {}
         if path.suffix == ".json":
-            records = [(where, row | (row["wav"] | dict(wav=row["wav"].get("file")) if isinstance(row.get("wav"), dict) else {})) for where,row in json_records(path)]
+            records = [(where, row | (row["wav"] | dict(wav=row["wav"].get("file")) if isinstance(row.get("wav"), dict)
+                else {})) for where,row in json_records(path)]
             lines = (where | fields(row, cfg.columns or dict(offset="start", end="stop")) for where,row in records)
         else: lines = read_table(path, cfg.columns or times)
         for entry in lines:
             name = entry.get("audio")
-            yield with_split(entry, about) | dict(in_samples=True) | (dict(audio=re.sub(r"^(\$\w+|\{\w+\})/*", "", name)) if isinstance(name, str) else {})
+            yield with_split(entry, about) | dict(in_samples=True) | (dict(audio=re.sub(r"^(\$\w+|\{\w+\})/*", "", name))
+                if isinstance(name, str) else {})
 
 # %% ../../nbs/corpora/22_importers.ipynb #af0c588e
 _TIME = r"(?:(\d+):)?(\d+):(\d+)(?:[,.](\d+))?"
@@ -124,7 +134,8 @@ def read_subtitles(text:str)->list[dict]:
     for times,lines in cues:
         voices = {*_VOICE.findall(cue := "\n".join(lines))}
         words = html.unescape(re.sub(r"<[^>]*>|\{\\[^}]*\}", "", cue)).split()
-        found.append(dict(offset=_seconds(*times[:4]), end=_seconds(*times[4:]), text_raw=" ".join(words)) | (dict(speaker=voices.pop().strip()) if len(voices) == 1 else {}))
+        found.append(dict(offset=_seconds(*times[:4]), end=_seconds(*times[4:]), text_raw=" ".join(words))
+            | (dict(speaker=voices.pop().strip()) if len(voices) == 1 else {}))
     return found
 
 _LABEL = re.compile(r"[ \t]*(\d+(?:[.,]\d+)?)[ \t]+(\d+(?:[.,]\d+)?)(?:[ \t]+(\S.*))?")
@@ -136,7 +147,8 @@ def read_labels(text:str)->list[dict]:
     if not all(lines): return []
     lines = [[m[0], *(m[n].replace(",", ".") for n in (1, 2)), m[3]] for m in lines] # Audacity writes the decimal separator of the locale
     unit = 1e-7 if all("." not in m[1] + m[2] for m in lines) and max((int(m[2]) for m in lines), default=0) >= 100_000 else 1
-    return [dict(offset=round(float(m[1])*unit, 7), end=round(float(m[2])*unit, 7), text_raw=m[3]) for m in lines if (m[3] or "").lower() not in _SILENCE]
+    return [dict(offset=round(float(m[1])*unit, 7), end=round(float(m[2])*unit, 7), text_raw=m[3]) for m in lines
+        if (m[3] or "").lower() not in _SILENCE]
 
 _TOKEN = re.compile(r'"((?:[^"]|"")*)"|(?<![\w.\[])(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)(?![\w.\]])')
 _ALIGNMENT = re.compile(r".*(words?|phones?|phonemes?|syllables?|segments?)", re.I)
@@ -156,12 +168,16 @@ def read_textgrid(
             tiers[name] = [tuple(next(take) for _ in range(3 if kind == "IntervalTier" else 2)) for _ in range(int(count))]
     except (StopIteration, RuntimeError, TypeError) as e: raise ValueError("it is truncated") from e
     names = [name for name in tiers if (name == tier if tier else not _ALIGNMENT.fullmatch(name))]
-    if not names: raise ValueError(f"its tiers are {', '.join(tiers)}; name that of the utterances, as `columns: {{text: {next(iter(tiers), 'utterances')}}}`")
-    return [dict(offset=interval[0], end=interval[1], text_raw=" ".join(interval[2].split())) | ({} if tier or name.lower() in _PLAIN_TIER else dict(speaker=name))
+    if not names:
+        raise ValueError(f"its tiers are {', '.join(tiers)}; name that of the utterances, as `columns: {{text: "
+            f"{next(iter(tiers), 'utterances')}}}`")
+    return [dict(offset=interval[0], end=interval[1], text_raw=" ".join(interval[2].split()))
+        | ({} if tier or name.lower() in _PLAIN_TIER else dict(speaker=name))
             for name in names for interval in tiers[name] if len(interval) == 3 and interval[2].strip().lower() not in _SILENCE]
 
 # %% ../../nbs/corpora/22_importers.ipynb #eba74bca
-_TRANSCRIPT_SUFFIXES = ".srt", ".vtt", ".textgrid", ".lab", ".txt" # of a recording's transcript, in any case, in order of preference: with times first
+# of a recording's transcript, in any case, in order of preference: with times first
+_TRANSCRIPT_SUFFIXES = ".srt", ".vtt", ".textgrid", ".lab", ".txt"
 _AUDIO_FOLDER_NAMES = {"wav", "wavs", "waves", "audio", "audios", "clips", "mp3", "flac", "recordings", "data"}
 
 def _split_at(parts)->int|None:
@@ -174,31 +190,41 @@ def import_folder(cfg:CorpusConfig, source:Path):
     for folder,below,names in os.walk(source):
         below.sort()
         for name in below:
-            if os.path.islink(os.path.join(folder, name)): yield dict(file=name, reason="outside of the folder", detail="links to folders are not followed")
+            if os.path.islink(os.path.join(folder, name)):
+                yield dict(file=name, reason="outside of the folder", detail="links to folders are not followed")
         within = Path(os.path.relpath(folder, source)).parts
-        if names: folders.append(([part for part in within if part.lower() not in _AUDIO_FOLDER_NAMES], [os.path.join(*within, name) for name in sorted(names) if not name.startswith(".")]))
-    several = len({tuple(parts[:at]) for parts,_ in folders if (at := _split_at(parts)) is not None}) > 1 # then speakers have splits, not splits speakers
+        if names:
+            folders.append(([part for part in within if part.lower() not in _AUDIO_FOLDER_NAMES],
+                [os.path.join(*within, name) for name in sorted(names) if not name.startswith(".")]))
+    several = len({tuple(parts[:at]) for parts,_ in folders
+        if (at := _split_at(parts)) is not None}) > 1 # then speakers have splits, not splits speakers
     for parts,names in folders:
         at = _split_at(parts)
         split = "" if at is None else SPLIT_NAMES[re.split("[-_]", parts[at].lower())[0]]
         who = parts if at is None else parts[at + 1:] or parts[:at]*several
         audio = [name for name in names if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES]
-        beside = {nfc(stem) + end.lower(): name for name in names for stem,end in [os.path.splitext(name)] if end.lower() in _TRANSCRIPT_SUFFIXES}
+        beside = {nfc(stem) + end.lower(): name for name in names for stem,end in [os.path.splitext(name)]
+            if end.lower() in _TRANSCRIPT_SUFFIXES}
         for name in audio:
-            for found in _transcript_beside(files, name, beside, str(dict(cfg.columns or {}).get("text", ""))): yield dict(file=name, audio=name, speaker=who[-1] if who else "", split=split) | found
+            for found in _transcript_beside(files, name, beside, str(dict(cfg.columns or {}).get("text", ""))):
+                yield dict(file=name, audio=name, speaker=who[-1] if who else "", split=split) | found
         with_audio = {nfc(of) for name in audio for of in (name, os.path.splitext(name)[0])}
-        yield from (dict(file=name, reason="audio not found", detail="a transcript without a recording") for key,name in beside.items() if os.path.splitext(key)[0].removesuffix(".vi") not in with_audio)
+        yield from (dict(file=name, reason="audio not found", detail="a transcript without a recording") for key,name in beside.items()
+            if os.path.splitext(key)[0].removesuffix(".vi") not in with_audio)
 
 def _transcript_beside(files:Files, name:str, beside:dict, tier:str="")->list[dict]:
     "The transcript beside a recording, as an entry, or an entry for each segment."
-    found = next((beside[key] for end in _TRANSCRIPT_SUFFIXES for of in (os.path.splitext(name)[0], name) for language in ("", ".vi") if (key := f"{nfc(of)}{language}{end}") in beside), None)
+    found = next((beside[key] for end in _TRANSCRIPT_SUFFIXES for of in (os.path.splitext(name)[0], name) for language in ("", ".vi")
+        if (key := f"{nfc(of)}{language}{end}") in beside), None)
     path = found and files.find(found)[0]
     if not path: return [dict(reason="no transcript", detail=f"no {', '.join(_TRANSCRIPT_SUFFIXES)} of its name beside it")]
     try: text = read_text(path)
     except OSError as e: return [dict(reason="no transcript", detail=f"{os.path.basename(path)}: {e}")]
     kind = os.path.splitext(path)[1].lower()
     try:
-        if kind in (".srt", ".vtt", ".textgrid"): return (read_textgrid(text, tier) if kind == ".textgrid" else read_subtitles(text)) or [dict(reason="no transcript", detail=f"{os.path.basename(path)}: no text with times")]
+        if kind in (".srt", ".vtt", ".textgrid"):
+            return (read_textgrid(text, tier) if kind == ".textgrid" else read_subtitles(text)) or [dict(reason="no transcript",
+                detail=f"{os.path.basename(path)}: no text with times")]
     except ValueError as e: return [dict(reason="no transcript", detail=f"{os.path.basename(path)}: {e}")]
     labels = read_labels(text) if kind == ".lab" or "\t" in text and re.search(r"\d[.,]\d", text) else []
     return labels or [dict(text_raw=" ".join(text.split()))]

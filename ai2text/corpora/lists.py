@@ -43,7 +43,8 @@ def read_lines(path:Path)->list:
 
 # %% ../../nbs/corpora/20_lists.ipynb #8a0879e2
 AUDIO_FOLDERS = "", "wavs", "wav", "audio", "clips", "mp3" # folders that the names in a list may lack
-SPLIT_NAMES = dict(train="train", training="train", dev="dev", development="dev", valid="dev", val="dev", validation="dev", test="test", testing="test", eval="test", evaluation="test") # name in a corpus -> split
+SPLIT_NAMES = dict(train="train", training="train", dev="dev", development="dev", valid="dev", val="dev", validation="dev", test="test",
+    testing="test", eval="test", evaluation="test") # name in a corpus -> split
 
 def split_of(*names:str)->str:
     "The split named by a word of `names`, the first name first; empty if none is."
@@ -60,13 +61,17 @@ def find_lists(
     at = list_path(source, ".", cfg.transcripts)
     def below(folder): return {path for pattern in patterns for path in at.glob(folder + pattern) if path.is_file()}
     paths = (below("") or below("*/") or below("*/*/")) if at.is_dir() else {at}
-    if not paths: raise ConfigError(f"{at}: has no {', '.join(patterns)}, nor do its subfolders; set path to the folder that has, or transcripts to the file")
+    if not paths:
+        raise ConfigError(f"{at}: has no {', '.join(patterns)}, nor do its subfolders; set path to the folder that has, or transcripts "
+            f"to the file")
     found = []
     for path in paths:
         if not cfg.transcripts: list_path(source, path.relative_to(source))
         subfolder = os.path.relpath(path.parent, source)
-        folders = AUDIO_FOLDERS if subfolder.startswith("..") or subfolder == "." else (*(os.path.join(subfolder, name) for name in AUDIO_FOLDERS), *AUDIO_FOLDERS)
-        found.append((path, dict(split=split_of(path.name, path.parent.name if at.is_dir() and path.parent != at else "", _exact(path.absolute().parent.name)), folders=folders)))
+        folders = (AUDIO_FOLDERS if subfolder.startswith("..") or subfolder == "."
+            else (*(os.path.join(subfolder, name) for name in AUDIO_FOLDERS), *AUDIO_FOLDERS))
+        found.append((path, dict(split=split_of(path.name, path.parent.name if at.is_dir() and path.parent != at else "",
+            _exact(path.absolute().parent.name)), folders=folders)))
     return sorted(found, key=lambda found: (-"train dev test".find(found[1]["split"] or "train"), found[0]))
 
 def with_split(
@@ -74,24 +79,31 @@ def with_split(
     about:dict, # its list: split, folders
 )->dict:
     "An entry with its split: its own, that of its list, or that of a folder in its recording's name."
-    folders = entry["audio"].replace("\\", "/").split("/")[:-1] if isinstance(entry.get("audio"), str) and not entry["audio"].startswith("/") else []
-    return about | entry | dict(split=entry.get("split") or about["split"] or next((SPLIT_NAMES[name.lower()] for name in folders if name.lower() in SPLIT_NAMES), ""))
+    folders = (entry["audio"].replace("\\", "/").split("/")[:-1] if isinstance(entry.get("audio"), str)
+        and not entry["audio"].startswith("/") else [])
+    return about | entry | dict(split=entry.get("split") or about["split"]
+        or next((SPLIT_NAMES[name.lower()] for name in folders if name.lower() in SPLIT_NAMES), ""))
 
 # %% ../../nbs/corpora/20_lists.ipynb #f59358ac
 FIELDS = dict(
     id       = ("id", "utterance_id", "utt_id", "uttid", "key"),
-    audio    = ("audio_filepath", "audio", "audio_path", "audio_file", "file_name", "filename", "file_path", "filepath", "file", "path", "wav", "wav_path"),
-    text     = ("normalized_text", "normalised_text", "normalized_transcription", "text", "transcript", "raw_transcription", "transcription", "sentence", "txt", "wrd", "words"),
+    audio    = ("audio_filepath", "audio", "audio_path", "audio_file", "file_name", "filename", "file_path", "filepath", "file", "path",
+    "wav", "wav_path"),
+    text     = ("normalized_text", "normalised_text", "normalized_transcription", "text", "transcript", "raw_transcription",
+    "transcription", "sentence", "txt", "wrd", "words"),
     speaker  = ("speaker", "speaker_id", "client_id", "spk_id", "spk", "spkid", "speakerid", "speaker_name"),
     split    = ("split",), dialect = ("dialect", "accent", "accents"),
-    offset = (), duration = (), end = (), channel = ()) # of a segment (s, s, s, from 0), only if a format or `columns` names them: such column names are ambiguous
+    offset = (), duration = (), end = (),
+    channel = ()) # of a segment (s, s, s, from 0), only if a format or `columns` names them: such column names are ambiguous
 
 def field_names(columns)->dict:
     "Our field names -> their column names, in order of preference, with the parameter `columns`; `ConfigError` for an unknown field."
     names = columns if isinstance(columns, list) else list(columns)
     known = {*FIELDS, *(theirs for some in FIELDS.values() for theirs in some)} if isinstance(columns, list) else FIELDS
-    if unknown := [name for name in names if name not in known and name not in ("", "_")]: raise ConfigError(f"columns: {unknown[0]!r} is not a field; fields are {', '.join(FIELDS)}")
-    return FIELDS | {ours: (ours,) for ours in columns if FIELDS.get(ours) == ()} if isinstance(columns, list) else FIELDS | {ours: (str(theirs).lower(),) for ours,theirs in columns.items()}
+    if unknown := [name for name in names if name not in known and name not in ("", "_")]:
+        raise ConfigError(f"columns: {unknown[0]!r} is not a field; fields are {', '.join(FIELDS)}")
+    return (FIELDS | {ours: (ours,) for ours in columns if FIELDS.get(ours) == ()} if isinstance(columns, list) else FIELDS
+        | {ours: (str(theirs).lower(),) for ours,theirs in columns.items()})
 
 def fields(cells:dict, columns=())->dict:
     "A record of a table or of JSON under our field names; `audio` is the id if there is no other name."
@@ -109,10 +121,13 @@ def missing(names, columns=())->list[str]:
 def check_fields(where, names, columns=(), wanted=("recording", "transcript")):
     "`ConfigError` for records without a known recording or transcript field, with the line to write in params.yaml."
     if names and (lost := [what for what in missing(names, columns) if what in wanted]):
-        raise ConfigError(f"{where}: which field is the {' and which the '.join(lost)}? It has: {', '.join(names)}. Add to this corpus in params.yaml: `columns: {{{', '.join(dict(recording='audio: NAME', transcript='text: NAME')[what] for what in lost)}, speaker: NAME}}`")
+        raise ConfigError(f"{where}: which field is the {' and which the '.join(lost)}? It has: {', '.join(names)}. Add to this corpus "
+            f"in params.yaml: `columns: {{{', '.join(dict(recording='audio: NAME', transcript='text: NAME')[what] for what in lost)}, "
+            f"speaker: NAME}}`")
 
 # %% ../../nbs/corpora/20_lists.ipynb #a1c319f5
-_SEGMENT_COLUMNS = dict(offset=("offset", "start", "start_time", "begin", "from"), end=("end", "stop", "end_time", "to"), duration=("duration", "length"), channel=("channel",))
+_SEGMENT_COLUMNS = dict(offset=("offset", "start", "start_time", "begin", "from"), end=("end", "stop", "end_time", "to"),
+    duration=("duration", "length"), channel=("channel",))
 
 def check_segment_columns(where, names, rows:list[dict], columns=()):
     "`ConfigError` for several rows of one recording with columns that may be times or channels, if `columns` does not name these."
@@ -122,7 +137,9 @@ def check_segment_columns(where, names, rows:list[dict], columns=()):
     meant = {ours: lower[name] for ours,some in _SEGMENT_COLUMNS.items() for name in reversed(some) if name in lower}
     if "offset" not in meant or not {"end", "duration"} & {*meant}: meant = {k: v for k,v in meant.items() if k == "channel"}
     if "end" in meant: meant.pop("duration", None)
-    if meant: raise ConfigError(f"{where}: {len(audio)} rows name {len({*audio})} recordings, and {', '.join(map(str, meant.values()))} seem to be times or channels of segments. Add to this corpus in params.yaml: `columns: {{{', '.join(f'{ours}: {theirs}' for ours,theirs in meant.items())}}}` (s; channels left, right or numbers from 0)")
+    if meant:
+        raise ConfigError(f"{where}: {len(audio)} rows name {len({*audio})} recordings, and {', '.join(map(str, meant.values()))} seem "
+            f"to be times or channels of segments. Add to this corpus in params.yaml: `columns: {{{', '.join(f'{ours}: {theirs}' for ours,theirs in meant.items())}}}` (s; channels left, right or numbers from 0)")
 
 _LINES = 20 # at most, of a record with a quoted field
 _NUMBER = re.compile(r"[\d\s.,:;/+-]*")
@@ -143,31 +160,42 @@ def only_numbers(texts)->bool:
 def _advice(names:list[str], cells:list[str], rows:list[list[str]])->str:
     "What to write in params.yaml for a table with unknown columns, with a guess at each."
     values = {name: [row[i] for row in rows if len(row) == len(names)] for i,name in enumerate(names)}
-    def meant(ours, fits, other): return next((n for n in names if n in FIELDS[ours]), None) or next((n for n,some in values.items() if some and all(map(fits, some))), other)
+    def meant(ours, fits, other):
+        return next((n for n in names if n in FIELDS[ours]), None) or next((n for n,some in values.items() if some
+            and all(map(fits, some))), other)
     audio = meant("audio", lambda v: v.lower().endswith(AUDIO_SUFFIXES), "PATH")
     words = {n: sum(map(len, some)) for n,some in values.items() if n != audio and not only_numbers(some)}
     text = next((n for n in names if n in FIELDS["text"]), None) or max(words, key=words.get, default="SENTENCE")
     order = ", ".join({audio: "audio", text: "text"}.get(n, "_") for n in names)
-    in_order = f"all columns in order, as `columns: [{order if text in names and audio in names else 'audio, _, text'}]` (`_` is ignored), or set source to a format without a header: ljspeech, vits, fosd, fleurs"
-    if any(cell.lower().endswith(AUDIO_SUFFIXES) for cell in cells): return f"This line is not a header. Add to this corpus in params.yaml {in_order}"
-    return f"Add to this corpus in params.yaml: `source: csv` and `columns: {{audio: {audio}, text: {text}, speaker: {meant('speaker', lambda v: False, 'SPEAKER')}}}`; or, if this line is not a header, {in_order}"
+    in_order = (f"all columns in order, as `columns: [{order if text in names and audio in names else 'audio, _, text'}]` (`_` is "
+        f"ignored), or set source to a format without a header: ljspeech, vits, fosd, fleurs")
+    if any(cell.lower().endswith(AUDIO_SUFFIXES) for cell in cells):
+        return f"This line is not a header. Add to this corpus in params.yaml {in_order}"
+    return (f"Add to this corpus in params.yaml: `source: csv` and `columns: {{audio: {audio}, text: {text}, speaker: "
+        f"{meant('speaker', lambda v: False, 'SPEAKER')}}}`; or, if this line is not a header, {in_order}")
 
 def _header(path:Path, first:tuple, cells:list[str], following:list, columns, layout:dict)->tuple:
     "The names of a table's columns; whether its first line is a record and not a header."
     names, where = [c.lower() for c in cells], f"{path}, line {first[0]['line']}"
     if isinstance(columns, list) and columns:
-        if len(columns) != len(cells): raise ConfigError(f"{where}: has {len(cells)} columns, but `columns` names {len(columns)}; name each, with `_` for those to ignore")
+        if len(columns) != len(cells):
+            raise ConfigError(f"{where}: has {len(cells)} columns, but `columns` names {len(columns)}; name each, with `_` for those to "
+                f"ignore")
         return columns, True
     if columns and all(isinstance(v, int) for v in columns.values()):
-        if most := [v for v in columns.values() if not 1 <= v <= len(cells)]: raise ConfigError(f"{where}: has {len(cells)} columns, but `columns` asks for number {most[0]}")
+        if most := [v for v in columns.values() if not 1 <= v <= len(cells)]:
+            raise ConfigError(f"{where}: has {len(cells)} columns, but `columns` asks for number {most[0]}")
         return [str(n + 1) for n in range(len(cells))], True
-    if absent := [v for v in columns.values() if str(v).lower() not in names]: raise ConfigError(f"{where}: has no column {absent[0]}, which `columns` names; its columns are {', '.join(cells)}")
+    if absent := [v for v in columns.values() if str(v).lower() not in names]:
+        raise ConfigError(f"{where}: has no column {absent[0]}, which `columns` names; its columns are {', '.join(cells)}")
     if not (lost := missing(names, columns)): return names, False
     if len(cells) in layout:
-        if strange := [cell for name,cell in zip(layout[len(cells)], cells) if name == "#" and not only_numbers([cell])]: raise ConfigError(f"{where}: {strange[0][:40]!r} is in a column of numbers of this format; check source")
+        if strange := [cell for name,cell in zip(layout[len(cells)], cells) if name == "#" and not only_numbers([cell])]:
+            raise ConfigError(f"{where}: {strange[0][:40]!r} is in a column of numbers of this format; check source")
         return layout[len(cells)], True
     formats = "; ".join(f"{n} columns are {'|'.join(some)}" for n,some in layout.items())
-    raise ConfigError(f"{where}: which column is the {' and which the '.join(lost)}? It has: {', '.join(c[:40] for c in cells)}. {formats and f'Without a header, {formats}. '}{_advice(names, cells, following)}")
+    raise ConfigError(f"{where}: which column is the {' and which the '.join(lost)}? It has: {', '.join(c[:40] for c in cells)}. "
+        f"{formats and f'Without a header, {formats}. '}{_advice(names, cells, following)}")
 
 def read_table(
     path:Path,      # of a table
@@ -180,7 +208,8 @@ def read_table(
     texts = [text for _,text in found]
     mark = next((m for m in "\t|;," if m in texts[0]), "|")
     cut = lambda at, width: _record(texts[at:at+_LINES], mark, width)
-    names, at = _header(path, found[0], [c.strip() for c in _record(texts[:1], mark, None)[0]], [cut(n, None)[0] for n in range(1, min(9, len(texts)))], columns, layout or {})
+    names, at = _header(path, found[0], [c.strip() for c in _record(texts[:1], mark, None)[0]],
+        [cut(n, None)[0] for n in range(1, min(9, len(texts)))], columns, layout or {})
     at, rows = 0 if at else 1, []
     while at < len(found):
         cells, used = cut(at, len(names))
@@ -190,7 +219,8 @@ def read_table(
     whole = [row for row in rows if "reason" not in row]
     texts = [row["text_raw"] for row in whole if (row["text_raw"] or "").strip()]
     if len(texts) > 1 and only_numbers(texts) and not ("text" in columns and all(text.replace(" ", "").isdigit() for text in texts)):
-        raise ConfigError(f"{path}: the transcripts are numbers, as {texts[0]!r} and {texts[1]!r}: not a column of transcripts. Columns: {', '.join(names)}; name the right one with `columns: {{text: NAME}}`")
+        raise ConfigError(f"{path}: the transcripts are numbers, as {texts[0]!r} and {texts[1]!r}: not a column of transcripts. Columns: "
+            f"{', '.join(names)}; name the right one with `columns: {{text: NAME}}`")
     check_segment_columns(path, names, whole, columns)
     ids = [row["id"] for row in whole]
     if len({*ids}) < len(ids) == sum(row["audio"] != row["id"] for row in whole): # ids of sentences, not of recordings
@@ -216,13 +246,16 @@ def json_records(path:Path)->list:
     text = read_list(path)
     try: found = json.loads(text, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError) as e:
-        if getattr(e, "msg", "") != "Extra data" or text.lstrip()[:1] == "[": raise ConfigError(f"{path}: cannot be read as JSON ({e}); {fix}") from e
+        if getattr(e, "msg", "") != "Extra data" or text.lstrip()[:1] == "[":
+            raise ConfigError(f"{path}: cannot be read as JSON ({e}); {fix}") from e
         return json_lines(path)
     where = dict(file=path.name)
     plain = lambda v: {k: plain(w) for k,w in v} if isinstance(v, _Pairs) else [*map(plain, v)] if isinstance(v, list) else v
-    if isinstance(found, _Pairs) and any(v for _,v in found) and all(isinstance(v, list) and all(isinstance(u, _Pairs) for u in v) for _,v in found): # a list for each split
+    if isinstance(found, _Pairs) and any(v for _,v in found) and all(isinstance(v, list)
+        and all(isinstance(u, _Pairs) for u in v) for _,v in found): # a list for each split
         return [(where, dict(split=split_of(k)) | plain(u)) for k,v in found for u in v]
-    if isinstance(found, _Pairs): return [(where, (plain(v) if isinstance(v, _Pairs) else dict(text=plain(v))) | dict(id=k)) for k,v in found]
+    if isinstance(found, _Pairs):
+        return [(where, (plain(v) if isinstance(v, _Pairs) else dict(text=plain(v))) | dict(id=k)) for k,v in found]
     if not isinstance(found, list): raise ConfigError(f"{path}: is a {type(found).__name__}; {fix}")
     return [(where, plain(v)) if isinstance(v, _Pairs) else (where | dict(reason="not JSON", detail=repr(v)[:80]), {}) for v in found]
 
@@ -240,7 +273,8 @@ class Files:
         reason = "audio not found"
         if "\0" in name: return None, reason
         names = [name, name.replace("\\", "/")][:1 + ("\\" in name)] # Windows' separators
-        for path in (os.path.normpath(os.path.join(self.folder, within, f"{name}{end}")) for name in names for within in folders for end in ends):
+        for path in (os.path.normpath(os.path.join(self.folder, within,
+            f"{name}{end}")) for name in names for within in folders for end in ends):
             inside = path.startswith((os.path.join(self.folder, ""), os.path.join(self.real, "")))
             if inside and not os.path.isfile(path := self.as_on_disk(path)): continue
             if inside and os.path.realpath(path).startswith(os.path.join(self.real, "")): return path, None

@@ -22,7 +22,8 @@ def tar_files(path:Path):
         with tarfile.open(path, "r|*") as tar:
             for member in tar:
                 if member.isfile(): yield member.name.removeprefix("./"), tar.extractfile(member).read()
-    except (tarfile.TarError, EOFError, OSError) as e: raise ConfigError(f"{path}: truncated or corrupt tar file ({e}); download it again") from e
+    except (tarfile.TarError, EOFError, OSError) as e:
+        raise ConfigError(f"{path}: truncated or corrupt tar file ({e}); download it again") from e
 
 # %% ../../nbs/corpora/24_manifests.ipynb #7dfac09c
 _SEGMENT_FIELDS = dict(offset="offset", duration="duration", channel="channel") # NeMo's names
@@ -30,33 +31,39 @@ _SEGMENT_FIELDS = dict(offset="offset", duration="duration", channel="channel") 
 def import_nemo(cfg:CorpusConfig, source:Path):
     "the folder of the recordings or tar files of NeMo manifests; `transcripts` is the manifest or its folder, if elsewhere"
     lists = [(path, about, json_lines(path)) for path,about in find_lists(cfg, source, "*.json", "*.jsonl")]
-    check_fields(lists[0][0] if len(lists) == 1 else source, dict.fromkeys(key for *_,rows in lists for _,row in rows for key in row), cfg.columns) # of all manifests: one may have no transcripts yet
+    check_fields(lists[0][0] if len(lists) == 1 else source, dict.fromkeys(key for *_,rows in lists for _,row in rows for key in row),
+        cfg.columns) # of all manifests: one may have no transcripts yet
     for path,about,rows in lists:
         entries = [with_split(where | fields(row, _SEGMENT_FIELDS | dict(cfg.columns or {})), about) for where,row in rows]
-        if any("shard_id" in row for _,row in rows): yield from _tarred(entries, [str(row.get("shard_id", "")) for _,row in rows], [path.parent, source])
+        if any("shard_id" in row for _,row in rows):
+            yield from _tarred(entries, [str(row.get("shard_id", "")) for _,row in rows], [path.parent, source])
         else:
             for entry in entries:
-                if entry["audio"] and isinstance(entry["audio"], str): entry["audio"] = os.path.join(os.path.abspath(path.parent), entry["audio"])
+                if entry["audio"] and isinstance(entry["audio"], str):
+                    entry["audio"] = os.path.join(os.path.abspath(path.parent), entry["audio"])
                 yield entry
 
 def _tarred(entries:list[dict], shards:list[str], folders:list[Path]):
     "Entries of a tarred dataset with the bytes of their recordings."
     wanted = defaultdict(list)
     for entry,shard in zip(entries, shards): wanted[shard, re.sub(r"-sub\d+(?=\.[^.]*$)", "", str(entry["audio"]))].append(entry)
-    tars = {path.name: path for folder in reversed(folders) for below in ("*/", "") for path in sorted(folder.glob(below + "*.tar"))} # preferring those nearest to the manifest
+    # preferring those nearest to the manifest
+    tars = {path.name: path for folder in reversed(folders) for below in ("*/", "") for path in sorted(folder.glob(below + "*.tar"))}
     for name in sorted(tars):
         shard = (re.findall(r"\d+", name) or [""])[-1]
         for member,data in tar_files(tars[name]) if any(key[0] in (shard, shard.lstrip("0") or "0") for key in wanted) else ():
             for key in ((shard, member), (shard.lstrip("0") or "0", member)):
                 yield from (entry | dict(data=data, file=name) for entry in wanted.pop(key, ()))
     for (shard,_),lost in wanted.items():
-        yield from (entry | ({} if "reason" in entry else dict(reason="audio not found", detail=f"{entry['audio']} in no tar file of shard {shard}")) for entry in lost)
+        yield from (entry | ({} if "reason" in entry else dict(reason="audio not found",
+            detail=f"{entry['audio']} in no tar file of shard {shard}")) for entry in lost)
 
 # %% ../../nbs/corpora/24_manifests.ipynb #25e4c0fe
 def write_nemo(rows:list[dict], path:Path, folder:Path):
     "Write rows of the manifest in `folder` as a NeMo manifest, with the normalised text where there is one."
     def theirs(row):
-        audio, more = row["audio_filepath"], {k: row[k] for k in ("id", "speaker", "split", "dialect", "corpus", "offset", "channel") if row.get(k) not in (None, "")}
+        audio, more = row["audio_filepath"], {k: row[k] for k in ("id", "speaker", "split", "dialect", "corpus", "offset", "channel")
+            if row.get(k) not in (None, "")}
         if not os.path.isabs(audio): audio = os.path.relpath(folder/audio, path.parent)
         return dict(audio_filepath=audio, duration=row["duration"], text=row.get("text", row["text_raw"])) | more
     write_jsonl(path, map(theirs, rows))
@@ -75,7 +82,8 @@ def export_manifest(
 # %% ../../nbs/corpora/24_manifests.ipynb #1d5805ec
 def _keyed(folder:Path, name:str)->dict:
     "key -> rest of each line of a Kaldi file; empty without the file."
-    return {(cells := line.split(None, 1))[0]: (*cells, "")[1].strip() for _,line in read_lines(folder/name)} if (folder/name).is_file() else {}
+    return ({(cells := line.split(None, 1))[0]: (*cells, "")[1].strip() for _,line in read_lines(folder/name)} if (folder/name).is_file()
+        else {})
 
 def _kaldi_audio(rest:str)->dict:
     "The recording of a line of wav.scp, or the reason why it cannot be used: a command or an archive."
@@ -85,7 +93,7 @@ def _kaldi_audio(rest:str)->dict:
 _CHANNELS = dict(A="0", B="1") | {"1": "0", "2": "1"} # of reco2file_and_channel
 
 def import_kaldi(cfg:CorpusConfig, source:Path):
-    "the folder of the recordings of a Kaldi data directory; wav.scp, text, segments, utt2spk are there, in a subfolder for each split, or in the folder `transcripts`"
+    "the folder of the recordings of a Kaldi data directory; wav.scp and text are there, in subfolders by split, or in `transcripts`"
     for path,about in find_lists(cfg, source, "wav.scp"):
         data = path.parent
         wavs, segments, speakers, sides = (_keyed(data, name) for name in ("wav.scp", "segments", "utt2spk", "reco2file_and_channel"))
@@ -93,12 +101,16 @@ def import_kaldi(cfg:CorpusConfig, source:Path):
         if not (data/"text").is_file(): raise ConfigError(f"{data}: has wav.scp but no text; a Kaldi data directory needs both")
         if all(id == speaker for id,speaker in speakers.items()): speakers = {}
         texts = [(where | dict(file=f"{data.name}/text"), *line.split(None, 1), "") for where,line in read_lines(data/"text")]
-        known, shared = {id for _,id,*_ in texts}, {name for name,times in Counter(wavs.values()).items() if times > 1} # files with a recording in each channel
-        for where,id,text,*_ in [*texts, *((dict(file=f"{data.name}/{'segments' if segments else 'wav.scp'}"), id, None) for id in segments or wavs if id not in known)]:
+        known, shared = {id for _,id,*_ in texts}, {name for name,times in Counter(wavs.values()).items()
+            if times > 1} # files with a recording in each channel
+        for where,id,text,*_ in [*texts,
+            *((dict(file=f"{data.name}/{'segments' if segments else 'wav.scp'}"), id, None) for id in segments or wavs if id not in known)]:
             recording, start, end, channel, *_ = (*segments.get(id, "").split(), "", "", "", "") if segments else (id, "", "", "")
             if wavs.get(recording) in shared: channel = channel or _CHANNELS.get((sides.get(recording, "").split() or [""])[-1], "")
-            times = (dict(offset=start, end=None if end.startswith("-") else end) if start else {}) | (dict(channel=channel) if channel else {})
-            audio = _kaldi_audio(wavs[recording]) if recording in wavs else dict(reason="audio not found", detail=f"no {recording or id} in {'wav.scp' if recording or not segments else 'segments'}")
+            times = (dict(offset=start, end=None if end.startswith("-") else end) if start
+                else {}) | (dict(channel=channel) if channel else {})
+            audio = _kaldi_audio(wavs[recording]) if recording in wavs else dict(reason="audio not found",
+                detail=f"no {recording or id} in {'wav.scp' if recording or not segments else 'segments'}")
             yield about | where | dict(id=id, text_raw=text, speaker=speakers.get(id, "")) | times | audio
 
 # %% ../../nbs/corpora/24_manifests.ipynb #b45dc88a
@@ -107,43 +119,57 @@ _AS_RECORDED = {"Resample"} # transforms that change no time and no word
 def _lhotse_audio(recording:dict, channel)->dict:
     "The file of a recording, and the channel if it has several; or a reason to reject it."
     changes = [t.get("name", str(t)) for t in recording.get("transforms") or []]
-    if changed := [name for name in changes if name not in _AS_RECORDED]: return dict(reason="changed on reading", detail=", ".join(changed))
+    if changed := [name for name in changes if name not in _AS_RECORDED]:
+        return dict(reason="changed on reading", detail=", ".join(changed))
     channel = channel[0] if isinstance(channel, list) and len(channel) == 1 else channel
     sources = recording.get("sources") or []
     of = next((s for s in sources if channel in s.get("channels", ())), sources[0] if sources else {})
-    if of.get("type") != "file": return dict(reason="command or archive", detail=f"a source of type {of.get('type')}: {str(of.get('source'))[:60]}")
-    return dict(audio=of["source"]) | (dict(channel=of["channels"].index(channel)) if len(of.get("channels", ())) > 1 and channel in of["channels"] else {})
+    if of.get("type") != "file":
+        return dict(reason="command or archive", detail=f"a source of type {of.get('type')}: {str(of.get('source'))[:60]}")
+    return dict(audio=of["source"]) | (dict(channel=of["channels"].index(channel)) if len(of.get("channels", ())) > 1
+        and channel in of["channels"] else {})
 
 def _supervised(supervision:dict, recording:dict|None, start:float=0., end:float=float("inf"))->dict:
     "The entry of a supervision with times relative to `start` (s) of its recording, clipped to `start` and `end`."
-    first, about = start + supervision["start"], dict(id=supervision.get("id"), text_raw=supervision.get("text"), speaker=supervision.get("speaker"))
+    first, about = start + supervision["start"], dict(id=supervision.get("id"), text_raw=supervision.get("text"),
+        speaker=supervision.get("speaker"))
     times = dict(offset=round(max(start, first), 6), end=round(min(end, first + supervision["duration"]), 6))
-    return about | times | (_lhotse_audio(recording, supervision.get("channel")) if recording else dict(reason="audio not found", detail=f"no recording {supervision.get('recording_id')}"))
+    return about | times | (_lhotse_audio(recording, supervision.get("channel")) if recording
+        else dict(reason="audio not found", detail=f"no recording {supervision.get('recording_id')}"))
 
 def _cut(cut:dict):
     "Entries of a cut."
     if "tracks" in cut: yield dict(id=cut.get("id"), reason="changed on reading", detail="a mix of cuts"); return
     if not cut.get("supervisions"): yield dict(id=cut.get("id"), reason="no transcript", detail="a cut without supervisions"); return
-    for supervision in cut["supervisions"]: yield _supervised(supervision, cut.get("recording"), cut["start"], cut["start"] + cut["duration"])
+    for supervision in cut["supervisions"]:
+        yield _supervised(supervision, cut.get("recording"), cut["start"], cut["start"] + cut["duration"])
 
 def import_lhotse(cfg:CorpusConfig, source:Path):
-    "the folder of the recordings of lhotse manifests: *cuts*.jsonl.gz, or *recordings* and *supervisions*, there or in the folder `transcripts`"
-    lists = [(path, about, json_lines(path)) for path,about in find_lists(cfg, source, "*cuts*.json*", "*recordings*.json*", "*supervisions*.json*")]
-    def of(*keys): return [(about | where, row) for _,about,rows in lists for where,row in rows if "reason" in where or all(k in row for k in keys)]
+    "the folder of the recordings of lhotse manifests: *cuts*.jsonl.gz, or *recordings* and *supervisions*, there or in `transcripts`"
+    lists = [(path, about, json_lines(path)) for path,about in find_lists(cfg, source, "*cuts*.json*", "*recordings*.json*",
+        "*supervisions*.json*")]
+    def of(*keys):
+        return [(about | where, row) for _,about,rows in lists for where,row in rows if "reason" in where or all(k in row for k in keys)]
     recordings, cuts = {row["id"]: row for _,row in of("sources", "id") if row}, of("supervisions")
-    if not any(row for _,row in cuts) and not recordings: raise ConfigError(f"{lists[0][0]}: has neither cuts nor recordings of lhotse; give a folder with cuts, or with recordings and supervisions")
+    if not any(row for _,row in cuts) and not recordings:
+        raise ConfigError(f"{lists[0][0]}: has neither cuts nor recordings of lhotse; give a folder with cuts, or with recordings and "
+            f"supervisions")
     for where,row in cuts if any(row for _,row in cuts) else of("recording_id", "start"):
-        try: yield from (where | entry for entry in ([{}] if not row else _cut(row) if "supervisions" in row or "tracks" in row else [_supervised(row, recordings.get(row["recording_id"]))]))
-        except (KeyError, TypeError, AttributeError) as e: yield where | dict(id=str(row.get("id")), reason="not JSON", detail=f"not a lhotse record: {e!r}")
+        try:
+            yield from (where | entry for entry in ([{}] if not row else _cut(row) if "supervisions" in row or "tracks" in row
+                else [_supervised(row, recordings.get(row["recording_id"]))]))
+        except (KeyError, TypeError, AttributeError) as e:
+            yield where | dict(id=str(row.get("id")), reason="not JSON", detail=f"not a lhotse record: {e!r}")
 
 # %% ../../nbs/corpora/24_manifests.ipynb #fc0bfeca
 def import_wenet(cfg:CorpusConfig, source:Path):
-    "the folder of the recordings or tar files of WeNet's data.list; the list is there, in a subfolder for each split, or in the folder `transcripts`"
+    "the folder of the recordings or tar files of WeNet's data.list, which is there, in subfolders by split, or in `transcripts`"
     for path,about in find_lists(cfg, source, "data.list"):
         about |= dict(split=about["split"] or "dev"*(path.parent.name == "cv"))
         lines = read_lines(path)
         if all(line.lstrip().startswith("{") for _,line in lines):
-            for where,row in json_lines(path): yield with_split(where | fields(row, dict(offset="start", end="end") | dict(cfg.columns or {})), about)
+            for where,row in json_lines(path):
+                yield with_split(where | fields(row, dict(offset="start", end="end") | dict(cfg.columns or {})), about)
             continue
         files = Files(source)
         for where,line in lines:
@@ -157,8 +183,10 @@ def _utterances(tar:Path):
     def entry():
         audio = next((end for end in found if end not in ("txt", "spk", "json")), None)
         text = found.get("txt")
-        return dict(id=key, text_raw=text and text.decode("utf-8", "surrogateescape").strip(), speaker=found.get("spk", b"").decode("utf-8", "surrogateescape").strip(),
-                    **(dict(audio=f"{key}.{audio}", data=found[audio]) if audio else dict(reason="audio not found", detail=f"{key} has none in {tar.name}")))
+        return dict(id=key, text_raw=text and text.decode("utf-8", "surrogateescape").strip(),
+            speaker=found.get("spk", b"").decode("utf-8", "surrogateescape").strip(),
+                    **(dict(audio=f"{key}.{audio}", data=found[audio]) if audio
+                    else dict(reason="audio not found", detail=f"{key} has none in {tar.name}")))
     for name,data in tar_files(tar):
         stem, _, end = name.rpartition(".")
         if found and stem != key: yield entry(); found = {}

@@ -47,7 +47,8 @@ def plot_samples(rows:list[dict], folder, seconds:float=30.):
         wave_T, rate = read_start(Path(folder)/row["audio_filepath"], seconds, **piece_of(row))
         ax.set_title(f"{', '.join(filter(None, (row['speaker'][:24], row['split'])))}: {row['text_raw'][:100]}", parse_math=False)
         if len(wave_T) <= rate//40: continue
-        with np.errstate(divide="ignore"): power, _, _, _ = ax.specgram(wave_T + 1e-9, NFFT=max(rate//40, 32), Fs=rate, noverlap=max(rate//66, 16), cmap="magma")
+        with np.errstate(divide="ignore"):
+            power, _, _, _ = ax.specgram(wave_T + 1e-9, NFFT=max(rate//40, 32), Fs=rate, noverlap=max(rate//66, 16), cmap="magma")
         ax.images[0].set_clim(*np.percentile(10*np.log10(np.maximum(power, 1e-20)), [20, 99.8]))
         for word,start,end in row.get("words", []):
             for x in (start, end): ax.axvline(x, color="white", lw=0.7, ls=":")
@@ -61,7 +62,8 @@ def players(rows:list[dict], folder, seconds:float=3.)->Html:
     "Audio players for the first seconds of rows of a manifest in `folder`, with `why` they are shown if the rows have it."
     def one(row):
         wave_T, rate = read_start(Path(folder)/row["audio_filepath"], seconds, **piece_of(row))
-        sf.write(mp3 := BytesIO(), resample(wave_T, rate, SAMPLE_RATE).clip(-1, 1), SAMPLE_RATE, format="MP3", bitrate_mode="CONSTANT", compression_level=0.9)
+        sf.write(mp3 := BytesIO(), resample(wave_T, rate, SAMPLE_RATE).clip(-1, 1), SAMPLE_RATE, format="MP3", bitrate_mode="CONSTANT",
+            compression_level=0.9)
         about = f"{row['why']} ({row['id']}, {row['split'] or 'no split'})" if "why" in row else row["speaker"][:24]
         title, sound = html.escape(f"{about}: {row['text_raw'][:200]}"), base64.b64encode(mp3.getvalue()).decode()
         return f'<p>{title}<br><audio controls preload="none" src="data:audio/mpeg;base64,{sound}"></audio></p>'
@@ -84,9 +86,11 @@ def split_table(rows:list[dict])->list[dict]:
     "Utterances, hours, speakers and words of a manifest, by split and in all."
     def most(values): return ", ".join(f"{v} {n}" for v,n in Counter(sorted(values)).most_common(5))
     def line(name, part):
-        return dict(split=name, utterances=len(part), hours=sum(r["duration"] for r in part)/3600, speakers=len({r["speaker"] for r in part} - {""}),
+        return dict(split=name, utterances=len(part), hours=sum(r["duration"] for r in part)/3600,
+            speakers=len({r["speaker"] for r in part} - {""}),
                     words=sum(len(sentence(r).split()) for r in part), dialects=most(r.get("dialect") or "not given" for r in part),
-                    audio=most(f"{Path(r['audio_filepath']).suffix[1:].lower()} {r['sample_rate']/1000:g} kHz x {r['channels']}:" for r in part))
+                    audio=most(f"{Path(r['audio_filepath']).suffix[1:].lower()} {r['sample_rate']/1000:g} kHz x "
+                    f"{r['channels']}:" for r in part))
     return [line(s or "none", part) for s in SPLIT_COLOURS if (part := [r for r in rows if r["split"] == s])] + [line("all", rows)]
 
 def draw_rows(rows:list[dict], n:int=3, seed:int=0)->list[dict]:
@@ -96,7 +100,8 @@ def draw_rows(rows:list[dict], n:int=3, seed:int=0)->list[dict]:
 def import_reject_table(rejects:list[dict])->list[dict]:
     "Count and first example of each reason at import."
     count, first = Counter(r["reason"] for r in rejects), {r["reason"]: r for r in reversed(rejects)}
-    return [dict(reason=k, entries=n, meaning=IMPORT_REASONS[k], first=f"{place_of(first[k])}: {first[k]['detail']}") for k,n in sorted(count.items())]
+    return [dict(reason=k, entries=n, meaning=IMPORT_REASONS[k],
+        first=f"{place_of(first[k])}: {first[k]['detail']}") for k,n in sorted(count.items())]
 
 # %% ../../nbs/corpora/60_plots.ipynb #e459326b
 def plot_speakers(rows:list[dict], most:int=60):
@@ -117,35 +122,43 @@ def plot_speakers(rows:list[dict], most:int=60):
 # %% ../../nbs/corpora/60_plots.ipynb #86c6622b
 def corpora_table(stats:dict)->list[dict]:
     "A row for each corpus."
-    return [{key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in row.items() if key != "rejects"} for row in stats["corpora"]]
+    return [{key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in row.items()
+        if key != "rejects"} for row in stats["corpora"]]
 
 def reject_table(stats:dict)->list[dict]:
     "Count of each reason, in all and by corpus."
     columns = {row["corpus"]: row["rejects"] for row in stats["corpora"]} if len(stats["corpora"]) > 1 else {}
-    return [dict(reason=reason, utterances=count, share=count/stats["utterances"], **{f"in {name}": found.get(reason, 0) for name, found in columns.items()}, meaning=REASONS[reason])
+    return [dict(reason=reason, utterances=count, share=count/stats["utterances"],
+        **{f"in {name}": found.get(reason, 0) for name, found in columns.items()}, meaning=REASONS[reason])
             for reason, count in stats["rejects"].items() if count]
 
 def reject_examples(rejects:list[dict], each:int=3)->list[dict]:
     "A few rejects of each reason, the most frequent reason first."
     return [dict(reason=f"{reason} ({total})", **{column: reject[column][:200] for column in ("id", "split", "detail", "text_raw")})
-            for reason, total in Counter(reject["reason"] for reject in rejects).most_common() for reject in [r for r in rejects if r["reason"] == reason][:each]]
+            for reason, total in Counter(reject["reason"] for reject in rejects).most_common() for reject in [r for r in rejects
+            if r["reason"] == reason][:each]]
 
 def token_examples(rows:list[dict], tokenizer:Tokenizer, number:int=5)->list[dict]:
     "Texts and their tokens."
-    return [dict(text=row["text"], tokens=" | ".join(tokenizer.symbols[i] for i in tokenizer.encode(row["text"]))) for row in rows[::max(1, len(rows)//number)][:number]]
+    return [dict(text=row["text"],
+        tokens=" | ".join(tokenizer.symbols[i] for i in tokenizer.encode(row["text"]))) for row in rows[::max(1,
+        len(rows)//number)][:number]]
 
 # %% ../../nbs/corpora/60_plots.ipynb #39812dd7
-_MEASURES = dict(seconds="seconds", speed="characters a second", used="share of outputs that the tokens need", peak="peak, dB of full scale",
+_MEASURES = dict(seconds="seconds", speed="characters a second", used="share of outputs that the tokens need",
+    peak="peak, dB of full scale",
                  clipped="% of samples at full scale", snr="signal to noise, dB (estimated)")
 
 def quality(rows:list[dict], tokenizer:Tokenizer)->dict:
     "The measures of rows: name -> array with a value for each row; NaN if unknown."
-    values = [(row["duration"], len(row["text"])/row["duration"], least/max(1, outputs(row)), row["peak_db"], 100*row["clipped"], row["snr_db"]) for row, least in zip(rows, needed(rows, tokenizer))]
+    values = [(row["duration"], len(row["text"])/row["duration"], least/max(1, outputs(row)), row["peak_db"], 100*row["clipped"],
+        row["snr_db"]) for row, least in zip(rows, needed(rows, tokenizer))]
     return dict(zip(_MEASURES, np.array(values, float).reshape(-1, len(_MEASURES)).T))
 
 def measured(rejects:list[dict])->list[dict]:
     "The rejects whose audio was decoded to its end."
-    return [reject for reject in rejects if reject.get("duration") and "peak_db" in reject and reject["reason"] not in ("truncated", "not finite")]
+    return [reject for reject in rejects if reject.get("duration") and "peak_db" in reject
+        and reject["reason"] not in ("truncated", "not finite")]
 
 def _panel(axis, label, limits, kept, lost):
     "One histogram; `kept`: split -> values, `lost`: those of rejects."
@@ -167,9 +180,11 @@ def _panel(axis, label, limits, kept, lost):
 def plot_quality(splits:dict, rejects:list[dict], cfg:PrepareConfig, tokenizer:Tokenizer):
     "A histogram of each measure by split, with its limits."
     figure, axes = plt.subplots(2, 3, figsize=(10, 5))
-    limits = (cfg.min_seconds, cfg.max_seconds), (cfg.min_characters_per_second, cfg.max_characters_per_second), (None, 1.), (cfg.silence_db, None), (None, 100*cfg.max_clipped), (None, None)
+    limits = (cfg.min_seconds, cfg.max_seconds), (cfg.min_characters_per_second,
+        cfg.max_characters_per_second), (None, 1.), (cfg.silence_db, None), (None, 100*cfg.max_clipped), (None, None)
     kept, lost = {split: quality(rows, tokenizer) for split, rows in splits.items()}, quality(measured(rejects), tokenizer)
-    for axis, (name, label), limit in zip(axes.flat, _MEASURES.items(), limits): _panel(axis, label, limit, {split: values[name] for split, values in kept.items()}, lost[name])
+    for axis, (name, label), limit in zip(axes.flat, _MEASURES.items(), limits):
+        _panel(axis, label, limit, {split: values[name] for split, values in kept.items()}, lost[name])
     axes[1, 1].set_yscale("log")
     for axis in axes[:, 0]: axis.set_ylabel("% of the split")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
@@ -180,15 +195,19 @@ def extremes(splits:dict, tokenizer:Tokenizer)->list[dict]:
     "The kept rows that are shortest, longest, slowest and so on, with `why`."
     rows, found = [row for some in splits.values() for row in some], []
     values = quality(rows, tokenizer)
-    for name, sign, why in (("seconds", 1, "shortest: {:.2f} s"), ("seconds", -1, "longest: {:.1f} s"), ("speed", 1, "slowest: {:.1f} characters/s"), ("speed", -1, "fastest: {:.1f} characters/s"),
-                            ("used", -1, "least time for its tokens: {:.0%} of the outputs needed"), ("peak", 1, "quietest: peak {:.0f} dB"), ("clipped", -1, "most clipped: {:.2f}% of samples"), ("snr", 1, "noisiest: {:.0f} dB")):
+    for name, sign, why in (("seconds", 1, "shortest: {:.2f} s"), ("seconds", -1, "longest: {:.1f} s"),
+        ("speed", 1, "slowest: {:.1f} characters/s"), ("speed", -1, "fastest: {:.1f} characters/s"),
+                            ("used", -1, "least time for its tokens: {:.0%} of the outputs needed"),
+                            ("peak", 1, "quietest: peak {:.0f} dB"), ("clipped", -1, "most clipped: {:.2f}% of samples"),
+                            ("snr", 1, "noisiest: {:.0f} dB")):
         i = min(range(len(rows)), key=lambda i: (np.nan_to_num(sign*values[name][i], nan=np.inf), rows[i]["id"]))
         if name != "clipped" or values[name][i]: found.append(dict(rows[i], why=why.format(values[name][i])))
     return found
 
 def rejected_audio(rejects:list[dict], most:int=8)->list[dict]:
     "One reject of each reason whose audio can be decoded, with `why`."
-    first = {reject["reason"]: reject for reject in reversed([*measured(rejects), *(reject for reject in rejects if reject["reason"] == "too long")])}
+    first = {reject["reason"]: reject for reject in reversed([*measured(rejects),
+        *(reject for reject in rejects if reject["reason"] == "too long")])}
     return [dict(first[reason], why=f"{reason}: {first[reason]['detail']}") for reason in REASONS if reason in first][:most]
 
 # %% ../../nbs/corpora/60_plots.ipynb #1c8b09f0

@@ -23,7 +23,9 @@ from ..core.sections import PrepareConfig
 from ..audio.io import piece_of
 from ..text.normalise import NORMALISER_FILE, Normaliser, Reading, for_corpus, make_normaliser, normaliser_name, share_of_capitals
 from ..text.tokenizer import train_tokenizer
-from .checks import REASONS, SPLITS, assign_splits, check_audio, check_duplicates, check_repeated_audio, check_ids, check_leak, check_speakers, check_text, check_time, decibels, describe, note_seen, probe, filter_rows, unknown_table, voice
+from .checks import REASONS, SPLITS, assign_splits, check_audio, check_duplicates, check_ids, check_leak
+from .checks import check_repeated_audio, check_speakers, check_text, check_time, decibels, describe, filter_rows
+from .checks import note_seen, probe, unknown_table, voice
 
 # %% ../../nbs/corpora/50_prepare.ipynb #6d152869
 def _corpus_folders(corpora_dir:Path, names)->list[Path]:
@@ -31,7 +33,8 @@ def _corpus_folders(corpora_dir:Path, names)->list[Path]:
     there = sorted(path.name for path in corpora_dir.iterdir() if path.is_dir() and path.name[0] != ".") if corpora_dir.is_dir() else []
     names = there if names is None else sorted(names)
     if stray := sorted(set(there) - set(names)):
-        raise ConfigError(f"{corpora_dir/stray[0]}: no corpus of that name in params.yaml; remove it, or name it under corpora ({', '.join(names)})")
+        raise ConfigError(f"{corpora_dir/stray[0]}: no corpus of that name in params.yaml; remove it, or name it under corpora "
+            f"({', '.join(names)})")
     if not names: raise ConfigError(f"{corpora_dir}: has no corpus; run the corpus stage first")
     return [corpora_dir/name for name in names]
 
@@ -45,9 +48,12 @@ def _read_corpus(folder:Path, out_dir:Path)->list[dict]:
         row.setdefault("text_raw", row.get("text"))
         for key in ("id", "audio_filepath", "text_raw"):
             if not isinstance(row.get(key), str): raise ConfigError(f"{path}, line {number}: {key} is {row.get(key)!r}; write a string")
-        row["text_raw"] = row["text_raw"].encode("utf-16", "surrogatepass").decode("utf-16", "replace") # half of a surrogate pair cannot be encoded
+        # half of a surrogate pair cannot be encoded
+        row["text_raw"] = row["text_raw"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         row["corpus"] = folder.name
-        if row.get("teacher") and row.get("split") != "train": raise ConfigError(f"{path}, line {number}: {row['id']} was transcribed by a model ({row['teacher']}), and its split is {row.get('split')!r}; such rows may be in train alone: run its pseudo stage again")
+        if row.get("teacher") and row.get("split") != "train":
+            raise ConfigError(f"{path}, line {number}: {row['id']} was transcribed by a model ({row['teacher']}), and its split is "
+                f"{row.get('split')!r}; such rows may be in train alone: run its pseudo stage again")
         if not os.path.isabs(row["audio_filepath"]): row["audio_filepath"] = os.path.relpath(folder/row["audio_filepath"], out_dir)
     return rows
 
@@ -78,7 +84,8 @@ class ReadingCounts:
         out = {}
         for kind,utterances in self.texts.items():
             mine = sorted(((key, n) for key,n in self.counts.items() if key[0] == kind), key=lambda x: (-x[1], x[0]))
-            out[kind] = dict(utterances=utterances, times=sum(n for _,n in mine), rows=[dict(written=written, read=words, others=" | ".join(others), times=n, id=self.first[key][0], text=self.first[key][1])
+            out[kind] = dict(utterances=utterances, times=sum(n for _,n in mine),
+                rows=[dict(written=written, read=words, others=" | ".join(others), times=n, id=self.first[key][0], text=self.first[key][1])
                                                                                          for key,n in mine[:most] for _,written,words,others in [key]])
         return dict(sorted(out.items()))
 
@@ -86,13 +93,14 @@ class ReadingCounts:
 def _read_one(reader:Normaliser, text:str): return reader.read(text), reader.candidates(text)
 
 def _normalise_all(rows:list[dict], normaliser:Normaliser, cfg:PrepareConfig, executor:Executor|None)->dict:
-    "Normalise the transcripts in parallel, corpus by corpus: sets `text` of each row, and `readings` if there are several; returns the counts for stats.json."
+    "Normalise transcripts in parallel: sets `text` of each row, and `readings` if several; returns the counts for stats.json."
     counts, capitals = ReadingCounts(), {}
     for corpus, mine in groupby(rows, lambda row: row["corpus"]):
         mine = list(mine)
         raw = [row["text_raw"] for row in mine]
         reader, capitals[corpus] = for_corpus(normaliser, raw), round(share_of_capitals(raw)[0], 4)
-        for row, (reading, candidates) in zip(mine, in_parallel(partial(_read_one, reader), raw, cfg.processes, executor, label="normalise", group=2000)):
+        for row, (reading, candidates) in zip(mine, in_parallel(partial(_read_one, reader), raw, cfg.processes, executor, label="normalise",
+            group=2000)):
             row["text"] = reading.text
             if len(candidates) > 1: row["readings"] = candidates
             counts.add(row["id"], row["text_raw"], reading)
@@ -102,12 +110,16 @@ def _probe_one(item): return probe(*item[0], **item[1])
 
 def _probe_all(rows:list[dict], out_dir:Path, cfg:PrepareConfig, executor:Executor|None)->dict:
     "Measure all recordings in parallel: id -> facts; sets the measurements of each row."
-    items = [((os.path.normpath(os.path.join(out_dir, row["audio_filepath"])), cfg.max_seconds, row.get("bytes"), row.get("sha256")), piece_of(row)) for row in rows]
+    items = [((os.path.normpath(os.path.join(out_dir, row["audio_filepath"])), cfg.max_seconds, row.get("bytes"), row.get("sha256")),
+        piece_of(row)) for row in rows]
     facts = list(in_parallel(_probe_one, items, cfg.processes, executor, label="probe"))
     for row, found in zip(rows, facts):
         row.pop("duration", None) # as given by the source
-        if "duration" in found: row.update(duration=round(found["duration"], 6), sample_rate=found["sample_rate"], channels=found["channels"])
-        if found.get("finite"): row.update(peak_db=round(decibels(found["peak"]), 1), clipped=round(found["clipped"], 7), snr_db=found["snr_db"] and round(found["snr_db"], 1))
+        if "duration" in found:
+            row.update(duration=round(found["duration"], 6), sample_rate=found["sample_rate"], channels=found["channels"])
+        if found.get("finite"):
+            row.update(peak_db=round(decibels(found["peak"]), 1), clipped=round(found["clipped"], 7),
+                snr_db=found["snr_db"] and round(found["snr_db"], 1))
         if found.get("notes"): row["notes"] = found["notes"]
     return {row["id"]: found for row, found in zip(rows, facts)}
 
@@ -122,10 +134,13 @@ def _count_notes(facts:dict)->list[dict]:
 def _read_spoken(path:Path)->dict:
     "Which reading was spoken: id -> text."
     try: rows = read_jsonl(path)
-    except FileNotFoundError: raise ConfigError(f"{path}: no such file; `ai2text readings` writes it, or leave prepare.spoken empty") from None
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; `ai2text readings` writes it, or leave prepare.spoken empty") from None
     for number,row in enumerate(rows, 1):
         for key in ("id", "text"):
-            if not isinstance(row.get(key), str): raise ConfigError(f"{path}, line {number}: {key} is {row.get(key)!r}; write a string, or let `ai2text readings` write the file")
+            if not isinstance(row.get(key), str):
+                raise ConfigError(f"{path}, line {number}: {key} is {row.get(key)!r}; write a string, or let `ai2text readings` write "
+                    f"the file")
     return {row["id"]: row["text"] for row in rows}
 
 def _choose_spoken(rows:list[dict], spoken:dict)->dict:
@@ -134,7 +149,8 @@ def _choose_spoken(rows:list[dict], spoken:dict)->dict:
     stale = [row["id"] for row in given if spoken[row["id"]] not in row.get("readings", [row["text"]])]
     changed = [row for row in given if row["id"] not in {*stale} and spoken[row["id"]] != row["text"]]
     for row in changed: row["text"] = spoken[row["id"]]
-    return dict(several=sum("readings" in row for row in rows), chosen=len(given) - len(stale), other_than_first=len(changed), stale=len(stale), stale_ids=stale[:5])
+    return dict(several=sum("readings" in row for row in rows), chosen=len(given) - len(stale), other_than_first=len(changed),
+        stale=len(stale), stale_ids=stale[:5])
 
 # %% ../../nbs/corpora/50_prepare.ipynb #9178cb41
 def _check_totals(rows:list[dict], rejects:list[dict], cfg:PrepareConfig, out_dir:Path):
@@ -144,14 +160,20 @@ def _check_totals(rows:list[dict], rejects:list[dict], cfg:PrepareConfig, out_di
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "none"
     if len(rejects) > cfg.max_reject_share * total:
         raise ConfigError(f"{len(rejects)} of {total} utterances rejected ({counts}): more than max_reject_share {cfg.max_reject_share}; "
-                          f"read {out_dir/'rejects.jsonl'}, fix the corpus or raise the limit" + ("; few texts by many speakers, as commands and digits: set prepare.shared_texts to true" if 2*reasons["text in two splits"] > len(rejects) else ""))
+                          f"read {out_dir/'rejects.jsonl'}, fix the corpus or raise the limit"
+                          + ("; few texts by many speakers, as commands and digits: set prepare.shared_texts to true"
+                          if 2*reasons["text in two splits"] > len(rejects) else ""))
     for split in SPLITS:
         if not any(row["split"] == split for row in rows):
             lost = sum(reject["split"] == split for reject in rejects)
-            raise ConfigError(f"split {split} is empty: {lost} of its utterances were rejected, and {len({voice(row) for row in rows})} speakers are left in all; "
-                              f"give the corpus a {split} split or more speakers (rejected: {counts})" + ("; few texts by many speakers, as commands and digits: set prepare.shared_texts to true" if reasons["text in two splits"] else ""))
+            raise ConfigError(f"split {split} is empty: {lost} of its utterances were rejected, and {len({voice(row) for row in rows})} "
+                f"speakers are left in all; "
+                              f"give the corpus a {split} split or more speakers (rejected: {counts})"
+                              + ("; few texts by many speakers, as commands and digits: set prepare.shared_texts to true"
+                              if reasons["text in two splits"] else ""))
     if gone := sorted({reject["corpus"] for reject in rejects} - {row["corpus"] for row in rows}):
-        raise ConfigError(f"corpus {gone[0]}: all of its {sum(reject['corpus'] == gone[0] for reject in rejects)} utterances were rejected; "
+        raise ConfigError(f"corpus {gone[0]}: all of its {sum(reject['corpus'] == gone[0] for reject in rejects)} utterances were "
+            f"rejected; "
                           f"read {out_dir/'rejects.jsonl'}, fix the corpus or remove it from params.yaml (rejected: {counts})")
 
 def _describe_corpora(folders:list[Path], rows:list[dict], rejects:list[dict])->list[dict]:
@@ -161,10 +183,13 @@ def _describe_corpora(folders:list[Path], rows:list[dict], rejects:list[dict])->
         kept, lost = ([row for row in some if row["corpus"] == folder.name] for some in (rows, rejects))
         import_rejects, snr = folder/"rejects.jsonl", [row["snr_db"] for row in kept if row["snr_db"] is not None]
         found.append(dict(
-            corpus=folder.name, rejected_at_import=len(read_jsonl(import_rejects)) if import_rejects.is_file() else 0, utterances=len(kept) + len(lost), rejected=len(lost),
-            **{split: sum(row["split"] == split for row in kept) for split in SPLITS}, hours=round(sum(row["duration"] for row in kept) / 3600, 4),
+            corpus=folder.name, rejected_at_import=len(read_jsonl(import_rejects)) if import_rejects.is_file() else 0,
+            utterances=len(kept) + len(lost), rejected=len(lost),
+            **{split: sum(row["split"] == split for row in kept) for split in SPLITS},
+            hours=round(sum(row["duration"] for row in kept) / 3600, 4),
             speakers=len({voice(row) for row in kept if row.get("speaker")}), without_speaker=sum(not row.get("speaker") for row in kept),
-            sample_rates=sorted({row["sample_rate"] for row in kept}), channels=sorted({row["channels"] for row in kept}), median_snr_db=round(float(np.median(snr)), 1) if snr else None,
+            sample_rates=sorted({row["sample_rate"] for row in kept}), channels=sorted({row["channels"] for row in kept}),
+            median_snr_db=round(float(np.median(snr)), 1) if snr else None,
             rejects=dict(Counter(reject["reason"] for reject in lost).most_common())))
     return found
 
@@ -204,12 +229,17 @@ def prepare(
     splits = {split: sorted((row for row in rows if row["split"] == split), key=lambda row: row["id"]) for split in SPLITS}
     tokenizer.save(out_dir/"tokenizer")
     normaliser.save(out_dir/NORMALISER_FILE)
-    if wrong := [row["id"] for split in ("dev", "test") for row in splits[split] if row.get("teacher")]: raise AssertionError(f"{wrong[0]}: a model's transcript is in dev or test")
+    if wrong := [row["id"] for split in ("dev", "test") for row in splits[split] if row.get("teacher")]:
+        raise AssertionError(f"{wrong[0]}: a model's transcript is in dev or test")
     for split in SPLITS: write_jsonl(out_dir/f"{split}.jsonl", splits[split])
     stats = dict(
-        normaliser=normaliser_name(normaliser), readings=readings, spoken=spoken, tokenizer=dict(kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, sha256=tokenizer.fingerprint),
-        utterances=total, rejected=len(rejects), rejects={reason: sum(reject["reason"] == reason for reject in rejects) for reason in REASONS},
-        unknown_characters=unknown, speakers_in_dev_and_test=len(shared), drawn_by_utterance=alone, seen=seen, caveats=[line for split in seen for line in caveats(split, seen[split])], splits={split: describe(splits[split], tokenizer) for split in SPLITS},
+        normaliser=normaliser_name(normaliser), readings=readings, spoken=spoken,
+        tokenizer=dict(kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, sha256=tokenizer.fingerprint),
+        utterances=total, rejected=len(rejects),
+        rejects={reason: sum(reject["reason"] == reason for reject in rejects) for reason in REASONS},
+        unknown_characters=unknown, speakers_in_dev_and_test=len(shared), drawn_by_utterance=alone, seen=seen,
+        caveats=[line for split in seen for line in caveats(split, seen[split])],
+        splits={split: describe(splits[split], tokenizer) for split in SPLITS},
         notes=_count_notes(facts), corpora=_describe_corpora(folders, rows, rejects))
     write_json(out_dir/"stats.json", stats)
     return stats

@@ -39,12 +39,13 @@ class Voice:
         return DIALECTS[self.language]
     def __post_init__(self):
         if self.language not in DIALECTS: raise ValueError(f"{self.language!r}: no such region; choose from {', '.join(DIALECTS)}")
-        if not (_VARIANT_DIR/self.variant).is_file(): raise ValueError(f"{self.variant!r}: eSpeak NG has no such variant; choose a file of {_VARIANT_DIR}")
+        if not (_VARIANT_DIR/self.variant).is_file():
+            raise ValueError(f"{self.variant!r}: eSpeak NG has no such variant; choose a file of {_VARIANT_DIR}")
 
 # %% ../../nbs/corpora/00_tts.ipynb #438a4ead
 VARIANTS = dict(
-    train="""Alex Alicia Andy Denis Diogo Gene Gene2 Henrique Mario Michael Mike Nguyen adam aunty belinda benjamin boris edward edward2 f2 f4 f5
-        grandma gustave iven2 iven3 john klatt3 klatt4 linda m1 m3 m4 m5 m7 m8 marcelo max michel miguel mike2 norbert paul quincy robert
+    train="""Alex Alicia Andy Denis Diogo Gene Gene2 Henrique Mario Michael Mike Nguyen adam aunty belinda benjamin boris edward edward2
+        f2 f4 f5 grandma gustave iven2 iven3 john klatt3 klatt4 linda m1 m3 m4 m5 m7 m8 marcelo max michel miguel mike2 norbert paul quincy robert
         shelby travis victor""".split(),
     dev="f3 m2 pablo steph".split(),
     test="Annie ed f1 m6".split())
@@ -94,7 +95,8 @@ def _synthesise(text:str, voice:Voice)->tuple[np.ndarray,list]:
     callback, encoded = _Callback(receive), text.encode()
     with _fresh_library() as library:
         library.espeak_SetSynthCallback(callback)
-        if library.espeak_SetVoiceByName(voice.name.encode()): raise RuntimeError(f"{voice.name!r}: eSpeak NG cannot load this voice; reinstall espeakng-loader")
+        if library.espeak_SetVoiceByName(voice.name.encode()):
+            raise RuntimeError(f"{voice.name!r}: eSpeak NG cannot load this voice; reinstall espeakng-loader")
         library.espeak_SetParameter(_RATE_PARAMETER, voice.rate, 0)
         library.espeak_SetParameter(_PITCH_PARAMETER, voice.pitch, 0)
         library.espeak_Synth(encoded, ctypes.c_size_t(len(encoded) + 1), 0, _CHARACTERS, 0, _UTF8, None, None)

@@ -114,7 +114,8 @@ def read_sentences(
         if not s.text: s.reason = "nothing to say"
         elif unknown := unknown_characters(s.text): s.reason, s.detail = "unknown characters", " ".join(sorted(unknown))
     if not any(s.text for s in found): raise ConfigError(f"{path}: has no words; write the transcript of the recording into it")
-    if all(s.reason for s in found): raise ConfigError(f"{path}: each of its {len(found)} sentences has characters without a token ({next(s.detail for s in found if s.detail)}); give the transcript in Vietnamese")
+    if all(s.reason for s in found):
+        raise ConfigError(f"{path}: each of its {len(found)} sentences has characters without a token ({next(s.detail for s in found if s.detail)}); give the transcript in Vietnamese")
     return found
 
 # %% ../../nbs/decoding/20_align.ipynb #08cb5702
@@ -139,8 +140,10 @@ def _letter_frames(log_probs_NV, symbols:list)->tuple: # frames
     "Frames of the recognised letters, and of the first letters of words."
     best_N = log_probs_NV.argmax(1)
     at = np.flatnonzero((best_N != BLANK_ID) & (best_N != np.concatenate([[BLANK_ID], best_N[:-1]])))
-    marks, spelled = np.array([s.startswith(WORD_START) for s in symbols])[best_N[at]], np.array([s.strip(WORD_START) != "" for s in symbols])[best_N[at]]
-    begins = marks | np.concatenate([[True], (marks & ~spelled)[:-1]])[:len(at)] # a token that begins with the mark, or the one after the mark alone
+    marks, spelled = (np.array([s.startswith(WORD_START) for s in symbols])[best_N[at]],
+        np.array([s.strip(WORD_START) != "" for s in symbols])[best_N[at]])
+    # a token that begins with the mark, or the one after the mark alone
+    begins = marks | np.concatenate([[True], (marks & ~spelled)[:-1]])[:len(at)]
     return at[spelled], at[spelled & begins]
 
 def place_sentences(
@@ -156,14 +159,16 @@ def place_sentences(
         nonlocal done
         progress((frame - done)*model.frame_seconds)
         done = frame
-    found = align_texts(scored.log_probs_NV, model.tokenizer.symbols, [s.text for s in asked], [model.tokenizer.encode(s.text) for s in asked],
+    found = align_texts(scored.log_probs_NV, model.tokenizer.symbols, [s.text for s in asked],
+        [model.tokenizer.encode(s.text) for s in asked],
                         skip=tolerance + SKIP_COST + MIN_SCORE, min_score=-tolerance, progress=progress and reached)
     _try_others(asked, found, scored.log_probs_NV, model.tokenizer, tolerance)
     letters, words = _letter_frames(scored.log_probs_NV, model.tokenizer.symbols)
     for s,f in zip(asked, found):
         if f is None: s.reason = "not found"; continue
         earlier, later = letters[letters < f.first - 2][-1:], words[words > f.after][:1] # a token may peak two frames before its place
-        s.before, s.after = (float(earlier[0] + 1)*model.frame_seconds if len(earlier) else 0.), (float(later[0])*model.frame_seconds if len(later) else math.inf)
+        s.before, s.after = (float(earlier[0] + 1)*model.frame_seconds if len(earlier) else 0.), (float(later[0])*model.frame_seconds
+            if len(later) else math.inf)
         s.start, s.end, s.score = f.first*model.frame_seconds, f.after*model.frame_seconds, f.score
         if s.score < -tolerance: s.reason, s.detail = "does not match", f"score {s.score:.1f}"
 
@@ -209,8 +214,10 @@ def segment_sentences(
         after = min(s.after, sentences[kept[n+1]].start if n + 1 < len(kept) else scored.seconds)
         start, end, pause_before, pause_behind = find_edges(scored.power_F, s.start, s.end, before, after, margin)
         last = segments[-1] if segments else None
-        if last and open_after == k - 1 and not pause_before and end - last.start <= LONGEST_JOINED: segments[-1] = Segment(f"{last.text} {s.spoken}", last.start, end, min(last.score, s.score))
-        elif end - (start := max(start, last.end if last else 0.)) < SHORTEST: s.reason, s.detail = "too short", f"{end - start:.2f} s"; continue
+        if last and open_after == k - 1 and not pause_before and end - last.start <= LONGEST_JOINED:
+            segments[-1] = Segment(f"{last.text} {s.spoken}", last.start, end, min(last.score, s.score))
+        elif end - (start := max(start, last.end if last else 0.)) < SHORTEST:
+            s.reason, s.detail = "too short", f"{end - start:.2f} s"; continue
         else: segments.append(Segment(s.spoken, start, end, s.score))
         open_after = k if not s.ends and not pause_behind else None
     return segments
@@ -227,9 +234,12 @@ def _write_segments(segments:list[Segment], path, folder:Path, stem:str, speaker
         name = f"{stem}-{number:05d}"
         (folder/f"{name}.flac").write_bytes(encode(wave_T := held_T[first - start:after - start], SAMPLE_RATE, "flac"))
         if progress: progress(after/SAMPLE_RATE)
-        yield dict(id=name, audio_filepath=f"{folder.name}/{name}.flac", duration=round(len(wave_T)/SAMPLE_RATE, 4), text=p.text, speaker=speaker, score=round(p.score, 3), source=Path(path).name, source_start=p.start)
+        yield dict(id=name, audio_filepath=f"{folder.name}/{name}.flac", duration=round(len(wave_T)/SAMPLE_RATE, 4), text=p.text,
+            speaker=speaker, score=round(p.score, 3), source=Path(path).name, source_start=p.start)
 
-def _bar(what:str, seconds:float): return tqdm(total=round(seconds, 1), desc=what, unit=" s", disable=None, leave=False, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}, {remaining} left]")
+def _bar(what:str, seconds:float):
+    return tqdm(total=round(seconds, 1), desc=what, unit=" s", disable=None, leave=False,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}, {remaining} left]")
 
 def align_recording(
     model,              # has `log_probs`, `frame_seconds` and `tokenizer`
@@ -247,10 +257,13 @@ def align_recording(
     with _bar(f"{recording.name}: scoring", seconds) as bar: scored = score_recording(model, recording, window, bar.update)
     with _bar(f"{recording.name}: searching", scored.seconds) as bar: place_sentences(sentences, scored, model, tolerance, bar.update)
     if (wrong := score_mismatched_text(sentences, scored, model)) is not None and wrong >= -tolerance:
-        raise ConfigError(f"{recording}: the model cannot tell which text is spoken: sentences of other places score {wrong:.1f}, above the limit {-tolerance:.1f}; train it longer, or on speech like this, or lower the tolerance")
+        raise ConfigError(f"{recording}: the model cannot tell which text is spoken: sentences of other places score {wrong:.1f}, above "
+            f"the limit {-tolerance:.1f}; train it longer, or on speech like this, or lower the tolerance")
     segments, stem = segment_sentences(sentences, scored, margin), re.sub(r"[^\w-]", "_", recording.stem)
-    if max(len(segments)/len(sentences), sum(p.end - p.start for p in segments)/scored.seconds) < _MIN_SHARE: raise ConfigError(_explain_no_match(sentences, scored, model, recording, text))
-    with _bar(f"{recording.name}: writing", scored.seconds) as bar: rows = list(_write_segments(segments, recording, folder, stem, speaker or recording.stem, lambda at: bar.update(at - bar.n)))
+    if max(len(segments)/len(sentences), sum(p.end - p.start for p in segments)/scored.seconds) < _MIN_SHARE:
+        raise ConfigError(_explain_no_match(sentences, scored, model, recording, text))
+    with _bar(f"{recording.name}: writing", scored.seconds) as bar:
+        rows = list(_write_segments(segments, recording, folder, stem, speaker or recording.stem, lambda at: bar.update(at - bar.n)))
     return rows, sentences, scored.seconds
 
 _MIN_SHARE = 0.05 # of the text and of the audio; less may be chance
@@ -259,8 +272,10 @@ def _explain_no_match(sentences, scored:ScoredRecording, model, recording, text)
     "The error for a text that does not match, with the start of the recognised text and of the text."
     ids, kept = scored.log_probs_NV.argmax(1).tolist(), sum(not s.reason for s in sentences)
     recognised = model.tokenizer.decode([i for i,before in zip(ids, [0, *ids]) if i and i != before])
-    return (f"{recording}: {kept or 'none'} of the {len(sentences)} sentences of {text} found in it" + (", which may be chance" if kept else "") +
-            f"; it begins with {recognised[:60]!r}, the text with {next(s.text for s in sentences if s.text)[:60]!r}: give the text of this recording, in Vietnamese, or another model")
+    return (f"{recording}: {kept or 'none'} of the {len(sentences)} sentences of {text} found in it"
+        + (", which may be chance" if kept else "") +
+            f"; it begins with {recognised[:60]!r}, the text with {next(s.text for s in sentences if s.text)[:60]!r}: give the text of "
+            f"this recording, in Vietnamese, or another model")
 
 # %% ../../nbs/decoding/20_align.ipynb #943e3885
 def _pairs(recording:Path, text:Path)->list[tuple]:
@@ -270,7 +285,8 @@ def _pairs(recording:Path, text:Path)->list[tuple]:
     if text: raise ConfigError(f"{text}: the texts of a folder are beside its recordings, with their names and .txt; leave the text out")
     found = sorted(p for p in recording.iterdir() if p.suffix.lower() in AUDIO_SUFFIXES)
     if not found: raise ConfigError(f"{recording}: has no recordings ({', '.join(AUDIO_SUFFIXES)})")
-    if twice := [a for a,b in zip(found, found[1:]) if a.stem == b.stem]: raise ConfigError(f"{twice[0]}: another recording has this name, so they share one text; rename one, and its text")
+    if twice := [a for a,b in zip(found, found[1:]) if a.stem == b.stem]:
+        raise ConfigError(f"{twice[0]}: another recording has this name, so they share one text; rename one, and its text")
     return [(p, p.with_suffix(".txt")) for p in found]
 
 def load_ctc_model(
@@ -278,13 +294,15 @@ def load_ctc_model(
 ):               # with `log_probs` and `frame_seconds`
     "A model with CTC scores; `ConfigError` for any other."
     model = load_model(folder)
-    if not hasattr(model, "log_probs") or not hasattr(model, "frame_seconds"): raise ConfigError(f"{folder}: {type(model).__name__} has no CTC scores; use a model of a CTC family, such as conformer or wav2vec")
+    if not hasattr(model, "log_probs") or not hasattr(model, "frame_seconds"):
+        raise ConfigError(f"{folder}: {type(model).__name__} has no CTC scores; use a model of a CTC family, such as conformer or wav2vec")
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 def _summary(name:str, rows:list, sentences:list, seconds:float)->str:
     "One line about a recording."
     lost, kept = Counter(s.reason for s in sentences if s.reason), sum(r["duration"] for r in rows)
-    return (f"{name}: {len(sentences) - lost.total()} of {len(sentences)} sentences kept, as {len(rows)} utterances; {kept/60:.1f} of {seconds/60:.1f} min" +
+    return (f"{name}: {len(sentences) - lost.total()} of {len(sentences)} sentences kept, as {len(rows)} utterances; {kept/60:.1f} of "
+        f"{seconds/60:.1f} min" +
             (f"; dropped: {', '.join(f'{n} {reason}' for reason,n in lost.most_common())}" if lost else ""))
 
 def align_pairs(
@@ -303,15 +321,18 @@ def align_pairs(
                 if len(pairs) == 1: raise
                 errors.append(str(e)); print(f"ai2text align: {e}", file=sys.stderr)
                 continue
-            lost = [dict(source=sound.name, number=n, text=s.written, reason=s.reason, detail=s.detail, start=s.start, end=s.end, score=s.score) for n,s in enumerate(sentences, 1) if s.reason]
+            lost = [dict(source=sound.name, number=n, text=s.written, reason=s.reason, detail=s.detail, start=s.start, end=s.end,
+                score=s.score) for n,s in enumerate(sentences, 1) if s.reason]
             rows, dropped = rows + found, dropped + lost
-            recordings.append(dict(source=sound.name, seconds=seconds, sentences=len(sentences), utterances=len(found), kept_seconds=sum(r["duration"] for r in found), dropped=dict(Counter(d["reason"] for d in lost))))
+            recordings.append(dict(source=sound.name, seconds=seconds, sentences=len(sentences), utterances=len(found),
+                kept_seconds=sum(r["duration"] for r in found), dropped=dict(Counter(d["reason"] for d in lost))))
             print(_summary(sound.name, found, sentences, seconds))
         if not rows: raise ConfigError(f"none of {len(pairs)} recordings could be used; the first: {errors[0]}")
         write_jsonl(part/"manifest.jsonl", rows)
         write_jsonl(part/"report/dropped.jsonl", dropped)
         write_json(part/"report/align.json", dict(recordings=recordings, errors=errors))
-    print(f"{out}: {len(rows)} utterances, {sum(r['duration'] for r in rows)/3600:.2f} h; the dropped sentences are in {out/'report/dropped.jsonl'}. To train on it, add under `corpora` in params.yaml:\n"
+    print(f"{out}: {len(rows)} utterances, {sum(r['duration'] for r in rows)/3600:.2f} h; the dropped sentences are in "
+        f"{out/'report/dropped.jsonl'}. To train on it, add under `corpora` in params.yaml:\n"
           f"  {re.sub('[^a-z0-9_]', '_', out.name.lower())}:\n    source: nemo\n    path: {out}\n    transcripts: manifest.jsonl")
     return errors
 
@@ -322,7 +343,8 @@ def align_recordings(
     *,
     out:Path,            # folder to write: manifest.jsonl, utterances, report
     speaker:str="",      # speaker of all recordings; by default each recording is a speaker of its own
-    tolerance:float=-MIN_SCORE, # natural logs a token that a sentence may score below the recognised text, in its worst 8 tokens; less is stricter
+    # natural logs a token that a sentence may score below the recognised text, in its worst 8 tokens; less is stricter
+    tolerance:float=-MIN_SCORE,
     window:float=WINDOW_SECONDS, # s of a window; at most the length of the recordings that the model was trained on
     margin:float=0.2,    # s of a pause kept around an utterance, at most
 )->int:                  # exit status: 1 when one of several recordings could not be used
@@ -330,6 +352,7 @@ def align_recordings(
     if not tolerance > 0: raise ConfigError(f"--tolerance {tolerance:g}: give more than 0; {-MIN_SCORE:g} is usual")
     if not 3*OVERLAP <= window <= 120: raise ConfigError(f"--window {window:g}: give {3*OVERLAP:g} to 120 seconds")
     if not 0 <= margin <= 0.5: raise ConfigError(f"--margin {margin:g}: give 0 to 0.5 seconds")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ConfigError(f"{out}: already exists; give another folder, or delete it")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: already exists; give another folder, or delete it")
     pairs = _pairs(recording, text)
     return int(bool(align_pairs(load_ctc_model(model), pairs, out, speaker=speaker, tolerance=tolerance, window=window, margin=margin)))

@@ -26,7 +26,8 @@ def _best_path(
     forbidden_S = np.full(S, -np.inf) # skip from a token to the next without a blank
     forbidden_S[3::2] = np.where(labels_S[3::2] != labels_S[1:-2:2], 0., -np.inf)
     stars_K = np.asarray(stars_K, dtype=np.int64)
-    back_NS, jumped_NK, past = np.zeros((N, S), dtype=np.int8), np.zeros((N, len(stars_K)), bool), np.full(S + 2, -np.inf) # with two cells before the first state
+    # with two cells before the first state
+    back_NS, jumped_NK, past = np.zeros((N, S), dtype=np.int8), np.zeros((N, len(stars_K)), bool), np.full(S + 2, -np.inf)
     now = past[2:]
     for t in range(N):
         if t == 0: best = np.where(np.arange(S) < 2, 0., -np.inf)
@@ -69,13 +70,15 @@ def align_tokens(
     "The most probable frames of the tokens; `ValueError` if there are too few frames."
     N, L = len(log_probs_NV), len(tokens)
     if not L: return np.zeros((0, 2), dtype=np.int64)
-    if N*(2*L + 1) > MAX_CELLS: raise ValueError(f"{N:,} frames and {L:,} tokens are too many for one alignment; split the recording at silence")
+    if N*(2*L + 1) > MAX_CELLS:
+        raise ValueError(f"{N:,} frames and {L:,} tokens are too many for one alignment; split the recording at silence")
     labels_S = np.full(2*L + 1, BLANK_ID)
     labels_S[1::2] = tokens
     return _spans(_best_path(np.asarray(log_probs_NV), labels_S), L)
 
 # %% ../../nbs/decoding/05_alignment.ipynb #1b3997b8
-RUN, SKIP_COST, MIN_SCORE = 8, 6., -5. # tokens of a score; cost of skipping a sentence, natural log a token; lowest score of a right sentence
+# tokens of a score; cost of skipping a sentence, natural log a token; lowest score of a right sentence
+RUN, SKIP_COST, MIN_SCORE = 8, 6., -5.
 
 @dataclass(frozen=True)
 class Placement:
@@ -121,7 +124,8 @@ def matching_positions(
         for i in range(len(s) - length + 1): at.setdefault(s[i:i+length], []).append(i)
         return at
     ours, theirs = positions(recognised), positions(text)
-    pairs = sorted(((i, j) for part in ours.keys() & theirs.keys() if len(ours[part])*len(theirs[part]) <= most for i in ours[part] for j in theirs[part]), key=lambda pair: (pair[0], -pair[1]))
+    pairs = sorted(((i, j) for part in ours.keys() & theirs.keys()
+        if len(ours[part])*len(theirs[part]) <= most for i in ours[part] for j in theirs[part]), key=lambda pair: (pair[0], -pair[1]))
     lowest, at, before = [], [], [] # of the chains of each length: lowest last position, its pair; of each pair: the one before it
     for n,(_,j) in enumerate(pairs):
         k = bisect_left(lowest, j)
@@ -172,10 +176,13 @@ def align_texts(
     spelled = [symbols[i].replace(WORD_START, " ") for i in best_N[at]]
     recognised, frames_H = "".join(spelled), np.repeat(at, [len(s) for s in spelled])
     blocks, found = [(0, len(best_N), 0, len(texts))], []
-    for length in _LENGTHS: blocks = [part for block in blocks for part in (_split(block, recognised, frames_H, texts, length) if block[1] - block[0] > 2*_BLOCK else [block])]
+    for length in _LENGTHS:
+        blocks = [part for block in blocks for part in (_split(block, recognised, frames_H, texts, length)
+            if block[1] - block[0] > 2*_BLOCK else [block])]
     for start, stop, a, b in blocks:
         if 0 < (stop - start)*(2*sum(map(len, tokens[a:b])) + 1) <= MAX_CELLS:
-            found += [f and replace(f, first=f.first + start, after=f.after + start) for f in _align_confident(log_probs_NV[start:stop], tokens[a:b], skip, min_score)]
+            found += [f and replace(f, first=f.first + start, after=f.after + start) for f in _align_confident(log_probs_NV[start:stop],
+                tokens[a:b], skip, min_score)]
         else: found += [None]*(b - a)
         if progress: progress(stop)
     return found

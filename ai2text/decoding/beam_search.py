@@ -41,11 +41,14 @@ def read_symbols(
         tokens = []
         for number,line in enumerate(lines[:-1] if lines[-1] == "" else lines):
             symbol, _, id = line.rpartition(" ")
-            if not symbol or id != str(number): raise ConfigError(f"{where}, line {number + 1}: {line!r}; write a symbol, a space and the line's number from 0")
+            if not symbol or id != str(number):
+                raise ConfigError(f"{where}, line {number + 1}: {line!r}; write a symbol, a space and the line's number from 0")
             tokens.append(symbol)
     tokens = list(tokens)
-    if len(tokens) < 2 or len(set(tokens)) != len(tokens): raise ConfigError(f"{where}: {len(tokens)} symbols, {len(set(tokens))} different ones; give a blank and tokens, each once")
-    if inside := [s for s in tokens[1:] if WORD_START in s[1:]]: raise ConfigError(f"{where}: {inside[0]!r} has {WORD_START} inside; a token belongs to one word")
+    if len(tokens) < 2 or len(set(tokens)) != len(tokens):
+        raise ConfigError(f"{where}: {len(tokens)} symbols, {len(set(tokens))} different ones; give a blank and tokens, each once")
+    if inside := [s for s in tokens[1:] if WORD_START in s[1:]]:
+        raise ConfigError(f"{where}: {inside[0]!r} has {WORD_START} inside; a token belongs to one word")
     return tokens
 
 # %% ../../nbs/decoding/10_beam_search.ipynb #b163bbfc
@@ -147,7 +150,8 @@ def letter_tree(
     scores:list,      # of each word
     off:float,        # score off the tree
     letters:Letters,
-):                    # table (nodes, letters) of next nodes; word at each node or -1; best score below each. Node 0 is the root, 1 is off the tree
+# table (nodes, letters) of next nodes; word at each node or -1; best score below each. Node 0 is the root, 1 is off the tree
+):
     "A prefix tree of words as tables."
     children, word_at, best = [{}, {}], [-1, -1], [0., off]
     for number,(word,score) in enumerate(zip(words, scores)):
@@ -228,7 +232,8 @@ def tuned_weights(
     path = _weights_file(folder)
     if not path.is_file(): return {}
     found = read_json(path)
-    if not isinstance(found, dict) or any(type(found.get(k)) not in (int, float) for k in DEFAULTS): raise ConfigError(f"{path}: has no {', '.join(DEFAULTS)}; tune the language model again, or delete the file")
+    if not isinstance(found, dict) or any(type(found.get(k)) not in (int, float) for k in DEFAULTS):
+        raise ConfigError(f"{path}: has no {', '.join(DEFAULTS)}; tune the language model again, or delete the file")
     return {k: float(found[k]) for k in DEFAULTS}
 
 def save_weights(
@@ -245,8 +250,10 @@ def split_hotword(
 )->tuple:     # phrase, score or None
     "A hotword and its score; `ValueError` if it is invalid."
     *words, last = text.split() or [""]
-    if bad := [w for w in (*words, last) if re.match(r"#[-+.\d]", w)]: raise ValueError(f"hotword {text!r}: {bad[0]} is the threshold of a keyword spotter, not of a recogniser; leave it out")
-    if bad := [w for w in words if re.match(r":[-+.\w]", w)]: raise ValueError(f"hotword {text!r}: {bad[0]} is a score before words; write it last")
+    if bad := [w for w in (*words, last) if re.match(r"#[-+.\d]", w)]:
+        raise ValueError(f"hotword {text!r}: {bad[0]} is the threshold of a keyword spotter, not of a recogniser; leave it out")
+    if bad := [w for w in words if re.match(r":[-+.\w]", w)]:
+        raise ValueError(f"hotword {text!r}: {bad[0]} is a score before words; write it last")
     if not re.match(r":[-+.\w]", last): return text, None
     try: score = float(last[1:])
     except ValueError: score = math.nan
@@ -289,7 +296,9 @@ def check_words(
     letters, words = set("".join(symbols[1:])) - {WORD_START}, lm.words[len(SPECIAL_WORDS):]
     lost = [w for w in words if not letters.issuperset(w)]
     if len(words) - len(lost) <= MIN_SPELLABLE*len(words):
-        raise ConfigError(f"{lm.folder}: the recogniser's tokens can spell {len(words) - len(lost):,} of its {len(words):,} words" + (f", not {', '.join(map(repr, lost[:3]))}" if lost else "") + "; make it from text like the transcripts: lower-case, NFC, a space after each syllable, numbers in words")
+        raise ConfigError(f"{lm.folder}: the recogniser's tokens can spell {len(words) - len(lost):,} of its {len(words):,} words"
+            + (f", not {', '.join(map(repr, lost[:3]))}" if lost else "")
+            + "; make it from text like the transcripts: lower-case, NFC, a space after each syllable, numbers in words")
 
 # %% ../../nbs/decoding/10_beam_search.ipynb #9204d3aa
 def _normaliser_of(tokens)->Normaliser|None:
@@ -316,8 +325,10 @@ class Decoder:
     ):
         if isinstance(hotwords, str): raise ValueError(f"hotwords={hotwords!r}: give a list of texts")
         if beam < 0: raise ValueError(f"beam={beam}: give 1 or more prefixes, or 0 for greedy decoding")
-        if beam == 0 and (lm is not None or hotwords): raise ValueError("beam=0 is greedy and uses neither a language model nor hotwords; give a beam, such as 32")
-        self.symbols, self.beam, self.boost, self.min_prob, self.margin, self.frame_seconds = read_symbols(tokens), beam, boost, min_prob, margin, frame_seconds
+        if beam == 0 and (lm is not None or hotwords):
+            raise ValueError("beam=0 is greedy and uses neither a language model nor hotwords; give a beam, such as 32")
+        self.symbols, self.beam, self.boost, self.min_prob, self.margin, self.frame_seconds = (read_symbols(tokens), beam, boost, min_prob,
+            margin, frame_seconds)
         self.lm = lm if lm is None or isinstance(lm, LM) else load_lm(lm)
         given = dict(lm_weight=lm_weight, word_bonus=word_bonus, unknown=unknown)
         tuned = tuned_weights(self.lm.folder) if self.lm and self.lm.folder else {}
@@ -325,8 +336,13 @@ class Decoder:
         normaliser = _normaliser_of(tokens) if self.lm or hotwords else None
         if self.lm and "arpa" in self.lm.about:
             check_words(self.lm, self.symbols)
-            if not isinstance(tokens, (list, tuple)): warnings.warn(f"{self.lm.folder}: an ARPA file does not give the normaliser of its text (numbers, abbreviations, foreign names); it is assumed to be that of the recogniser's transcripts", stacklevel=2)
-        elif normaliser and self.lm: check_normaliser(self.lm.about.get("normaliser"), self.lm.folder or "the language model", f"make it again with `ai2text lm --normaliser {Path(tokens).parent if isinstance(tokens, (str, Path)) else 'FOLDER'}`, the folder of the model", normaliser)
+            if not isinstance(tokens, (list, tuple)):
+                warnings.warn(f"{self.lm.folder}: an ARPA file does not give the normaliser of its text (numbers, abbreviations, foreign "
+                    f"names); it is assumed to be that of the recogniser's transcripts", stacklevel=2)
+        elif normaliser and self.lm:
+            check_normaliser(self.lm.about.get("normaliser"), self.lm.folder or "the language model",
+                f"make it again with `ai2text lm --normaliser {Path(tokens).parent if isinstance(tokens, (str, Path)) else 'FOLDER'}`, "
+                f"the folder of the model", normaliser)
         self.hotwords = self._read_hotwords(hotwords, normaliser or NORMALISER)
         self._tables()
 
@@ -353,7 +369,8 @@ def _tables(self:Decoder):
     self.scorer = WordScorer(self.lm, self.hotwords, **self.weights)
     words = self.scorer.words
     letters = set("".join(spelled[1:]))
-    spellable = [i for i,word in enumerate(words) if i >= len(SPECIAL_WORDS)*bool(self.lm) and letters.issuperset(word)] # others cannot be recognised, and an ARPA file may have many
+    spellable = [i for i,word in enumerate(words) if i >= len(SPECIAL_WORDS)*bool(self.lm)
+        and letters.issuperset(word)] # others cannot be recognised, and an ARPA file may have many
     self.letters = Letters([*spelled[1:], *(word for phrase in self.hotwords for word in phrase), " "])
     self.width = max(map(len, spelled[1:]))
     self.spelled = np.full((len(spelled), self.width), self.letters.none)
@@ -373,10 +390,13 @@ def _tables(self:Decoder):
 @patch
 def _check(self:Decoder, log_probs_NV)->np.ndarray:
     x = np.asarray(log_probs_NV)
-    if x.ndim != 2 or x.shape[1] != len(self.symbols): raise ValueError(f"log probabilities of shape {x.shape}; give (frames, {len(self.symbols)}) of one utterance with this vocabulary")
+    if x.ndim != 2 or x.shape[1] != len(self.symbols):
+        raise ValueError(f"log probabilities of shape {x.shape}; give (frames, {len(self.symbols)}) of one utterance with this vocabulary")
     if x.dtype.kind != "f": raise ValueError(f"log probabilities of type {x.dtype}; give floating point numbers")
     x = x.astype(np.float64, copy=False)
-    if len(x) and not (x.max() <= 1e-3): raise ValueError("not log probabilities: " + ("NaN among them" if np.isnan(x).any() else f"{x.max():.3g} is above 0; apply log_softmax"))
+    if len(x) and not (x.max() <= 1e-3):
+        raise ValueError("not log probabilities: " + ("NaN among them" if np.isnan(x).any()
+            else f"{x.max():.3g} is above 0; apply log_softmax"))
     return x
 
 # %% ../../nbs/decoding/10_beam_search.ipynb #5886b3ec
@@ -413,7 +433,7 @@ def _advance(self:Decoder, p:Prefixes, y_V, tokens_E, history:list, scorer:WordS
         if self.hot is not None:
             hot = _walk(self.hot, np.where(closing, self.hot[p.hot, self.letters.columns[" "]][:,None], p.hot[:,None]), columns)
             worth, stay_worth = worth + self.credit.take(hot), stay_worth + self.credit.take(p.hot)
-    # sum the same letters with the same last token; the group takes its fields from the first: prefixes before extensions, better ones first
+    # sum the same letters with the same last token; a group takes the fields of its first member: prefixes first, then by rank
     rank = mass + worth
     least = max(rank.max(), (np.logaddexp(stay_blank, stay_token) + stay_worth).max()) - self.margin
     tried = np.flatnonzero(rank > least)
@@ -524,7 +544,9 @@ def _rebuild(symbols, lm, how): return Decoder(symbols, lm, **dict(how))
 @patch
 def __reduce__(self:Decoder):
     "Pickle the arguments; another process builds a decoder from them, once."
-    how = dict(self.weights, beam=self.beam, hotwords=tuple(" ".join(p) + (f" :{b!r}" if b != self.boost else "") for p,b in self.hotwords.items()), boost=self.boost, min_prob=self.min_prob, margin=self.margin, frame_seconds=self.frame_seconds)
+    how = dict(self.weights, beam=self.beam,
+        hotwords=tuple(" ".join(p) + (f" :{b!r}" if b != self.boost else "") for p,b in self.hotwords.items()), boost=self.boost,
+        min_prob=self.min_prob, margin=self.margin, frame_seconds=self.frame_seconds)
     return _rebuild, (tuple(self.symbols), self.lm, tuple(how.items()))
 
 # %% ../../nbs/decoding/10_beam_search.ipynb #6dddb111
@@ -536,7 +558,8 @@ class Word:
     end: float         # seconds
     confidence: float  # 0 to 1
 
-CONFIDENCE_SCALE = 0.5 # the search is overconfident; with half of each score the mean confidence on the demo's dev set equals the share of right words
+# the search is overconfident; with half of each score the mean confidence on the demo's dev set equals the share of right words
+CONFIDENCE_SCALE = 0.5
 
 @patch
 def _agreement(self:Decoder, hypothesis:list, x_NV)->np.ndarray:
@@ -556,7 +579,7 @@ def words(self:Decoder,
     hypothesis:Hypothesis, # from any decoder with this vocabulary
     log_probs_NV,          # of the same utterance
 )->list[Word]:
-    "The words with times and confidences: the agreement of the search's texts, or with `beam=0` the geometric mean of the token probabilities."
+    "The words with times and confidences: agreement of the texts of the search; with `beam=0` mean token probability (geometric)."
     x = self._check(log_probs_NV)
     groups = []
     for token,(first,after) in zip(hypothesis.tokens, align_tokens(x, hypothesis.tokens).tolist()):
@@ -565,8 +588,10 @@ def words(self:Decoder,
     groups = [word for word in groups if word]
     texts = [self.text([token for token,_,_ in word]) for word in groups]
     confidence = self._agreement(texts, x) if self.beam else np.exp([np.mean([x[a:b,t].max() for t,a,b in word]) for word in groups])
-    ends = [min(word[-1][2] + 1, after[0][1]) for word,after in zip(groups, [*groups[1:], [(None, len(x))]])] # one frame more than the last token: the word goes on
-    return [Word(name, round(word[0][1]*self.frame_seconds, 3), round(end*self.frame_seconds, 3), float(min(1., s))) for name,word,end,s in zip(texts, groups, ends, confidence)]
+    # one frame more than the last token: the word goes on
+    ends = [min(word[-1][2] + 1, after[0][1]) for word,after in zip(groups, [*groups[1:], [(None, len(x))]])]
+    return [Word(name, round(word[0][1]*self.frame_seconds, 3), round(end*self.frame_seconds, 3),
+        float(min(1., s))) for name,word,end,s in zip(texts, groups, ends, confidence)]
 
 # %% ../../nbs/decoding/10_beam_search.ipynb #2c55f109
 TUNE_STEPS = dict(lm_weight=0.2, word_bonus=0.6, unknown=2.) # of the first round
@@ -595,7 +620,8 @@ def tune(
     def wer(weights):
         key = tuple(round(v, 4) for v in weights.values())
         if key not in tried:
-            errors, words = word_errors(references, [h.text for h in Decoder(tokens, lm, **weights, **how).decode_all(log_probs, processes)])
+            errors, words = word_errors(references,
+                [h.text for h in Decoder(tokens, lm, **weights, **how).decode_all(log_probs, processes)])
             tried[key] = dict(weights, wer=errors/words)
             if show: show(tried[key])
         return tried[key]["wer"]
@@ -603,7 +629,8 @@ def tune(
     for n in range(rounds):
         for name,step in TUNE_STEPS.items():
             while True: # until no neighbour is better
-                around = [best | {name: v} for d in (-1, 1) if (v := round(best[name] + d*step/2**n, 4)) == v and (name != "lm_weight" or v > 0) and (name != "unknown" or v <= 0)]
+                around = [best | {name: v} for d in (-1, 1) if (v := round(best[name] + d*step/2**n, 4)) == v
+                    and (name != "lm_weight" or v > 0) and (name != "unknown" or v <= 0)]
                 better = min(around, key=wer)
                 if wer(better) >= wer(best): break
                 best = better

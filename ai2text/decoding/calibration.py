@@ -35,7 +35,7 @@ def fit_calibration(
     raw_N,   # confidences of words
     right_N, # whether each is right
 )->tuple:    # map (a, b), 0 <= a
-    "The maximum-likelihood map, by Newton's method, with Platt's smoothed targets (1999), so that a sample of right words alone gives no certainty."
+    "The maximum-likelihood map by Newton's method, with the smoothed targets of Platt (1999): no sample gives certainty."
     p_N, right_N = np.clip(raw_N, FLOOR, 1 - FLOOR), np.asarray(right_N, bool)
     yes, no = right_N.sum(), (~right_N).sum()
     X_N2, target_N = np.stack([np.log(p_N/(1 - p_N)), np.ones(len(p_N))], 1), np.where(right_N, (yes + 1)/(yes + 2), 1/(no + 2))
@@ -61,7 +61,8 @@ def reliability(
     "The non-empty bins."
     confidence_N, right_N = np.asarray(confidence_N, float), np.asarray(right_N, bool)
     at = np.minimum((confidence_N*bins).astype(int), bins - 1)
-    return [dict(low=k/bins, high=(k + 1)/bins, words=int((at == k).sum()), said=round(float(confidence_N[at == k].mean()), 4), came=round(float(right_N[at == k].mean()), 4)) for k in np.unique(at).tolist()]
+    return [dict(low=k/bins, high=(k + 1)/bins, words=int((at == k).sum()), said=round(float(confidence_N[at == k].mean()), 4),
+        came=round(float(right_N[at == k].mean()), 4)) for k in np.unique(at).tolist()]
 
 def calibration_error(
     rows:list, # of `reliability`
@@ -77,10 +78,13 @@ def learn_calibration(
     "Fit a map on one half and test it on the other."
     raw_N, right_N, held_N = np.asarray(raw_N, float), np.asarray(right_N, bool), np.asarray(held_N, bool)
     found = dict(map=None, words=len(held_N), held_out=int(held_N.sum()))
-    if (fewest := int(min(held_N.sum(), (~held_N).sum()))) < MIN_WORDS: return found | dict(why=f"half of dev has {fewest} words, but {MIN_WORDS} are needed: confidences are raw")
+    if (fewest := int(min(held_N.sum(), (~held_N).sum()))) < MIN_WORDS:
+        return found | dict(why=f"half of dev has {fewest} words, but {MIN_WORDS} are needed: confidences are raw")
     by, right = fit_calibration(raw_N[~held_N], right_N[~held_N]), right_N[held_N]
     for name,confidence_N in dict(raw=raw_N[held_N], mapped=calibrated(raw_N[held_N], by)).items():
         p = np.clip(confidence_N, FLOOR, 1 - FLOOR)
-        found[name] = dict(error=calibration_error(bins := reliability(confidence_N, right)), log_loss=round(float(-np.log(np.where(right, p, 1 - p)).mean()), 4), bins=bins)
-    if found["mapped"]["log_loss"] >= found["raw"]["log_loss"]: return found | dict(why="the map does not lower the log loss of the held-out half of dev: confidences are raw")
+        found[name] = dict(error=calibration_error(bins := reliability(confidence_N, right)),
+            log_loss=round(float(-np.log(np.where(right, p, 1 - p)).mean()), 4), bins=bins)
+    if found["mapped"]["log_loss"] >= found["raw"]["log_loss"]:
+        return found | dict(why="the map does not lower the log loss of the held-out half of dev: confidences are raw")
     return found | dict(map=list(by), why="")

@@ -28,9 +28,11 @@ def _manners(words:str, first:int=0):
 _ONES = {word: n for n, word in enumerate(DIGITS)}
 _GROUPS = {words: n for n in range(1000) for words in _manners(below_thousand(n))}
 _PAIRS = {words for words, n in _GROUPS.items() if 20 < n < 100 and words.count(" ") == 1 and "mươi" not in words} # hai bốn
-_TENTHS = {"mốt": 1, "hai": 2, "ba": 3, "tư": 4, "bốn": 4, "rưỡi": 5, "sáu": 6, "bảy": 7, "tám": 8, "chín": 9} # without `năm`, which also means year
+_TENTHS = {"mốt": 1, "hai": 2, "ba": 3, "tư": 4, "bốn": 4, "rưỡi": 5, "sáu": 6, "bảy": 7, "tám": 8,
+    "chín": 9} # without `năm`, which also means year
 _GROUPS |= {f"{DIGITS[n]} trăm {tail}": 100*n + 10*tenths for n in range(1, 10) for tail, tenths in _TENTHS.items()}
-_INNER = {f"{zeros}{words}": n for n in range(1, 100) for words in _manners(below_thousand(n)) for zeros in (("không trăm linh ", "linh ") if n < 10 else ("không trăm ",))}
+_INNER = {f"{zeros}{words}": n for n in range(1, 100) for words in _manners(below_thousand(n)) for zeros in (("không trăm linh ", "linh ")
+    if n < 10 else ("không trăm ",))}
 
 # %% ../../nbs/decoding/60_itn.ipynb #24e1b992
 _SCALES = {"nghìn": 10**3, "vạn": 10**4, "triệu": 10**6, "tỷ": 10**9, "tỉ": 10**9}
@@ -105,7 +107,8 @@ def _whole(
 # %% ../../nbs/decoding/60_itn.ipynb #af681259
 _YEAR_GOES_ON = frozenset("nay ngoái trước sau tới qua này kia học đầu cuối".split())
 _YEARS = {f"{DIGITS[y // 1000]} {DIGITS[y // 100 % 10]} {tail}": y for y in range(1000, 2100) # một chín tám tư
-          for tail in (f"{DIGITS[y // 10 % 10]} {DIGITS[y % 10]}", *(_manners(below_thousand(y % 100)) if y % 100 > 9 else [f"linh {DIGITS[y % 100]}"]))}
+          for tail in (f"{DIGITS[y // 10 % 10]} {DIGITS[y % 10]}",
+          *(_manners(below_thousand(y % 100)) if y % 100 > 9 else [f"linh {DIGITS[y % 100]}"]))}
 _MORE = _SCALES.keys() | set("mươi trăm phần rưỡi phẩy mốt lăm tư".split()) # words that continue a number after a digit
 
 def _year(w:list, i:int)->_Number|None:
@@ -113,7 +116,8 @@ def _year(w:list, i:int)->_Number|None:
     for k in (5, 4, 3):
         if (n := _YEARS.get(" ".join(w[i:i+k]))) and w[i+k] not in _ONES and w[i+k] not in _MORE: return _Number(str(n), i + k, n)
     n = _whole(w, i)
-    if n and 1000 <= n.value < 2100 and not _counted(w, n.end) and w[n.end] not in ("phẩy", "chấm", "phần"): return n._replace(text=str(n.value))
+    if n and 1000 <= n.value < 2100 and not _counted(w, n.end) and w[n.end] not in ("phẩy", "chấm", "phần"):
+        return n._replace(text=str(n.value))
 
 def _is_year(w:list, i:int)->bool:
     "Whether `năm` at a word means year."
@@ -139,7 +143,8 @@ def _joined(w:list, i:int, end:int)->str: return "".join(str(_ONES[word]) for wo
 # %% ../../nbs/decoding/60_itn.ipynb #8d9d2109
 _CUES = re.compile(rf"(?:^| ){any_of(f'{CALLED} {IDS} số mã phòng lớp chuyến quốc_lộ')}(?: \S+){{0,3}} $")
 _MATCH = re.compile(rf"(?:^| ){any_of(f'{SCORES} sơ_đồ')}(?: \S+){{0,5}} $")
-_PLACES = ((r"02\d{9}", (3, 7)), (r"0\d{9}", (4, 7)), (r"1[89]00\d{4}", (4,)), (r"[35789]\d{8}", (3, 6)), (r"\d{16}", (4, 8, 12))) # spaces in telephone, hotline and card numbers
+_PLACES = ((r"02\d{9}", (3, 7)), (r"0\d{9}", (4, 7)), (r"1[89]00\d{4}", (4,)), (r"[35789]\d{8}", (3, 6)),
+    (r"\d{16}", (4, 8, 12))) # spaces in telephone, hotline and card numbers
 
 def _before(w:list, i:int)->str:
     "The words before a word."
@@ -155,8 +160,10 @@ def _one_by_one(w:list, i:int)->tuple|None:
     "Telephone numbers, codes, years without `năm`."
     if w[i] == "cộng":
         land, end = _whole(w, i + 1), _run(w, i + 1)
-        if land and 10 <= land.value < 100 and (k := _run(w, land.end)) - land.end > 7: return f"+{land.value} {_spaced(_joined(w, land.end, k))}", k
-        return (f"+84 {_spaced(_joined(w, i + 3, end))}" if w[i+1:i+3] == ["tám", "bốn"] else f"+{_joined(w, i + 1, end)}", end) if end - i > 9 else None
+        if land and 10 <= land.value < 100 and (k := _run(w, land.end)) - land.end > 7:
+            return f"+{land.value} {_spaced(_joined(w, land.end, k))}", k
+        return (f"+84 {_spaced(_joined(w, i + 3, end))}" if w[i+1:i+3] == ["tám", "bốn"] else f"+{_joined(w, i + 1, end)}",
+            end) if end - i > 9 else None
     if w[i] == "sao":
         end = _run(w, i + 1)
         return (f"*{_joined(w, i + 1, end)}#", end + 1) if end > i + 2 and w[end] == "thăng" else None
@@ -197,9 +204,12 @@ def _number(w:list, i:int)->_Number|None:
     n = _whole(w, i)
     if n is None: return None
     if about := _about(w, i): return _Number("", max(n.end, about), 0)
-    if 10 <= n.value < 100 and (m := _whole(w, n.end)) and n.value < m.value <= n.value + 10: return m._replace(text="") # mười lăm hai mươi phút
+    if 10 <= n.value < 100 and (m := _whole(w, n.end)) and n.value < m.value <= n.value + 10:
+        return m._replace(text="") # mười lăm hai mươi phút
     fraction, end = _decimals(w, n.end + 1) if w[n.end] in ("phẩy", "chấm") else ("", n.end)
-    if not fraction: return n._replace(text=str(n.value)) if 1800 <= n.value < 2100 and not (_counted(w, n.end) or _unit(w, n.end)) else n # a year without `năm`
+    if not fraction:
+        # a year without `năm`
+        return n._replace(text=str(n.value)) if 1800 <= n.value < 2100 and not (_counted(w, n.end) or _unit(w, n.end)) else n
     text = f"{_dots(n.value)}{'.' if w[n.end] == 'chấm' and len(fraction) != 3 and n.value < 1000 else ','}{fraction}"
     while w[end] in _SCALES: text, end = f"{text} {w[end]}", end + 1
     return _Number(text, end, n.value)
@@ -210,7 +220,9 @@ _DIGIT_NOUNS = frozenset("phút giây độ lít tuổi điểm tấn tạ cân 
 _UNIT_SIGNS = {}
 for _sign, _name in UNITS.items():
     if _name not in _IN_WORDS: _UNIT_SIGNS.setdefault(_name, re.sub("(?<=[ms])[23]$", lambda m: "²³"[int(m[0]) - 2], _sign))
-for _a, _b in (("xen ti", "xăng ti"), ("gam", "gram"), ("ki lô", "kí lô"), ("am pe", "ampe"), ("mi crô", "muy crô"), ("ki lô ", "kilo"), ("mê ga ", "mega"), ("gi ga ", "giga"), ("tê ra ", "tera"), ("bai", "byte"), ("bít", "bit"), ("mét", "met")): _UNIT_SIGNS |= {name.replace(_a, _b): sign for name, sign in _UNIT_SIGNS.items()}
+for _a, _b in (("xen ti", "xăng ti"), ("gam", "gram"), ("ki lô", "kí lô"), ("am pe", "ampe"), ("mi crô", "muy crô"), ("ki lô ", "kilo"),
+    ("mê ga ", "mega"), ("gi ga ", "giga"), ("tê ra ", "tera"), ("bai", "byte"), ("bít", "bit"), ("mét", "met")):
+    _UNIT_SIGNS |= {name.replace(_a, _b): sign for name, sign in _UNIT_SIGNS.items()}
 _UNIT_SIGNS |= {"ki lô": "kg", "kí lô": "kg", "đô la mỹ": "USD", "ơ rô": "EUR"}
 
 def _name(w:list, i:int)->tuple|None:
@@ -228,7 +240,8 @@ def _height(w:list, n:_Number)->tuple|None:
     "1m70"
     if w[n.end] != "mét" or n.value > 2: return None
     m = _whole(w, n.end + 1)
-    if not m or not (9 < m.value < 100 or m.small and w[n.end+1] in _TENTHS) or _counted(w, m.end) or w[m.end] in _MORE or _unit(w, m.end): return None
+    if not m or not (9 < m.value < 100 or m.small and w[n.end+1] in _TENTHS) or _counted(w, m.end) or w[m.end] in _MORE or _unit(w, m.end):
+        return None
     return f"{n.value}m{m.value}", m.end
 
 def _needs_digit(w:list, i:int, n:_Number, unit:tuple|None)->bool:
@@ -246,7 +259,8 @@ def _amount(w:list, i:int)->tuple|None:
     if n is None or w[i] == "trừ" and w[n.end] != "độ": return None
     if not n.text: return "", n.end
     unit = _unit(w, n.end)
-    if n.end == first + 2 and " ".join(w[first:n.end]) in _PAIRS and (w[first+1] in _ONES or w[first+1] == "tư" and w[first] != "hai"): # hai bảy, ba tư: a number only before a unit or counted noun
+    if n.end == first + 2 and " ".join(w[first:n.end]) in _PAIRS and (w[first+1] in _ONES or w[first+1] == "tư"
+        and w[first] != "hai"): # hai bảy, ba tư: a number only before a unit or counted noun
         if not (unit or w[n.end] in _DIGIT_NOUNS or _counted(w, n.end)): return "", n.end
     if n.small and not (unit or w[n.end] in _DIGIT_NOUNS if sign else _needs_digit(w, i, n, unit)): return None
     if height := _height(w, n): return height
@@ -255,7 +269,8 @@ def _amount(w:list, i:int)->tuple|None:
 # %% ../../nbs/decoding/60_itn.ipynb #64eb45f4
 _PARTS_OF_DAY = frozenset("sáng trưa chiều tối đêm khuya".split())
 _DATE_CUES = _PARTS_OF_DAY | set("ngày mùng rằm hôm đến tới từ và lễ qua nay".split())
-_SEVERAL = frozenset("một hai ba bốn sáu bảy tám chín mười mấy vài mỗi hàng hằng nhiều các những cả".split()) # before tháng they count months
+# before tháng they count months
+_SEVERAL = frozenset("một hai ba bốn sáu bảy tám chín mười mấy vài mỗi hàng hằng nhiều các những cả".split())
 
 def _weekday(w:list, i:int)->tuple|None:
     "Numbers up to nine after `thứ` stay in words: thứ hai, thứ nhất."
@@ -297,10 +312,12 @@ def _clock(w:list, i:int)->tuple|None:
     if w[j] == "kém" and (m := _whole(w, j + 1)) and m.value < 60: return f"{n.value} giờ kém {m.value}", m.end
     zero = w[j] in ("không", "linh") and w[j+1] in _ONES # tám giờ không năm
     m = _whole(w, j + zero)
-    alone = m and not m.small and w[m.end] not in ("phẩy", "phần") and (not _counted(w, m.end) or w[m.end] == "ngày" and w[m.end+1] in _STARTS)
+    alone = m and not m.small and w[m.end] not in ("phẩy", "phần") and (not _counted(w, m.end) or w[m.end] == "ngày"
+        and w[m.end+1] in _STARTS)
     if m and m.value < 60 and (zero or alone or w[m.end] == "phút"):
         end = m.end + (w[m.end] == "phút")
-        if w[end-1] == "phút" and (s := _whole(w, end)) and s.value < 60 and w[s.end] == "giây": return f"{n.value}:{m.value:02}:{s.value:02}", s.end + 1
+        if w[end-1] == "phút" and (s := _whole(w, end)) and s.value < 60 and w[s.end] == "giây":
+            return f"{n.value}:{m.value:02}:{s.value:02}", s.end + 1
         return f"{n.value}h{m.value:02}", end
     return (f"{n.value} giờ", j) if n.value > 1 or w[j] in _PARTS_OF_DAY else None
 
@@ -314,7 +331,8 @@ def _share(w:list, i:int)->tuple|None:
     n = _whole(w, i)
     if not n or not n.value or w[n.end] not in ("phần", "trên"): return None
     m = _Number("4", n.end + 2, 4) if w[n.end+1] == "tư" else _whole(w, n.end + 1)
-    if not m or m.value < 2 or _is_year(w, n.end + 1) or n.value > m.value and w[i-1] in ("bài", "chương", "mục", "tập", "quyển"): return None
+    if not m or m.value < 2 or _is_year(w, n.end + 1) or n.value > m.value and w[i-1] in ("bài", "chương", "mục", "tập", "quyển"):
+        return None
     if w[n.end] == "phần": return f"{sign}{n.text}/{m.text}", m.end
     if w[i-1] == "lệ": return f"{n.text}:{m.text}", m.end
     return (f"{sign}{n.text}/{m.text}", m.end) if (m.value > 12 or m.value == 10) and not (_counted(w, m.end) or _unit(w, m.end)) else None
@@ -359,7 +377,8 @@ def written_words(
     "The words in written form; a number made of several words has their times and lowest confidence."
     spans = _spans([o.word for o in words])
     texts = [text for text, _, _ in spans]
-    return [replace(words[a], word=text, end=words[b].end, confidence=min(o.confidence for o in words[a:b+1])) for text, (_, a, b) in zip(_as_sentence(texts) if sentence else texts, spans)]
+    return [replace(words[a], word=text, end=words[b].end,
+        confidence=min(o.confidence for o in words[a:b+1])) for text, (_, a, b) in zip(_as_sentence(texts) if sentence else texts, spans)]
 
 def written(
     words:str|list,      # a transcript, or its `Word`s

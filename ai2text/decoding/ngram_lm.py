@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 from ..core.files import atomic_folder, atomic_write, read_json, sha256, write_json
 from ..core.params import ConfigError
 from ..core.parallel import in_parallel
-from ..text.normalise import NORMALISER, Normaliser, check_normaliser, find_normaliser, for_corpus, normaliser_name, unknown_characters
+from ..text.normalise import NORMALISER, Normaliser, check_normaliser, find_normaliser, for_corpus, normaliser_name
+from ..text.normalise import unknown_characters
 
 # %% ../../nbs/decoding/00_ngram_lm.ipynb #a8e0f5d9
 UNKNOWN_WORD, SENTENCE_START, SENTENCE_END = 0, 1, 2                # ids of the three special words
@@ -47,7 +48,8 @@ def count_grams(
     levels = [Grams(np.arange(words), np.zeros(words, np.int32), np.bincount(ids_T, minlength=words))]
     for n in range(2, order + 1):
         at = np.flatnonzero(depth_T >= n - 1)
-        keys, first, inverse, counts = np.unique(index_T[at - 1]*words + ids_T[at], return_index=True, return_inverse=True, return_counts=True)
+        keys, first, inverse, counts = np.unique(index_T[at - 1]*words + ids_T[at], return_index=True, return_inverse=True,
+            return_counts=True)
         levels.append(Grams(keys, index_T[at[first]].astype(np.int32), counts))
         index_T = index_T.copy()
         index_T[at] = inverse
@@ -97,7 +99,8 @@ def smooth(
         spread = np.bincount(context, np.where(kept, off, counts), len(total)).astype(float) # bincount of an empty array gives integers
         gamma = np.divide(spread, total, out=np.ones_like(total), where=total > 0)
         below = prob[grams.suffix] if n else np.where(from_start, 0, 1/max(1, words - 1))
-        prob = np.where(kept, (counts - off)/np.maximum(total[context], 1), 0) + gamma[context]*below # of one left out: its back-off probability
+        # of one left out: its back-off probability
+        prob = np.where(kept, (counts - off)/np.maximum(total[context], 1), 0) + gamma[context]*below
         if n: out[-1].backoff = np.log(gamma[kept_below]).astype(np.float32)
         with np.errstate(divide="ignore"): log_prob = np.log(prob[kept]).astype(np.float32)
         keys = place[context[kept]]*words + word[kept] if n else grams.keys
@@ -150,10 +153,12 @@ class LM:
         return total
 
     def __str__(self):
-        a, what = self.about, f"{self.order}-gram model of {len(self.words) - len(SPECIAL_WORDS):,} words, {' + '.join(f'{len(l.keys):,}' for l in self.levels)} n-grams, from "
+        a, what = (self.about,
+            f"{self.order}-gram model of {len(self.words) - len(SPECIAL_WORDS):,} words, {' + '.join(f'{len(l.keys):,}' for l in self.levels)} n-grams, from ")
         if "arpa" in a: return what + a["arpa"]
         return (what + f"{a['sentences']:,} sentences, {a['tokens']:,} words"
-                + (f"; {a['repeated']:,} repeated sentences counted once" if a["repeated"] else "") + (f"; {a['unknown']:,} unknown words" if a["unknown"] else ""))
+                + (f"; {a['repeated']:,} repeated sentences counted once" if a["repeated"] else "")
+                + (f"; {a['unknown']:,} unknown words" if a["unknown"] else ""))
 
 # %% ../../nbs/decoding/00_ngram_lm.ipynb #b15ee791
 def fit_lm(
@@ -166,7 +171,8 @@ def fit_lm(
     "Fit a model to sentences."
     min_count = tuple(min_count)
     if not 1 <= order <= MAX_ORDER: raise ConfigError(f"order={order}: give 3 or 4 (1 to {MAX_ORDER} are allowed)")
-    if not min_count or min(min_count) < 1 or list(min_count) != sorted(min_count): raise ConfigError(f"min_count={list(min_count)}: give numbers of 1 or more that do not decrease")
+    if not min_count or min(min_count) < 1 or list(min_count) != sorted(min_count):
+        raise ConfigError(f"min_count={list(min_count)}: give numbers of 1 or more that do not decrease")
     sentences = Counter(filter(None, texts))
     lines = list(sentences) if unique else list(sentences.elements())
     if not lines: raise ConfigError("no sentences; give text files with a sentence a line")
@@ -176,8 +182,10 @@ def fit_lm(
     ids = {word: i for i,word in enumerate(words)}
     ids_T = np.array([i for line in lines for i in (SENTENCE_START, *(ids.get(word, UNKNOWN_WORD) for word in line.split()), SENTENCE_END)])
     levels, taken = smooth(count_grams(ids_T, len(words), order), min_count)
-    return LM(words, levels, dict(order=order, words=len(known), grams=[len(l.keys) for l in levels], sentences=len(lines), repeated=sentences.total() - len(lines) if unique else 0, tokens=seen.total(),
-                                  unknown=int((ids_T == UNKNOWN_WORD).sum()), min_count=list(min_count), unique=unique, discounts=[list(map(float, d)) for d in taken], normaliser=normaliser_name(normaliser)))
+    return LM(words, levels, dict(order=order, words=len(known), grams=[len(l.keys) for l in levels], sentences=len(lines),
+        repeated=sentences.total() - len(lines) if unique else 0, tokens=seen.total(),
+                                  unknown=int((ids_T == UNKNOWN_WORD).sum()), min_count=list(min_count), unique=unique,
+                                  discounts=[list(map(float, d)) for d in taken], normaliser=normaliser_name(normaliser)))
 
 # %% ../../nbs/decoding/00_ngram_lm.ipynb #703f8321
 @patch
@@ -206,18 +214,22 @@ def save(self:LM,
 ):
     "Write the model."
     with atomic_folder(folder) as part:
-        save_file({f"{n}.{name}": np.ascontiguousarray(getattr(level, name), kind) for n,level in enumerate(self.levels, 1) for name,kind in ARRAYS.items()}, part/"lm.safetensors")
+        save_file({f"{n}.{name}": np.ascontiguousarray(getattr(level, name), kind) for n,level in enumerate(self.levels,
+            1) for name,kind in ARRAYS.items()}, part/"lm.safetensors")
         (part/"words.txt").write_text("".join(f"{word}\n" for word in self.words), "utf-8")
-        write_json(part/"lm.json", dict(format=LM_FORMAT, **self.about, files={name: sha256(part/name) for name in ("lm.safetensors", "words.txt")}))
+        write_json(part/"lm.json",
+            dict(format=LM_FORMAT, **self.about, files={name: sha256(part/name) for name in ("lm.safetensors", "words.txt")}))
 
 def _check_level(level:Level, below:int, words:int)->str:
     "The error in the arrays of an order; empty if there is none."
     G = len(level.keys)
     if any(len(getattr(level, name)) != G for name in ARRAYS): return "arrays of different lengths"
     if any(getattr(level, name).dtype != kind for name,kind in ARRAYS.items()): return "arrays of other types"
-    if G and (level.keys[0] < 0 or (np.diff(level.keys) <= 0).any() or level.keys[-1] >= below*words): return "keys out of order or of range"
+    if G and (level.keys[0] < 0 or (np.diff(level.keys) <= 0).any() or level.keys[-1] >= below*words):
+        return "keys out of order or of range"
     if G and (level.suffix.min() < 0 or level.suffix.max() >= below): return "suffixes out of range"
-    return "invalid log probabilities" if np.isnan(level.log_prob).any() or (level.log_prob > 1e-4).any() or not np.isfinite(level.backoff).all() else ""
+    return ("invalid log probabilities" if np.isnan(level.log_prob).any() or (level.log_prob > 1e-4).any()
+        or not np.isfinite(level.backoff).all() else "")
 
 def load_lm(
     folder, # of `build_lm`, or an ARPA file
@@ -225,22 +237,27 @@ def load_lm(
     "Read a model; `ConfigError` names the file and the fix."
     folder = Path(folder)
     if folder.is_file() or folder.name.endswith((".arpa", ".arpa.gz")): return read_arpa(folder)
-    if not (folder/"lm.json").is_file(): raise ConfigError(f"{folder}/lm.json: no such file; make a language model with `ai2text lm --text FILES --to {folder}`")
+    if not (folder/"lm.json").is_file():
+        raise ConfigError(f"{folder}/lm.json: no such file; make a language model with `ai2text lm --text FILES --to {folder}`")
     about = read_json(folder/"lm.json")
     again = f"make it again with `ai2text lm --to {folder}`"
-    if not isinstance(about, dict) or about.get("format") != LM_FORMAT: raise ConfigError(f"{folder}/lm.json: not a language model of format {LM_FORMAT}; {again}")
+    if not isinstance(about, dict) or about.get("format") != LM_FORMAT:
+        raise ConfigError(f"{folder}/lm.json: not a language model of format {LM_FORMAT}; {again}")
     check_normaliser(about.get("normaliser"), folder, again)
     for name in ("lm.safetensors", "words.txt"):
         if not (folder/name).is_file(): raise ConfigError(f"{folder/name}: no such file; {again}")
-        if sha256(folder/name) != about.get("files", {}).get(name): raise ConfigError(f"{folder/name}: its checksum differs from lm.json; {again}")
+        if sha256(folder/name) != about.get("files", {}).get(name):
+            raise ConfigError(f"{folder/name}: its checksum differs from lm.json; {again}")
     words = (folder/"words.txt").read_text("utf-8").splitlines()
     try:
         arrays = load_file(folder/"lm.safetensors")
         levels = [Level(**{name: arrays[f"{n}.{name}"] for name in ARRAYS}) for n in range(1, about["order"] + 1)]
     except (SafetensorError, KeyError) as e: raise ConfigError(f"{folder}/lm.safetensors: cannot be read ({e}); {again}") from e
     for n,level in enumerate(levels, 1):
-        if wrong := _check_level(level, len(levels[n-2].keys) if n > 1 else 1, len(words)): raise ConfigError(f"{folder}/lm.safetensors: order {n}: {wrong}; {again}")
-    if tuple(words[:3]) != SPECIAL_WORDS or len(words) != len(levels[0].keys) or len(set(words)) != len(words): raise ConfigError(f"{folder}/words.txt: not the words of this model; {again}")
+        if wrong := _check_level(level, len(levels[n-2].keys) if n > 1 else 1, len(words)):
+            raise ConfigError(f"{folder}/lm.safetensors: order {n}: {wrong}; {again}")
+    if tuple(words[:3]) != SPECIAL_WORDS or len(words) != len(levels[0].keys) or len(set(words)) != len(words):
+        raise ConfigError(f"{folder}/words.txt: not the words of this model; {again}")
     lm = LM(words, levels, {k: v for k,v in about.items() if k not in ("format", "files")})
     lm.folder = folder.resolve()
     return lm
@@ -263,20 +280,25 @@ def _numbered(path:Path):
     except FileNotFoundError: raise ConfigError(f"{path}: no such file; name an ARPA file, or a folder that `ai2text lm` wrote") from None
     with (gzip.open if packed else open)(path, "rb") as file:
         try: yield from enumerate(file, 1)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as e: raise ConfigError(f"{path}: corrupt or truncated ({e}); copy it again") from None
+        except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+            raise ConfigError(f"{path}: corrupt or truncated ({e}); copy it again") from None
 
 def _parse_arpa(path:Path)->tuple: # the words; for each order the ids (G, order), log10 probabilities and back-off weights
     "Parse an ARPA file line by line."
-    lines, counts, sections, words, ids = _numbered(path), [], [], list(SPECIAL_WORDS), {b"<UNK>": UNKNOWN_WORD} | {w.encode(): i for i,w in enumerate(SPECIAL_WORDS)}
+    lines, counts, sections, words, ids = (_numbered(path), [], [], list(SPECIAL_WORDS),
+        {b"<UNK>": UNKNOWN_WORD} | {w.encode(): i for i,w in enumerate(SPECIAL_WORDS)})
     def wrong(number, line, why): return ConfigError(f"{path}, line {number}: {line[:80].decode('utf-8', 'replace').strip()!r}: {why}")
-    if not any(line.strip() == b"\\data\\" for _,line in lines): raise ConfigError(f"{path}: not an ARPA file: it has no line \\data\\; give the text file of lmplz, not the binary of build_binary")
+    if not any(line.strip() == b"\\data\\" for _,line in lines):
+        raise ConfigError(f"{path}: not an ARPA file: it has no line \\data\\; give the text file of lmplz, not the binary of build_binary")
     number, line = 0, b""
     for number,line in lines:
         if found := re.fullmatch(rb"ngram\s+(\d+)\s*=\s*(\d+)\s*", line):
             counts.append(int(found[2]))
             if int(found[1]) != len(counts): raise wrong(number, line, f"order {len(counts)} is missing before it; copy the file again")
         elif line.strip(): break
-    if not 1 <= len(counts) <= MAX_ORDER: raise wrong(number, line, f"{len(counts)} orders before it; 1 to {MAX_ORDER} can be read; make the model with `lmplz -o 4`, for example")
+    if not 1 <= len(counts) <= MAX_ORDER:
+        raise wrong(number, line,
+            f"{len(counts)} orders before it; 1 to {MAX_ORDER} can be read; make the model with `lmplz -o 4`, for example")
     for n,count in enumerate(counts, 1):
         if line.strip() != (_SECTION % n).encode(): raise wrong(number, line, f"expected {_SECTION % n}; copy the file again")
         last, at, log_probs, backoffs = n == len(counts), array("i"), array("f"), array("f")
@@ -284,19 +306,28 @@ def _parse_arpa(path:Path)->tuple: # the words; for each order the ids (G, order
             if line[:1] == b"\\": break
             parts = line.split()
             if not parts: continue
-            if len(parts) != n + 1 and (last or len(parts) != n + 2): raise wrong(number, line, f"{len(parts)} fields; write a probability, {n} word{'s'*(n > 1)}{'' if last else ' and a back-off weight'}")
+            if len(parts) != n + 1 and (last or len(parts) != n + 2):
+                raise wrong(number, line,
+                    f"{len(parts)} fields; write a probability, {n} word{'s'*(n > 1)}{'' if last else ' and a back-off weight'}")
             try: log_prob, backoff = float(parts[0]), float(parts[n + 1]) if len(parts) > n + 1 else 0.
             except ValueError: raise wrong(number, line, "not a number first and last; write logarithms to base 10") from None
-            if not (-1e30 < log_prob <= 1e-4 and -1e30 < backoff < 1e30): raise wrong(number, line, "not logarithms to base 10 of a probability and of a back-off weight; write a probability of 0 as -99")
+            if not (-1e30 < log_prob <= 1e-4 and -1e30 < backoff < 1e30):
+                raise wrong(number, line,
+                    "not logarithms to base 10 of a probability and of a back-off weight; write a probability of 0 as -99")
             if n == 1 and parts[1] not in ids:
                 try: words.append(parts[1].decode())
                 except UnicodeDecodeError: raise wrong(number, line, "not UTF-8; convert the file, as by iconv -t UTF-8") from None
                 ids[parts[1]] = len(words) - 1
             try: at.extend([ids[word] for word in parts[1:n + 1]])
-            except KeyError as e: raise wrong(number, line, f"{e.args[0].decode('utf-8', 'replace')} is not a 1-gram; add it there, or remove the line") from None
+            except KeyError as e:
+                raise wrong(number, line,
+                    f"{e.args[0].decode('utf-8', 'replace')} is not a 1-gram; add it there, or remove the line") from None
             log_probs.append(log_prob); backoffs.append(backoff)
         else: number, line = number + 1, b""
-        if len(log_probs) != count: raise wrong(number, line, f"{len(log_probs):,} n-grams of order {n} before it, but {count:,} in `ngram {n}={count}`; copy the file again, or correct the number")
+        if len(log_probs) != count:
+            raise wrong(number, line,
+                f"{len(log_probs):,} n-grams of order {n} before it, but {count:,} in `ngram {n}={count}`; copy the file again, or "
+                f"correct the number")
         sections.append((np.array(at, np.int32).reshape(-1, n), np.array(log_probs, np.float32), np.array(backoffs, np.float32)))
     if line.strip() != b"\\end\\": raise wrong(number, line, "expected \\end\\; copy the file again")
     return words, sections
@@ -321,7 +352,8 @@ def _add_suffixes(sections:list, words:int)->list:
         for column in both.T[1:]: code = np.unique(code*words + column, return_inverse=True)[1] # a number for each different prefix
         missing = ~np.isin(code, code[:len(present)])
         new = both[missing][np.unique(code[missing], return_index=True)[1]]
-        sections[n - 2] = np.concatenate([present, new]), np.concatenate([log_probs, np.full(len(new), np.nan, np.float32)]), np.concatenate([backoffs, np.zeros(len(new), np.float32)])
+        sections[n - 2] = np.concatenate([present, new]), np.concatenate([log_probs,
+            np.full(len(new), np.nan, np.float32)]), np.concatenate([backoffs, np.zeros(len(new), np.float32)])
     return sections
 
 def read_arpa(
@@ -339,11 +371,14 @@ def read_arpa(
         log_prob, backoff = log_prob*np.float32(_LN10), backoff*np.float32(_LN10)
         name = lambda row, ids_GN=ids_GN: " ".join(words[i] for i in ids_GN[row])
         context, suffix = (_indices(ids_GN[:,:-1], levels, W), _indices(ids_GN[:,1:], levels, W)) if n > 1 else (0, np.zeros(W, np.int64))
-        if n > 1 and len(lost := np.flatnonzero(context < 0)): raise ConfigError(f"{path}: {name(lost[0])!r} is an n-gram, but its context {name(lost[0]).rpartition(' ')[0]!r} is not; add that with the back-off weight 0, or remove this one")
+        if n > 1 and len(lost := np.flatnonzero(context < 0)):
+            raise ConfigError(f"{path}: {name(lost[0])!r} is an n-gram, but its context {name(lost[0]).rpartition(' ')[0]!r} is not; add "
+                f"that with the back-off weight 0, or remove this one")
         keys = context*W + ids_GN[:,-1]
         if n > 1: log_prob = np.where(np.isnan(log_prob), levels[-1].backoff[context] + levels[-1].log_prob[suffix], log_prob)
         order = keys.argsort(kind="stable")
-        if len(twice := np.flatnonzero(np.diff(keys[order]) == 0)): raise ConfigError(f"{path}: {name(order[twice[0]])!r} is there twice; keep one")
+        if len(twice := np.flatnonzero(np.diff(keys[order]) == 0)):
+            raise ConfigError(f"{path}: {name(order[twice[0]])!r} is there twice; keep one")
         levels.append(Level(keys[order], suffix[order].astype(np.int32), log_prob[order], backoff[order]))
     levels[0].log_prob[SENTENCE_START] = -np.inf # never predicted, whatever the file has
     lm = LM(words, levels, dict(order=len(levels), words=W - len(SPECIAL_WORDS), grams=[len(l.keys) for l in levels], arpa=path.name))
@@ -355,7 +390,8 @@ def write_arpa(self:LM,
     path, # gzipped if its name ends in .gz
 ):
     "Write the model as an ARPA file."
-    with atomic_write(path, "wb") as raw, (gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if str(path).endswith(".gz") else contextlib.nullcontext(raw)) as file:
+    with atomic_write(path, "wb") as raw, (gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if str(path).endswith(".gz")
+        else contextlib.nullcontext(raw)) as file:
         file.write(("\\data\\\n" + "".join(f"ngram {n}={len(level.keys)}\n" for n,level in enumerate(self.levels, 1))).encode())
         texts = []
         for n,level in enumerate(self.levels, 1):
@@ -374,13 +410,15 @@ def _sentences(path:Path)->list[str]:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     except FileNotFoundError: raise ConfigError(f"{path}: no such file; give text files with a sentence a line, or manifests") from None
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as e: raise ConfigError(f"{path}: cannot be read as text ({e}); save it as UTF-8") from None
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as e:
+        raise ConfigError(f"{path}: cannot be read as text ({e}); save it as UTF-8") from None
     lines = io.StringIO(text).readlines() # str.splitlines would also split at rare separators
     if path.name.removesuffix(".gz").rpartition(".")[2] != "jsonl": return lines
     out = []
     for number,line in enumerate(lines, 1):
         try: out.append(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError): raise ConfigError(f"{path}, line {number}: not a JSON object with a `text`; give a manifest, or name the file .txt") from None
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{path}, line {number}: not a JSON object with a `text`; give a manifest, or name the file .txt") from None
         if not isinstance(out[-1], str): raise ConfigError(f"{path}, line {number}: text is a {type(out[-1]).__name__}; write a string")
     return out
 
@@ -397,10 +435,13 @@ def build_lm(
     "Make a language model from text files."
     if not text: raise ConfigError("no text files; give at least one")
     normaliser, _ = find_normaliser(normaliser)
-    if normaliser is None: raise ConfigError("normaliser=none: the text must be normalised like the transcripts; give the normaliser.json of the model, or leave it out")
+    if normaliser is None:
+        raise ConfigError("normaliser=none: the text must be normalised like the transcripts; give the normaliser.json of the model, or "
+            "leave it out")
     paths = [Path(p) for p in text]
     raw = {p: _sentences(p) for p in paths}
-    clean = (text for p,lines in raw.items() for text in in_parallel(for_corpus(normaliser, lines), lines, processes, label=p.name, unit="sentences", group=2000))
+    clean = (text for p,lines in raw.items() for text in in_parallel(for_corpus(normaliser, lines), lines, processes, label=p.name,
+        unit="sentences", group=2000))
     lm = fit_lm(clean, order, min_count, unique, normaliser)
     lm.about |= dict(sources=[dict(name=p.name, sentences=len(lines), sha256=sha256(p)) for p,lines in raw.items()])
     lm.save(to)

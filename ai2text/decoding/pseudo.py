@@ -33,8 +33,11 @@ def _listed(path:Path)->list[dict]:
     "The recordings of a list: name, and speaker, id, offset, duration, channel where given."
     if path.suffix in (".jsonl", ".json"):
         rows = [where | row for where,row in json_lines(path)]
-        return [{k: row[k] for k in ("id", "speaker", "offset", "duration", "channel", "reason", "detail") if row.get(k) not in (None, "")} | dict(name=os.path.join(os.path.abspath(path.parent), str(row.get("audio_filepath", "")))) for row in rows]
-    if path.suffix in (".tsv", ".csv"): return [{k: row[k] for k in ("speaker", "reason", "detail") if row.get(k)} | dict(name=row.get("audio", "")) for row in read_table(path)]
+        return [{k: row[k] for k in ("id", "speaker", "offset", "duration", "channel", "reason", "detail") if row.get(k) not in (None, "")}
+            | dict(name=os.path.join(os.path.abspath(path.parent), str(row.get("audio_filepath", "")))) for row in rows]
+    if path.suffix in (".tsv", ".csv"):
+        return [{k: row[k] for k in ("speaker", "reason", "detail") if row.get(k)}
+            | dict(name=row.get("audio", "")) for row in read_table(path)]
     return [dict(name=line.strip()) for _,line in read_lines(path)]
 
 def find_recordings(
@@ -46,7 +49,8 @@ def find_recordings(
     if not path.exists(): raise ConfigError(f"path: {path}: no such folder or list; give a folder of recordings, or a list of them")
     folder = path if path.is_dir() else Path(root)/Path(cfg.folder).expanduser() if cfg.folder else path.parent
     if not folder.is_dir(): raise ConfigError(f"folder: {folder}: no such folder; give the folder of the recordings of {path}")
-    found = [dict(name=str(p.relative_to(path))) for p in sorted(path.rglob("*")) if p.suffix.lower() in AUDIO_SUFFIXES] if path.is_dir() else _listed(path)
+    found = [dict(name=str(p.relative_to(path))) for p in sorted(path.rglob("*"))
+        if p.suffix.lower() in AUDIO_SUFFIXES] if path.is_dir() else _listed(path)
     files, rows, rejects, seen = Files(folder), [], [], set()
     for row in found:
         name = row.pop("name")
@@ -56,9 +60,12 @@ def find_recordings(
         if "reason" not in row and id in seen: row |= dict(reason="duplicate id", detail="an earlier recording has the same name")
         if reason and "reason" not in row: row |= dict(reason=reason, detail=f"{name}; set folder to the folder of the recordings")
         seen.add(id)
-        if "reason" in row: rejects.append(dict(id=id, reason=row["reason"], detail=row.get("detail", ""), file=path.name, audio_filepath=name))
+        if "reason" in row:
+            rejects.append(dict(id=id, reason=row["reason"], detail=row.get("detail", ""), file=path.name, audio_filepath=name))
         else: rows.append(row | dict(id=id, path=at, speaker=str(row.get("speaker", ""))))
-    if not rows: raise ConfigError(f"path: {path}: has no existing recording" + (f"; the first: {rejects[0]['audio_filepath']}: {rejects[0]['reason']}" if rejects else f" ({', '.join(AUDIO_SUFFIXES)})"))
+    if not rows:
+        raise ConfigError(f"path: {path}: has no existing recording"
+            + (f"; the first: {rejects[0]['audio_filepath']}: {rejects[0]['reason']}" if rejects else f" ({', '.join(AUDIO_SUFFIXES)})"))
     return rows, rejects
 
 # %% ../../nbs/decoding/40_pseudo.ipynb #c70fc7f9
@@ -69,8 +76,10 @@ def _segments(rows:list[dict], longest:float, rejects:list):
     "(row, number, start, samples) of each segment of the recordings; a recording that cannot be read goes to the rejects."
     for row in rows:
         try:
-            for number,(start,wave_T) in enumerate(pieces(read_blocks(row["path"], **piece_of(row)), longest)): yield row, number, start, wave_T
-        except (AudioError, OSError) as e: rejects.append(dict(id=row["id"], reason="unreadable audio", detail=str(e), file=os.path.basename(row["path"])))
+            for number,(start,wave_T) in enumerate(pieces(read_blocks(row["path"], **piece_of(row)), longest)):
+                yield row, number, start, wave_T
+        except (AudioError, OSError) as e:
+            rejects.append(dict(id=row["id"], reason="unreadable audio", detail=str(e), file=os.path.basename(row["path"])))
 
 def _batches(utterances, seconds:float, ahead:int=10):
     "Batches of utterances of similar length, up to `seconds` with padding; sorted among `ahead` batches that are read ahead."
@@ -102,14 +111,16 @@ def transcribe_recordings(
     longest:float=LONGEST,
     batch_seconds:float=60.,
     second:float|None=0., # confidence from which an utterance is decoded a second time; None = never
-):                        # an iterator of dict(row, number, start, duration, text, confidence, differs); differs is None without a second decoding
+# an iterator of dict(row, number, start, duration, text, confidence, differs); differs is None without a second decoding
+):
     "Transcribe recordings, with confidence and agreement."
     device = next(iter(model.parameters())).device
     def transcribe(waves): return model.transcribe(collate(waves, [""]*len(waves), list(map(str, range(len(waves))))).to(device))
     with tqdm(desc="transcribing", unit=" utterances", disable=None) as bar:
         for batch in _batches(_segments(rows, longest, rejects), batch_seconds):
             first = transcribe([wave_T for *_,wave_T in batch])
-            found = [dict(row=row, number=n, start=start, duration=len(wave_T)/SAMPLE_RATE, text=h.text, confidence=min(1., math.exp(h.score)), differs=None) for (row,n,start,wave_T),h in zip(batch, first)]
+            found = [dict(row=row, number=n, start=start, duration=len(wave_T)/SAMPLE_RATE, text=h.text,
+                confidence=min(1., math.exp(h.score)), differs=None) for (row,n,start,wave_T),h in zip(batch, first)]
             if again := [i for i,f in enumerate(found) if second is not None and f["text"] and f["confidence"] >= second]:
                 others = transcribe([resample(batch[i][-1], SAMPLE_RATE, SAMPLE_RATE*FASTER[0]//FASTER[1]) for i in again])
                 read = for_corpus(model.tokenizer.normaliser, [found[i]["text"] for i in again])
@@ -122,7 +133,8 @@ AGREEMENTS = 0., 0.1, 0.2, 0.3, 1.
 THRESHOLDS = 0., 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98
 
 def confidence_curve(
-    found:list,         # dicts with text, confidence, differs and duration, as of `transcribe_recordings`; errors and words where references exist
+    # dicts with text, confidence, differs and duration, as of `transcribe_recordings`; errors and words where references exist
+    found:list,
     agreement:float=1., # of `PseudoConfig`; below 1 utterances without a second decoding are left out
     thresholds=THRESHOLDS,
 )->list[dict]:          # threshold, utterances, kept (share of the speech), hours, wer (of what is kept; None without references)
@@ -131,7 +143,8 @@ def confidence_curve(
     for t in thresholds:
         mine = [f for f in found if f["text"] and f["confidence"] >= t and agrees(f, agreement)]
         words, seconds = sum(f.get("words", 0) for f in mine), sum(f["duration"] for f in mine)
-        rows.append(dict(threshold=t, utterances=len(mine), kept=seconds/total if total else 0., hours=seconds/3600, wer=sum(f["errors"] for f in mine)/words if words else None))
+        rows.append(dict(threshold=t, utterances=len(mine), kept=seconds/total if total else 0., hours=seconds/3600,
+            wer=sum(f["errors"] for f in mine)/words if words else None))
     return rows
 
 def agrees(
@@ -155,11 +168,18 @@ def load_teacher(
 def _explain_nothing_kept(found:list, cfg:PseudoConfig, where:str)->str:
     "The error if no transcript was kept."
     spoken, label = [f for f in found if f["text"]], lambda f: f"{f['row']['id']}, {f['text'][:60]!r}"
-    if not spoken: return f"{where}.path: {cfg.path}: the teacher {cfg.teacher} recognised no word in {len(found)} utterances ({sum(f['duration'] for f in found)/60:.1f} min); check that they are Vietnamese speech, or use a better teacher"
+    if not spoken:
+        return (f"{where}.path: {cfg.path}: the teacher {cfg.teacher} recognised no word in {len(found)} utterances "
+            f"({sum(f['duration'] for f in found)/60:.1f} min); check that they are Vietnamese speech, or use a better teacher")
     best = max(spoken, key=lambda f: f["confidence"])
-    if best["confidence"] < cfg.threshold: return f"{where}.threshold: {cfg.threshold:g}, but the highest confidence of {len(spoken)} transcripts is {best['confidence']:.3f} ({label(best)}); lower it if `ai2text pseudo {cfg.teacher}` shows an acceptable WER on dev there, or use a better teacher"
+    if best["confidence"] < cfg.threshold:
+        return (f"{where}.threshold: {cfg.threshold:g}, but the highest confidence of {len(spoken)} transcripts is "
+            f"{best['confidence']:.3f} ({label(best)}); lower it if `ai2text pseudo {cfg.teacher}` shows an acceptable WER on dev there, "
+            f"or use a better teacher")
     near = min((f for f in spoken if f["differs"] is not None), key=lambda f: f["differs"])
-    return f"{where}.agreement: {cfg.agreement:g}, but of {sum(f['differs'] is not None for f in spoken)} transcripts above the threshold the one closest to its second decoding differs in {near['differs']:.0%} of its words ({label(near)}); raise it, or use a better teacher"
+    return (f"{where}.agreement: {cfg.agreement:g}, but of {sum(f['differs'] is not None for f in spoken)} transcripts above the "
+        f"threshold the one closest to its second decoding differs in {near['differs']:.0%} of its words ({label(near)}); raise it, or "
+        f"use a better teacher")
 
 def _reject_reason(f:dict, cfg:PseudoConfig)->tuple|None:
     "Why an utterance is rejected: reason and detail, or None."
@@ -178,25 +198,33 @@ def make_pseudo(
     "Write `manifest.jsonl` and `rejects.jsonl`; `ConfigError` if nothing is kept."
     where, out_dir, folder = f"pseudo.{name}", Path(os.path.abspath(out_dir)), Path(root)/Path(cfg.teacher).expanduser()
     if folder.name in trained and folder.resolve().parent == Layout(root).model("M").resolve().parent:
-        raise ConfigError(f"{where}.teacher: {cfg.teacher} is trained by this pipeline, on the labels that it would write: a cycle; copy it to teachers/{folder.name}, `dvc add` the copy, and name that")
+        raise ConfigError(f"{where}.teacher: {cfg.teacher} is trained by this pipeline, on the labels that it would write: a cycle; copy "
+            f"it to teachers/{folder.name}, `dvc add` the copy, and name that")
     try:
         rows, rejects = find_recordings(cfg, root)
         model = model or load_teacher(folder)
     except ConfigError as e: raise ConfigError(f"{where}.{'' if str(e).startswith(('path:', 'folder:')) else 'teacher: '}{e}") from e
-    found = sorted(transcribe_recordings(model, rows, rejects, longest=cfg.longest, batch_seconds=cfg.batch_seconds, second=cfg.threshold if cfg.agreement < 1 else None), key=lambda f: (f["row"]["id"], f["number"]))
-    if not found: raise ConfigError(f"{where}.path: {cfg.path}: none of {len(rows)} recordings can be read; the first: {rejects[0]['id']}: {rejects[0]['detail']}")
+    found = sorted(transcribe_recordings(model, rows, rejects, longest=cfg.longest, batch_seconds=cfg.batch_seconds,
+        second=cfg.threshold if cfg.agreement < 1 else None), key=lambda f: (f["row"]["id"], f["number"]))
+    if not found:
+        raise ConfigError(f"{where}.path: {cfg.path}: none of {len(rows)} recordings can be read; the first: {rejects[0]['id']}: "
+            f"{rejects[0]['detail']}")
     times, facts, kept = Counter(f["row"]["id"] for f in found), {}, []
     digest = sha256(folder/"model.safetensors")[:16] if (folder/"model.safetensors").is_file() else ""
     for f in found:
         row, worth = f["row"], {k: round(f[k], 4) for k in ("confidence", "differs") if f[k] is not None}
         at = row["path"] if Path(cfg.folder or cfg.path).is_absolute() else os.path.relpath(row["path"], out_dir)
-        about = dict(id=f"{name}-{row['id']}" + (f"-{f['number']:04d}" if times[row["id"]] > 1 else ""), audio_filepath=at, text_raw=f["text"], speaker=row["speaker"], split="train", duration=round(f["duration"], 6)) | worth
-        if left := _reject_reason(f, cfg): rejects.append(dict(reason=left[0], detail=left[1], file=os.path.basename(row["path"])) | about); continue
+        about = dict(id=f"{name}-{row['id']}" + (f"-{f['number']:04d}" if times[row["id"]] > 1 else ""), audio_filepath=at,
+            text_raw=f["text"], speaker=row["speaker"], split="train", duration=round(f["duration"], 6)) | worth
+        if left := _reject_reason(f, cfg):
+            rejects.append(dict(reason=left[0], detail=left[1], file=os.path.basename(row["path"])) | about); continue
         if at not in facts:
-            with Recording(row["path"]) as r: facts[at] = dict(sample_rate=r.rate, channels=r.channels, sha256=sha256(row["path"]), bytes=os.path.getsize(row["path"]))
+            with Recording(row["path"]) as r:
+                facts[at] = dict(sample_rate=r.rate, channels=r.channels, sha256=sha256(row["path"]), bytes=os.path.getsize(row["path"]))
         if "offset" in row or times[row["id"]] > 1: about["offset"] = round(float(row.get("offset", 0)) + f["start"], 6)
         if "channel" in row: about["channel"] = row["channel"]
-        kept.append(about | facts[at] | (dict(channels=1) if "channel" in row else {}) | dict(corpus=name, teacher=f"{folder.name} {digest}".strip()))
+        kept.append(about | facts[at] | (dict(channels=1) if "channel" in row else {})
+            | dict(corpus=name, teacher=f"{folder.name} {digest}".strip()))
     if not kept: raise ConfigError(_explain_nothing_kept(found, cfg, where))
     with atomic_folder(out_dir) as part:
         write_jsonl(part/"manifest.jsonl", kept)
@@ -211,9 +239,11 @@ def score_teacher(
     **how,          # arguments of `transcribe_recordings`
 )->list[dict]:      # of `transcribe_recordings`, with errors and words
     "Transcribe utterances with human transcripts, and count word errors."
-    found = list(transcribe_recordings(model, [row | dict(path=os.path.join(folder, row["audio_filepath"])) for row in rows], lost := [], longest=_MOST, **how))
+    found = list(transcribe_recordings(model, [row | dict(path=os.path.join(folder, row["audio_filepath"])) for row in rows], lost := [],
+        longest=_MOST, **how))
     if lost: raise ConfigError(f"{lost[0]['id']}: {lost[0]['detail']}; run `dvc repro`, or give another manifest")
-    read, reference = (for_corpus(model.tokenizer.normaliser, texts) for texts in ([f["text"] for f in found], [f["row"]["text"] for f in found]))
+    read, reference = (for_corpus(model.tokenizer.normaliser, texts) for texts in ([f["text"] for f in found],
+        [f["row"]["text"] for f in found]))
     for f in found:
         out = jiwer.process_words([reference(f["row"]["text"])], [read(f["text"])])
         f |= dict(errors=out.substitutions + out.deletions + out.insertions, words=out.hits + out.substitutions + out.deletions)
@@ -231,9 +261,14 @@ def pseudo_curve(
     manifest = Path(manifest) if manifest else Layout(root or find_root()).manifest("dev")
     if not manifest.is_file(): raise ConfigError(f"{manifest}: no such file; run the prepare stage, or give another prepared manifest")
     rows = read_jsonl(manifest)
-    if not rows or not all(isinstance(row.get("text"), str) for row in rows): raise ConfigError(f"{manifest}: {'no utterances' if not rows else 'an utterance without text'}; give a prepared manifest, such as data/prepared/dev.jsonl")
-    found = score_teacher(load_teacher(Path(teacher)), rows[::max(1, len(rows)//utterances) if utterances else 1][:utterances or None], manifest.parent, second=0. if second else None)
+    if not rows or not all(isinstance(row.get("text"), str) for row in rows):
+        raise ConfigError(f"{manifest}: {'no utterances' if not rows else 'an utterance without text'}; give a prepared manifest, such "
+            f"as data/prepared/dev.jsonl")
+    found = score_teacher(load_teacher(Path(teacher)), rows[::max(1, len(rows)//utterances) if utterances else 1][:utterances or None],
+        manifest.parent, second=0. if second else None)
     curves = {a: confidence_curve(found, a) for a in (AGREEMENTS if second else AGREEMENTS[-1:])}
     cell = lambda row: f"{row['kept']:.0%}" + ("" if row["wer"] is None else f", WER {row['wer']:.1%}")
-    head = [f"{manifest}: {len(found)} utterances, {sum(f['duration'] for f in found)/60:.1f} min, WER {sum(f['errors'] for f in found)/max(1, sum(f['words'] for f in found)):.1%}.", "Share of the speech kept, and its WER, by threshold (rows) and agreement (columns):"]
-    return "\n".join([*head, columns([["", *(f"{a:g}" for a in curves)], *([f"{t:g}", *(cell(curve[n]) for curve in curves.values())] for n,t in enumerate(THRESHOLDS))])])
+    head = ([f"{manifest}: {len(found)} utterances, {sum(f['duration'] for f in found)/60:.1f} min, WER {sum(f['errors'] for f in found)/max(1, sum(f['words'] for f in found)):.1%}.", "Share of the speech kept, and its WER, by threshold (rows) and agreement (columns):"])
+    return "\n".join([*head,
+        columns([["", *(f"{a:g}" for a in curves)],
+        *([f"{t:g}", *(cell(curve[n]) for curve in curves.values())] for n,t in enumerate(THRESHOLDS))])])

@@ -33,7 +33,8 @@ def text_scores(
     if not len(log_probs_NV): return [-math.inf if text else 0. for text in texts]
     scores_NBV = log_probs_NV.float().cpu()[:,None].expand(-1, len(texts), -1)
     lengths = torch.tensor([len(text) for text in texts])
-    losses = nnf.ctc_loss(scores_NBV, torch.tensor([i for text in texts for i in text], dtype=torch.long), torch.full_like(lengths, len(log_probs_NV)), lengths, blank=BLANK_ID, reduction="none")
+    losses = nnf.ctc_loss(scores_NBV, torch.tensor([i for text in texts for i in text], dtype=torch.long),
+        torch.full_like(lengths, len(log_probs_NV)), lengths, blank=BLANK_ID, reduction="none")
     return [-loss for loss in losses.tolist()]
 
 def reading_scores(
@@ -81,8 +82,10 @@ def score_all_readings(
             scores_BNV, frames = model.log_probs(collate(waves, [""]*len(batch), [row["id"] for row in batch]).to(device))
             for row,scores_NV,n in zip(batch, scores_BNV, frames.tolist()):
                 readings = [text for text in row["readings"] if not unknown_characters(text)] or row["readings"][:1]
-                chosen, lead = choose_reading(reading_scores(scores_NV[:n], [model.tokenizer.encode(text) for text in readings]), margin) if len(readings) > 1 else (0, math.inf)
-                yield dict(id=row["id"], text=readings[chosen], first=readings[chosen] == row["readings"][0], margin=round(lead, 2) if math.isfinite(lead) else None, readings=len(row["readings"]))
+                chosen, lead = choose_reading(reading_scores(scores_NV[:n], [model.tokenizer.encode(text) for text in readings]),
+                    margin) if len(readings) > 1 else (0, math.inf)
+                yield dict(id=row["id"], text=readings[chosen], first=readings[chosen] == row["readings"][0],
+                    margin=round(lead, 2) if math.isfinite(lead) else None, readings=len(row["readings"]))
             bar.update(len(batch))
 
 # %% ../../nbs/decoding/30_readings.ipynb #526ed7b7
@@ -98,15 +101,21 @@ def choose_readings(
     layout = Layout(root or find_root())
     if not math.isfinite(margin) or margin < 0: raise ConfigError(f"--margin {margin:g}: give 0 or more")
     configured = load_params(layout.root/"params.yaml").get("prepare", {}).get("spoken")
-    if not out and not configured: raise ConfigError(f"{layout.root/'params.yaml'}: prepare.spoken is empty; name a file there, such as ai2text/spoken.jsonl, or give --out")
+    if not out and not configured:
+        raise ConfigError(f"{layout.root/'params.yaml'}: prepare.spoken is empty; name a file there, such as ai2text/spoken.jsonl, or "
+            f"give --out")
     out = Path(out) if out else layout.root/Path(configured).expanduser()
     rows = []
     for split in splits:
-        if not layout.manifest(split).is_file(): raise ConfigError(f"{layout.manifest(split)}: no such file; run the prepare stage, or give --splits train, dev or test")
+        if not layout.manifest(split).is_file():
+            raise ConfigError(f"{layout.manifest(split)}: no such file; run the prepare stage, or give --splits train, dev or test")
         rows += read_jsonl(layout.manifest(split))
-    if not any("readings" in row for row in rows): raise ConfigError(f"{layout.prepared}: no utterance of {', '.join(splits)} has several readings, so there is nothing to choose")
+    if not any("readings" in row for row in rows):
+        raise ConfigError(f"{layout.prepared}: no utterance of {', '.join(splits)} has several readings, so there is nothing to choose")
     found = sorted(score_all_readings(load_ctc_model(model), rows, layout.prepared, margin), key=lambda f: f["id"])
     write_jsonl(out, found)
     changed, sure = sum(not f["first"] for f in found), sum(f["margin"] is None or f["margin"] >= margin for f in found)
-    return (f"{out}: {len(found)} of {len(rows)} utterances have several readings; in {changed} another than the first was spoken, {sure} are decided by {margin:g} or more. " +
-            ("Run `dvc repro`: prepare uses it" if out == layout.root/Path(configured or "").expanduser() else "Set prepare.spoken in params.yaml to it") + ", and the models are trained again")
+    return (f"{out}: {len(found)} of {len(rows)} utterances have several readings; in {changed} another than the first was spoken, "
+        f"{sure} are decided by {margin:g} or more. " +
+            ("Run `dvc repro`: prepare uses it" if out == layout.root/Path(configured or "").expanduser()
+            else "Set prepare.spoken in params.yaml to it") + ", and the models are trained again")

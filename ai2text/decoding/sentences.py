@@ -44,7 +44,8 @@ def _lines(text:str)->list[str]:
     "Its lines, wrapped ones joined."
     lines = [line.strip() for line in text.splitlines()]
     goes_on = [bool(a and b and a[-1] not in ".!?…" and b[0].islower()) for a,b in zip(lines, lines[1:])]
-    if 2*sum(goes_on) < sum(bool(a and b) for a,b in zip(lines, lines[1:])) or not re.search(r"[.!?…](\s|$)", text): return [line for line in lines if line]
+    if 2*sum(goes_on) < sum(bool(a and b) for a,b in zip(lines, lines[1:])) or not re.search(r"[.!?…](\s|$)", text):
+        return [line for line in lines if line]
     for i in range(len(goes_on) - 1, -1, -1):
         if goes_on[i]: lines[i:i+2] = [" ".join(lines[i:i+2])]
     return [line for line in lines if line]

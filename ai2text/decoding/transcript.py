@@ -43,7 +43,8 @@ def cues(words)->list:
     out = []
     for w in words:
         shown = out[-1] if out else None
-        if shown and w.start - shown[-1].end < GAP and w.end - shown[0].start <= CUE and len(" ".join(s.word for s in shown)) + 1 + len(w.word) <= LINE: shown.append(w)
+        if shown and w.start - shown[-1].end < GAP and w.end - shown[0].start <= CUE and len(" ".join(s.word for s in shown)) + 1 + len(w.word) <= LINE:
+            shown.append(w)
         else: out.append([w])
     return out
 
@@ -55,11 +56,14 @@ def subtitles(
     def clock(seconds):
         ms = round(seconds*1000)
         return f"{ms//3_600_000:02}:{ms//60_000 % 60:02}:{ms//1000 % 60:02}{mark}{ms % 1000:03}"
-    for shown in cues(words): yield f"{clock(shown[0].start)} --> {clock(max(shown[-1].end, shown[0].start + 0.001))}", " ".join(w.word for w in shown)
+    for shown in cues(words):
+        yield f"{clock(shown[0].start)} --> {clock(max(shown[-1].end, shown[0].start + 0.001))}", " ".join(w.word for w in shown)
 
 FORMATS = dict(
     txt=lambda t: "".join(line + "\n" for line in t.lines if line),
-    json=lambda t: json.dumps(dict(file=t.file, **dict(channel=t.channel) if t.channel else {}, duration=round(t.duration, 3), text=t.text, confidence=round(t.confidence, 4),
-        words=[dict(word=w.word, start=round(w.start, 3), end=round(w.end, 3), confidence=round(w.confidence, 4)) for w in t.words]), ensure_ascii=False) + "\n",
+    json=lambda t: json.dumps(dict(file=t.file, **dict(channel=t.channel) if t.channel else {}, duration=round(t.duration, 3), text=t.text,
+    confidence=round(t.confidence, 4),
+        words=[dict(word=w.word, start=round(w.start, 3), end=round(w.end, 3), confidence=round(w.confidence, 4)) for w in t.words]),
+        ensure_ascii=False) + "\n",
     srt=lambda t: "\n".join(f"{n}\n{time}\n{text}\n" for n,(time,text) in enumerate(subtitles(t.words, ","), 1)),
     vtt=lambda t: "WEBVTT\n" + "".join(f"\n{time}\n{escape(text, quote=False)}\n" for time,text in subtitles(t.words, ".")))
