@@ -173,7 +173,8 @@ def filter_entries(
         if "reason" not in entry and (found := _reject_reason(entry, files, seen, folder)): entry |= dict(zip(("reason", "detail"), found))
         if "reason" in entry: rejects.append(as_reject(entry))
         else: entries.append(entry)
-    if len(entries) > 1 and only_numbers(entry["text_raw"] for entry in entries) and any(set(".:") & set(entry["text_raw"]) for entry in entries):
+    texts = [entry["text_raw"] for entry in entries]
+    if len(texts) > 1 and only_numbers(texts) and any(set(".:") & set(text) for text in texts):
         raise ConfigError(f"{source}: the transcripts are times or numbers, as {entries[0]['text_raw']!r} of {place_of(entries[0])}; set "
             f"columns or path to the transcripts")
     return entries, rejects
@@ -272,7 +273,8 @@ def make_corpus(
             if "reason" in facts: rejects.append(as_reject(entry | facts))
             else: rows += _rows(name, entry, facts, None if Path(cfg.path).is_absolute() else out_dir, cfg.channel)
         if problem := _find_empty(rows, rejects):
-            raise ConfigError(f"corpora.{name}: {source or cfg.path or cfg.source}: {problem}{'' if rows else _path_hint(cfg, rejects) + _source_hint(cfg, source)}")
+            hints = "" if rows else _path_hint(cfg, rejects) + _source_hint(cfg, source)
+            raise ConfigError(f"corpora.{name}: {source or cfg.path or cfg.source}: {problem}{hints}")
         write_jsonl(folder/"rejects.jsonl", rejects)
         write_jsonl(folder/"manifest.jsonl", rows)
     return len(rows), len(rejects)

@@ -127,7 +127,8 @@ def import_huggingface(cfg:CorpusConfig, source:Path|None):
     if url: files = _hub_files(url)
     elif source.is_file(): files = [(source.name, lambda: source)]
     else: files = [(name, lambda path=path: _arrow().memory_map(str(path))) for name,path in _saved_files(source)] or [
-        (name, lambda name=name: source/name) for name in _one_subset(sorted(p.relative_to(source).as_posix() for p in source.rglob("*.parquet")), str(source))]
+        (name, lambda name=name: source/name)
+        for name in _one_subset(sorted(p.relative_to(source).as_posix() for p in source.rglob("*.parquet")), str(source))]
     if not files:
         raise ConfigError(f"{source}: has no parquet file and nothing that save_to_disk wrote; path must name {import_huggingface.__doc__}")
     taken, done, by_split = set(), 0, any(split_of(*name.split("/")[::-1]) for name,_ in files)

@@ -33,7 +33,8 @@ def import_common_voice(cfg:CorpusConfig, source:Path):
     "a language's folder of a Common Voice release, with clips/ and train.tsv or validated.tsv in it, as cv-corpus-21.0/vi"
     tables = [name for name in ("test.tsv", "dev.tsv", "train.tsv") if (source/name).is_file()] or ["validated.tsv"]
     if not (source/"clips").is_dir() or not (cfg.transcripts or (source/tables[0]).is_file()):
-        raise ConfigError(f"{source}: has no {'clips/' if (source/tables[0]).is_file() else 'test.tsv, dev.tsv, train.tsv, validated.tsv'}; path must name {import_common_voice.__doc__}")
+        lacking = "clips/" if (source/tables[0]).is_file() else "test.tsv, dev.tsv, train.tsv, validated.tsv"
+        raise ConfigError(f"{source}: has no {lacking}; path must name {import_common_voice.__doc__}")
     for table in [cfg.transcripts] if cfg.transcripts else tables:
         for entry in read_table(list_path(source, table, cfg.transcripts), cfg.columns):
             name = entry.get("audio", "")
@@ -185,7 +186,7 @@ def _split_at(parts)->int|None:
     return next((n for n,part in enumerate(parts) if re.split("[-_]", part.lower())[0] in SPLIT_NAMES), None)
 
 def import_folder(cfg:CorpusConfig, source:Path):
-    "a folder of recordings, each with a .txt beside it (or .srt, .vtt, .TextGrid, .lab with times); folders within are speakers, or splits with speakers in them"
+    "a folder of recordings, each with a .txt beside it (or .srt, .vtt, .TextGrid, .lab with times); subfolders are speakers or splits"
     files, folders = Files(source), []
     for folder,below,names in os.walk(source):
         below.sort()

@@ -138,8 +138,10 @@ def check_segment_columns(where, names, rows:list[dict], columns=()):
     if "offset" not in meant or not {"end", "duration"} & {*meant}: meant = {k: v for k,v in meant.items() if k == "channel"}
     if "end" in meant: meant.pop("duration", None)
     if meant:
+        mapping = ", ".join(f"{ours}: {theirs}" for ours,theirs in meant.items())
         raise ConfigError(f"{where}: {len(audio)} rows name {len({*audio})} recordings, and {', '.join(map(str, meant.values()))} seem "
-            f"to be times or channels of segments. Add to this corpus in params.yaml: `columns: {{{', '.join(f'{ours}: {theirs}' for ours,theirs in meant.items())}}}` (s; channels left, right or numbers from 0)")
+            f"to be times or channels of segments. Add to this corpus in params.yaml: `columns: {{{mapping}}}` "
+            "(s; channels left, right or numbers from 0)")
 
 _LINES = 20 # at most, of a record with a quoted field
 _NUMBER = re.compile(r"[\d\s.,:;/+-]*")

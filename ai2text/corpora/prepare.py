@@ -80,13 +80,13 @@ class ReadingCounts:
     def rows(self,
         most:int=50, # rows of a kind
     )->dict:         # kind -> utterances, times, rows (written, read, others, times, id, text)
-        "For stats.json."
+        "The counts for stats.json."
         out = {}
         for kind,utterances in self.texts.items():
             mine = sorted(((key, n) for key,n in self.counts.items() if key[0] == kind), key=lambda x: (-x[1], x[0]))
             out[kind] = dict(utterances=utterances, times=sum(n for _,n in mine),
                 rows=[dict(written=written, read=words, others=" | ".join(others), times=n, id=self.first[key][0], text=self.first[key][1])
-                                                                                         for key,n in mine[:most] for _,written,words,others in [key]])
+                    for key,n in mine[:most] for _,written,words,others in [key]])
         return dict(sorted(out.items()))
 
 # %% ../../nbs/corpora/50_prepare.ipynb #3437900e

@@ -115,7 +115,8 @@ def read_sentences(
         elif unknown := unknown_characters(s.text): s.reason, s.detail = "unknown characters", " ".join(sorted(unknown))
     if not any(s.text for s in found): raise ConfigError(f"{path}: has no words; write the transcript of the recording into it")
     if all(s.reason for s in found):
-        raise ConfigError(f"{path}: each of its {len(found)} sentences has characters without a token ({next(s.detail for s in found if s.detail)}); give the transcript in Vietnamese")
+        detail = next(s.detail for s in found if s.detail)
+        raise ConfigError(f"{path}: each of its {len(found)} sentences has characters without a token ({detail}); give the transcript in Vietnamese")
     return found
 
 # %% ../../nbs/decoding/20_align.ipynb #08cb5702
@@ -343,8 +344,7 @@ def align_recordings(
     *,
     out:Path,            # folder to write: manifest.jsonl, utterances, report
     speaker:str="",      # speaker of all recordings; by default each recording is a speaker of its own
-    # natural logs a token that a sentence may score below the recognised text, in its worst 8 tokens; less is stricter
-    tolerance:float=-MIN_SCORE,
+    tolerance:float=-MIN_SCORE, # natural log a token, how far below the recognised text its worst 8 tokens may score; less is stricter
     window:float=WINDOW_SECONDS, # s of a window; at most the length of the recordings that the model was trained on
     margin:float=0.2,    # s of a pause kept around an utterance, at most
 )->int:                  # exit status: 1 when one of several recordings could not be used

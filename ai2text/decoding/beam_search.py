@@ -150,8 +150,7 @@ def letter_tree(
     scores:list,      # of each word
     off:float,        # score off the tree
     letters:Letters,
-# table (nodes, letters) of next nodes; word at each node or -1; best score below each. Node 0 is the root, 1 is off the tree
-):
+):                    # (nodes, letters) next node; word at each node or -1; best score below it. Node 0 is the root, 1 is off the tree
     "A prefix tree of words as tables."
     children, word_at, best = [{}, {}], [-1, -1], [0., off]
     for number,(word,score) in enumerate(zip(words, scores)):

@@ -153,8 +153,8 @@ class LM:
         return total
 
     def __str__(self):
-        a, what = (self.about,
-            f"{self.order}-gram model of {len(self.words) - len(SPECIAL_WORDS):,} words, {' + '.join(f'{len(l.keys):,}' for l in self.levels)} n-grams, from ")
+        a, grams = self.about, " + ".join(f"{len(level.keys):,}" for level in self.levels)
+        what = f"{self.order}-gram model of {len(self.words) - len(SPECIAL_WORDS):,} words, {grams} n-grams, from "
         if "arpa" in a: return what + a["arpa"]
         return (what + f"{a['sentences']:,} sentences, {a['tokens']:,} words"
                 + (f"; {a['repeated']:,} repeated sentences counted once" if a["repeated"] else "")
@@ -366,7 +366,9 @@ def read_arpa(
     seen = np.bincount(sections[0][0][:,0], minlength=W)
     for i in np.flatnonzero(seen != 1)[:1].tolist():
         if seen[i]: raise ConfigError(f"{path}: {words[i]!r} is a 1-gram {seen[i]} times; keep one")
-        raise ConfigError(f"{path}: {words[i]} is not a 1-gram; add a line for it, such as {'-7' if i == UNKNOWN_WORD else '-99'}<tab>{words[i]}, and 1 to `ngram 1={len(sections[0][0])}`" + (", or make the model with KenLM, or SRILM's -unk" if i == UNKNOWN_WORD else ""))
+        log10, other = ("-7", ", or make the model with KenLM, or SRILM's -unk") if i == UNKNOWN_WORD else ("-99", "")
+        raise ConfigError(f"{path}: {words[i]} is not a 1-gram; add a line for it, such as {log10}<tab>{words[i]}, "
+            f"and 1 to `ngram 1={len(sections[0][0])}`{other}")
     for n,(ids_GN,log_prob,backoff) in enumerate(_add_suffixes(sections, W), 1):
         log_prob, backoff = log_prob*np.float32(_LN10), backoff*np.float32(_LN10)
         name = lambda row, ids_GN=ids_GN: " ".join(words[i] for i in ids_GN[row])

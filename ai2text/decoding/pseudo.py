@@ -111,8 +111,7 @@ def transcribe_recordings(
     longest:float=LONGEST,
     batch_seconds:float=60.,
     second:float|None=0., # confidence from which an utterance is decoded a second time; None = never
-# an iterator of dict(row, number, start, duration, text, confidence, differs); differs is None without a second decoding
-):
+):                        # yields dict(row, number, start, duration, text, confidence, differs (None without a second decoding))
     "Transcribe recordings, with confidence and agreement."
     device = next(iter(model.parameters())).device
     def transcribe(waves): return model.transcribe(collate(waves, [""]*len(waves), list(map(str, range(len(waves))))).to(device))
@@ -133,8 +132,7 @@ AGREEMENTS = 0., 0.1, 0.2, 0.3, 1.
 THRESHOLDS = 0., 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98
 
 def confidence_curve(
-    # dicts with text, confidence, differs and duration, as of `transcribe_recordings`; errors and words where references exist
-    found:list,
+    found:list,         # dicts of `transcribe_recordings`; with errors and words where references exist
     agreement:float=1., # of `PseudoConfig`; below 1 utterances without a second decoding are left out
     thresholds=THRESHOLDS,
 )->list[dict]:          # threshold, utterances, kept (share of the speech), hours, wer (of what is kept; None without references)
@@ -268,7 +266,9 @@ def pseudo_curve(
         manifest.parent, second=0. if second else None)
     curves = {a: confidence_curve(found, a) for a in (AGREEMENTS if second else AGREEMENTS[-1:])}
     cell = lambda row: f"{row['kept']:.0%}" + ("" if row["wer"] is None else f", WER {row['wer']:.1%}")
-    head = ([f"{manifest}: {len(found)} utterances, {sum(f['duration'] for f in found)/60:.1f} min, WER {sum(f['errors'] for f in found)/max(1, sum(f['words'] for f in found)):.1%}.", "Share of the speech kept, and its WER, by threshold (rows) and agreement (columns):"])
+    minutes, wer = sum(f["duration"] for f in found)/60, sum(f["errors"] for f in found)/max(1, sum(f["words"] for f in found))
+    head = [f"{manifest}: {len(found)} utterances, {minutes:.1f} min, WER {wer:.1%}.",
+        "Share of the speech kept, and its WER, by threshold (rows) and agreement (columns):"]
     return "\n".join([*head,
         columns([["", *(f"{a:g}" for a in curves)],
         *([f"{t:g}", *(cell(curve[n]) for curve in curves.values())] for n,t in enumerate(THRESHOLDS))])])

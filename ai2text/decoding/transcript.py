@@ -43,7 +43,8 @@ def cues(words)->list:
     out = []
     for w in words:
         shown = out[-1] if out else None
-        if shown and w.start - shown[-1].end < GAP and w.end - shown[0].start <= CUE and len(" ".join(s.word for s in shown)) + 1 + len(w.word) <= LINE:
+        near = shown and w.start - shown[-1].end < GAP and w.end - shown[0].start <= CUE
+        if near and len(" ".join(s.word for s in shown)) + 1 + len(w.word) <= LINE:
             shown.append(w)
         else: out.append([w])
     return out
