@@ -97,17 +97,20 @@ def _legend(ax): ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxe
 
 # %% ../../nbs/ttq/30_plots.ipynb #dd6a8ff6
 def _boxes(log:dict, ax, scale:float):
-    "A box a milestone, labelled at its upper right corner: green achieved, ochre late, orange missed, blue pending."
+    "A box a milestone: green achieved, ochre late, orange missed, blue pending. Labels stand where the curve is not: right of a crossing, or at the left end."
     left, right = ax.get_xlim()
     for i,m in enumerate(log["milestones"]):
         colour, budget, wer = COLOURS[m["state"]], m["budget_hours"]*scale, m["wer"]
-        end = min(budget, right)
-        ax.fill_between([left, end], wer, ax.get_ylim()[0], color=colour, alpha=.08, lw=0)
+        ax.fill_between([left, min(budget, right)], wer, ax.get_ylim()[0], color=colour, alpha=.08, lw=0)
         ax.plot([left, budget, budget], [wer, wer, 1e-9], color=colour, lw=1.6, label="" if i else "milestone: target WER, time budget")
-        width = ax.transAxes.inverted().transform(ax.transData.transform((end, wer)))[0]
-        at, side, shift = (end, "right", -3) if width > .2 else (left, "left", 3)
+        at, shift, side, below = left, 3, "left", False
+        if "elapsed_hours" in m:
+            at = m["elapsed_hours"]*scale
+            below = ax.transAxes.inverted().transform(ax.transData.transform((at, wer)))[0] > .75
+            shift, side = (-8, "right") if below else (8, "left")
         label = f"{wer:.0%} in {spell_hours(m['budget_hours'])}{MARKS[m['state']]}" + (" →" if budget > right else "")
-        ax.annotate(label, (at, wer), xytext=(shift, 2), textcoords="offset points", ha=side, va="bottom", fontsize=8, color=colour, weight="bold", zorder=6)
+        ax.annotate(label, (at, wer), xytext=(shift, -2 if below else 2), textcoords="offset points", ha=side, va="top" if below else "bottom",
+                    fontsize=8, color=colour, weight="bold", zorder=6)
     for i,a in enumerate(log["achieved"]):
         colour = COLOURS[ACHIEVED if a["within_budget"] else LATE]
         ax.plot(a["elapsed_hours"]*scale, a["achieved_wer"], "*", ms=12, mec=colour, mew=1.2, mfc=colour if a["confirmed"] else "none", ls="none", zorder=5,
@@ -139,7 +142,7 @@ def _cost_axis(log:dict, ax, scale:float):
     hours = np.concatenate([[0.], ends])
     cost = np.concatenate([[0.], np.cumsum(np.diff(hours)*[price for _,price in attempts])])
     axis = ax.secondary_xaxis("top", functions=(lambda x: np.interp(np.asarray(x)/scale, hours, cost), lambda c: np.interp(c, cost, hours)*scale))
-    axis.set_xlabel("cost, in the currency of train.price_per_hour")
+    axis.set_xlabel("cost, in the currency of the price")
 
 # %% ../../nbs/ttq/30_plots.ipynb #a67f36fb
 def _cost_until(log:dict, hours:float): # None without a price
