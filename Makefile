@@ -7,8 +7,8 @@
 #   make benchmarks  run every benchmark on tiny data
 #   make compare  train three families of models from scratch, five minutes each, and recommend one
 #   make report  all reports, the comparison and the milestones as HTML, in _site
-#   make s3     an S3 server on this machine, for the remote `minio`
-#   make docs   documentation as HTML, in _docs; needs quarto
+#   make s3     a real S3 server on this machine, for the remote `minio`
+#   make docs   the library's notebooks as a site, in _docs; needs quarto
 #   make lab    JupyterLab with this project's kernel
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -108,7 +108,7 @@ s3: $(STAMP)
 lab: $(STAMP)
 	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $(LAB_ARGS)
 
-# Without stages and benchmarks, which are published as reports; tutorials with their committed outputs.
+# Stages and benchmarks are read as reports, so they are not among the pages; tutorials are, as they were committed.
 docs: $(STAMP)
 	@command -v quarto >/dev/null || { echo "error: no quarto on this machine's PATH; install it from https://quarto.org" >&2; exit 1; }
 	@$(BIN)/nbdev_proc_nbs --skip_folder_re '^[_.]|^stages$$|^benchmarks$$|^tutorials$$'
