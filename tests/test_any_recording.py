@@ -1,6 +1,7 @@
 "Every kind of recording and every wrong header has one length, one text and one verdict in corpus, prepare, shards, transcribe and stream."
 import io
 import json
+from collections import Counter
 from itertools import permutations
 
 import numpy as np
@@ -74,7 +75,8 @@ def bundle(tmp_path_factory): return toy_bundle(tmp_path_factory.mktemp("toy")/"
 def paths(folder): return {path.name: path for path in sorted((folder/"raw").rglob("*.*")) if path.suffix != ".txt"}
 
 
-def is_correct(name, seconds, text, number): return abs(seconds - len(whistle(SPOKEN[number])[0])/RATE) < 0.08 and text.split() == SPOKEN[number].split()
+def is_correct(seconds, text, number):
+    return abs(seconds - len(whistle(SPOKEN[number])[0])/RATE) < 0.08 and text.split() == SPOKEN[number].split()
 
 
 def test_corpus_prepare_and_shards_agree_on_every_recording(folder, bundle):
@@ -85,7 +87,7 @@ def test_corpus_prepare_and_shards_agree_on_every_recording(folder, bundle):
     rejects = {row["audio_filepath"].split("/")[-1]: row["reason"] for row in read_jsonl(folder/"prepared/rejects.jsonl")} | unreadable
     assert rejects == {name: reason for name, (_, _, reason) in CASES.items() if reason}
     noted = {note["note"]: note["utterances"] for note in stats["notes"]}
-    assert noted == {NOTES[key]: sum(key in keys for _, keys, _ in CASES.values()) for key in {key for _, keys, _ in CASES.values() for key in keys}}
+    assert noted == Counter(NOTES[key] for _, keys, _ in CASES.values() for key in keys)
     recogniser, found = load_recogniser(bundle), {}
     for split in ("train", "dev", "test"):
         rows = read_jsonl(folder/f"prepared/{split}.jsonl")
@@ -102,7 +104,7 @@ def test_corpus_prepare_and_shards_agree_on_every_recording(folder, bundle):
             assert row.get("notes", []) == [NOTES[key] for key in CASES[name][1]]
             assert row["duration"] == pytest.approx(found[row["text"]][0], abs=1e-3)
     for number, (name, (_, _, reason)) in enumerate(CASES.items()):
-        assert reason and SPOKEN[number] not in found or is_correct(name, *found[SPOKEN[number]], number), (name, found.get(SPOKEN[number]))
+        assert reason and SPOKEN[number] not in found or is_correct(*found[SPOKEN[number]], number), (name, found.get(SPOKEN[number]))
 
 
 def test_transcribe_reads_every_recording(folder, bundle, capsys, tmp_path):
@@ -112,7 +114,7 @@ def test_transcribe_reads_every_recording(folder, bundle, capsys, tmp_path):
     found = {json.loads(line)["file"].split("/")[-1]: json.loads(line) for line in captured.out.splitlines()}
     for number, (name, (_, keys, reason)) in enumerate(CASES.items()):
         if reason: assert name not in found and f"{name}: " in captured.err; continue
-        assert is_correct(name, found[name]["duration"], found[name]["text"], number), (name, found[name]["duration"], found[name]["text"])
+        assert is_correct(found[name]["duration"], found[name]["text"], number), (name, found[name]["duration"], found[name]["text"])
         for key in keys: assert f"{name}: {NOTES[key]}" in captured.err
     assert f"{sum(bool(reason) for *_, reason in CASES.values())} of {len(CASES)} files could not" in captured.err
 
@@ -155,8 +157,11 @@ def test_bad_files_do_not_stop_the_others(bundle, tmp_path, capsys):
     (tmp_path/"b.pcm").write_bytes(b"\1\2"*8000)
     assert main(["transcribe", str(bundle), *(str(tmp_path/name) for name in names), "--processes", "1"]) == 1
     captured = capsys.readouterr()
-    assert captured.out.strip() == f"{tmp_path}/a.wav:{SPOKEN[0]}" and "Traceback" not in captured.err and "System error" not in captured.err
-    for name, why in zip(names, ("raw samples without a sample rate; write them as WAV", "it is no file", "the file is empty", "no such file", "it is text, 'version https://git-lfs.github.com/spec/v1'); fetch the file itself, with `git lfs pull`")): assert f"{name}: " in captured.err and why in captured.err
+    assert captured.out.strip() == f"{tmp_path}/a.wav:{SPOKEN[0]}"
+    assert "Traceback" not in captured.err and "System error" not in captured.err
+    text = "it is text, 'version https://git-lfs.github.com/spec/v1'); fetch the file itself, with `git lfs pull`"
+    causes = "raw samples without a sample rate; write them as WAV", "it is no file", "the file is empty", "no such file", text
+    for name, why in zip(names, causes): assert f"{name}: " in captured.err and why in captured.err
 
 
 def test_corrupt_headers_take_neither_memory_nor_time(tmp_path):
@@ -193,7 +198,8 @@ def test_segments_and_channels_of_a_manifest_are_written_alone(tmp_path):
     rows = []
     for channel, part, at in zip(("left", "right"), waves, (0, 40)):
         for number, wave in enumerate(part):
-            rows.append(dict(id=f"{channel}{number}", audio_filepath="long.m4a", text_raw=SPOKEN[at + number], speaker=f"{channel}{number}", channel=channel, offset=number*len(wave)/RATE, duration=len(wave)/RATE))
+            rows.append(dict(id=f"{channel}{number}", audio_filepath="long.m4a", text_raw=SPOKEN[at + number], speaker=f"{channel}{number}",
+                             channel=channel, offset=number*len(wave)/RATE, duration=len(wave)/RATE))
     (tmp_path/"corpora/c/manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     prepare(PrepareConfig(tokenizer="char", processes=1, dev_share=0.1, test_share=0.1), tmp_path/"corpora", tmp_path/"prepared")
     kept = read_jsonl(tmp_path/"prepared/train.jsonl")

@@ -18,8 +18,7 @@ from ai2text.evaluation.score_files import score_files
 from ai2text.evaluation.score_split import score_model, split_loader
 from ai2text.pipeline.cli import main
 from ai2text.testing.workspace import tiny_workspace
-from ai2text.text.normalise import Normaliser
-from ai2text.text.normalise import NORMALISER, normaliser_name
+from ai2text.text.normalise import NORMALISER, Normaliser, normaliser_name
 from ai2text.text.tokenizer import CharTokenizer, load_tokenizer
 from ai2text.evaluation.variants import read_variants
 
@@ -78,7 +77,8 @@ class Perfect:
 
 
 def test_a_correct_hypothesis_scores_zero_in_every_form_of_the_reference(layout, normaliser, tmp_path, capsys):
-    score, rows = score_model(Perfect(), split_loader(layout, "test"), read_jsonl(layout.manifest("test")), normaliser=normaliser, variants=read_variants())
+    manifest = read_jsonl(layout.manifest("test"))
+    score, rows = score_model(Perfect(), split_loader(layout, "test"), manifest, normaliser=normaliser, variants=read_variants())
     assert (score.wer, score.wer_variants, score.normaliser) == (0, 0, normaliser_name(normaliser))
     raw = [dict(id=r["id"], text=r["reference_raw"]) for r in rows]
     write_jsonl(tmp_path/"ref.jsonl", raw)
@@ -96,7 +96,9 @@ def test_shards_of_another_normaliser_are_refused(layout, normaliser):
     path = layout.split_index("dev")
     whole = path.read_text("utf-8")
     try:
-        for name, message in ((normaliser_name(NORMALISER), "which has other tables"), ("vi-0 12", f"the normaliser here is {normaliser_name(normaliser)}")):
+        others = {normaliser_name(NORMALISER): "which has other tables", "vi-0 12": f"the normaliser here is {normaliser_name(normaliser)}"}
+        for name, message in others.items():
             path.write_text(whole.replace(normaliser_name(normaliser), name), "utf-8")
-            with pytest.raises(ConfigError, match=f"dev.json: made with normaliser {name}, .*{message}; write the shards again with `dvc repro`"): split_loader(layout, "dev")
+            message = f"dev.json: made with normaliser {name}, .*{message}; write the shards again with `dvc repro`"
+            with pytest.raises(ConfigError, match=message): split_loader(layout, "dev")
     finally: path.write_text(whole, "utf-8")

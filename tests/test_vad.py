@@ -6,7 +6,8 @@ from ai2text.audio.vad import Endpointer, SpeechDetector, speech_segments
 from ai2text.corpora.tts import Voice, speak
 
 RATE = 16_000
-UTTERANCES = [("xin chào các bạn", "vi+f3"), ("hôm nay trời đẹp quá", "vi-vn-x-south+m2"), ("chúng tôi đi học", "vi-vn-x-central+m1"), ("mời anh vào nhà uống nước", "vi+m6"), ("cảm ơn nhiều lắm", "vi-vn-x-south+f1")]
+UTTERANCES = [("xin chào các bạn", "vi+f3"), ("hôm nay trời đẹp quá", "vi-vn-x-south+m2"), ("chúng tôi đi học", "vi-vn-x-central+m1"),
+              ("mời anh vào nhà uống nước", "vi+m6"), ("cảm ơn nhiều lắm", "vi-vn-x-south+f1")]
 PAUSES = [0.8, 0.25, 1.2, 0.7]
 
 

@@ -228,7 +228,7 @@ def _lines(path:Path, what:str):
     except UnicodeDecodeError as error: raise ConfigError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"): continue
-        if "\t" not in line: raise ConfigError(f"{path}, line {number}: no tab; write what stands in the text, a tab, its words")
+        if "\t" not in line: raise ConfigError(f"{path}, line {number}: no tab; write an abbreviation or a text, a tab, its words")
         yield number, [unicodedata.normalize("NFC", part).strip() for part in line.split("\t")]
 
 def _checked(key:str, words:str)->str:
@@ -239,7 +239,7 @@ def _checked(key:str, words:str)->str:
 
 def _checked_key(key:str, contexts:str, lines:list)->str:
     "The error in an abbreviation and its contexts, and its fix; empty if there is none."
-    if not re.fullmatch(r"[^\W_][\w.,&/ -]*", key): return f"{key!r} is no abbreviation; it begins with a letter and has letters, digits, dots, commas, '&', '/', '-' and spaces"
+    if not re.fullmatch(r"[^\W_][\w.,&/ -]*", key): return f"{key!r} is no abbreviation; it starts with a letter and has letters, digits, dots, commas, '&', '/', '-' and spaces"
     if any(contexts == other for _, other in lines):
         return f"{key!r} is there twice; keep one of the lines, or give each its contexts after another tab"
     if any(context.count("_") != 1 for context in contexts.split("|") if contexts): return f"a context of {key!r} has no '_', or two; write one for the abbreviation"
@@ -271,7 +271,7 @@ def read_readings(
     "Read a table of own readings; raises `ConfigError` with the file, the line and the fix."
     found = {}
     for number, (written, words, *_) in _lines(Path(path), "readings"):
-        if wrong := ("nothing is before the tab; write what stands in the text" if not written else "") or _checked(written, words := normalise(words)): raise ConfigError(f"{path}, line {number}: {wrong}")
+        if wrong := ("nothing is before the tab; write the text of the transcript" if not written else "") or _checked(written, words := normalise(words)): raise ConfigError(f"{path}, line {number}: {wrong}")
         if found.setdefault(written, words) != words: raise ConfigError(f"{path}, line {number}: {written!r} is there twice with other words; keep one of the lines")
     return found
 

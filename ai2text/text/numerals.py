@@ -73,9 +73,9 @@ def roman(
     values = [ONES[char] for char in text]
     return sum(-a if a < b else a for a, b in zip(values, [*values[1:], 0]))
 
-def _romans(text:str, say)->str:
+def _romans(text:str, read)->str:
     "Each numeral of a list read; a dash becomes `đến`."
-    return re.sub(r"\s*[-–]\s*", " đến ", re.sub(ROMAN, lambda m: say(roman(m[0])), text))
+    return re.sub(r"\s*[-–]\s*", " đến ", re.sub(ROMAN, lambda m: read(roman(m[0])), text))
 
 @rule(rf"(?<![^\n]){ROMAN}(?=\s?[.):/]\s)", needs="IVX")
 def heading(m):
