@@ -39,7 +39,8 @@ def build_model(
         if folder := _trained(params): return continued(folder, family, asked, tokenizer)
         return getattr(family, "start", family.from_config)(asked, tokenizer)
     except ConfigError as e: # a family's errors begin with its name, such as whisper.init
-        if name and str(e).startswith(f"{params['family']}."): raise ConfigError(f"models.{name}{str(e).removeprefix(params['family'])}") from e
+        if name and str(e).startswith(f"{params['family']}."):
+            raise ConfigError(f"models.{name}{str(e).removeprefix(params['family'])}") from e
         raise
 
 def _trained(params:dict)->Path|None:
@@ -125,7 +126,8 @@ def continued(
     for name,tensor in state.items():
         if tensor.shape == trained[name].shape != (own.vocab_size, *tensor.shape[1:]): tensor.copy_(trained[name])
         elif len(trained[name]) == own.vocab_size and len(tensor) == tokenizer.vocab_size: tensor[list(new)] = trained[name][list(old)]
-        else: raise ConfigError(f"{folder}: {name} has the shape {tuple(trained[name].shape)}, and {tuple(tensor.shape)} with these parameters; "
+        else:
+            raise ConfigError(f"{folder}: {name} has the shape {tuple(trained[name].shape)}, and {tuple(tensor.shape)} with these parameters; "
                                 "leave out what changes the shape")
     print(f"{folder}: {len(new)} of {tokenizer.vocab_size} symbols of the data are in its vocabulary; the others have new weights", file=sys.stderr)
     return model

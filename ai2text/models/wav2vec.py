@@ -26,11 +26,13 @@ from .ctc import ctc_loss, greedy
 # %% ../../nbs/models/40_wav2vec.ipynb #16fc3a3b
 ARCHITECTURES = ("wav2vec2", "hubert")
 
-_small = dict(feat_extract_norm="layer", do_stable_layer_norm=True, feat_extract_activation="relu", hidden_act="relu", num_attention_heads=4, conv_bias=True,
-              layerdrop=0., hidden_dropout=0., activation_dropout=0., attention_dropout=0., final_dropout=0., mask_time_prob=0.)
+_small = dict(feat_extract_norm="layer", do_stable_layer_norm=True, feat_extract_activation="relu", hidden_act="relu",
+              num_attention_heads=4, conv_bias=True, layerdrop=0., hidden_dropout=0., activation_dropout=0., attention_dropout=0., final_dropout=0., mask_time_prob=0.)
 SIZES = dict(
-    tiny = dict(_small, hidden_size=32, num_hidden_layers=2, intermediate_size=64, conv_dim=(16, 16, 32), conv_stride=(20, 4, 4), conv_kernel=(40, 4, 4), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4),
-    demo = dict(_small, hidden_size=96, num_hidden_layers=4, intermediate_size=384, conv_dim=(128, 96, 96), conv_stride=(40, 4, 4), conv_kernel=(80, 8, 4), num_conv_pos_embeddings=32, num_conv_pos_embedding_groups=8),
+    tiny = dict(_small, hidden_size=32, num_hidden_layers=2, intermediate_size=64, conv_dim=(16, 16, 32), conv_stride=(20, 4, 4),
+                conv_kernel=(40, 4, 4), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4),
+    demo = dict(_small, hidden_size=96, num_hidden_layers=4, intermediate_size=384, conv_dim=(128, 96, 96), conv_stride=(40, 4, 4),
+                conv_kernel=(80, 8, 4), num_conv_pos_embeddings=32, num_conv_pos_embedding_groups=8),
     base = dict(),
 )
 CODES = dict(  # quantizer of pre-training; HuBERT has none
@@ -56,7 +58,8 @@ def _classes(architecture:str)->tuple: # configuration, encoder
     name = dict(wav2vec2="Wav2Vec2", hubert="Hubert")[architecture]
     return getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}Model")
 
-LEFT_OUT = re.compile("vocab_size|apply_spec_augment|ctc_|tdnn_|xvector_|classifier_|.*token_id|.*adapter.*|output_hidden_size|use_weighted_layer_sum|num_feat_extract_layers|model_type")
+LEFT_OUT = re.compile("vocab_size|apply_spec_augment|ctc_|tdnn_|xvector_|classifier_|.*token_id|.*adapter.*|output_hidden_size|"
+                      "use_weighted_layer_sum|num_feat_extract_layers|model_type")
 
 def encoder_keys(
     architecture:str, # one of `ARCHITECTURES`
@@ -72,11 +75,15 @@ def encoder_config(
 ):                    # transformers' configuration
     "A checked configuration: `transformers` itself ignores unknown keys."
     known = encoder_keys(architecture)
-    if unknown := [k for k in values if k not in known]: raise ConfigError(f"{where}.{unknown[0]}: {architecture} has no such key; known are {', '.join(known)}")
+    if unknown := [k for k in values if k not in known]:
+        raise ConfigError(f"{where}.{unknown[0]}: {architecture} has no such key; known are {', '.join(known)}")
     try: config = _classes(architecture)[0](**{k: list(v) if isinstance(v, tuple) else v for k,v in values.items()})
-    except (ValueError, TypeError) as e: raise ConfigError(f"{where}: {' '.join(str(e).split())}") from e # huggingface_hub's own exception is a ValueError too
-    if config.hidden_size % config.num_attention_heads: raise ConfigError(f"{where}: hidden_size: {config.hidden_size} is not a multiple of num_attention_heads ({config.num_attention_heads})")
-    if getattr(config, "conv_pos_batch_norm", False): raise ConfigError(f"{where}: conv_pos_batch_norm: batch norm makes an utterance's scores depend on its neighbours' padding; take a release without it")
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"{where}: {' '.join(str(e).split())}") from e # huggingface_hub's own exception is a ValueError too
+    if config.hidden_size % config.num_attention_heads:
+        raise ConfigError(f"{where}: hidden_size: {config.hidden_size} is not a multiple of num_attention_heads ({config.num_attention_heads})")
+    if getattr(config, "conv_pos_batch_norm", False):
+        raise ConfigError(f"{where}: conv_pos_batch_norm: batch norm makes an utterance's scores depend on its neighbours' padding; take a release without it")
     return config
 
 # %% ../../nbs/models/40_wav2vec.ipynb #b0b123a4
@@ -106,7 +113,8 @@ class UtteranceNorm(nn.GroupNorm):
     @classmethod
     def of(cls, norm:nn.GroupNorm)->'UtteranceNorm':
         "The same norm, with the same parameters."
-        if norm.num_groups != norm.num_channels: raise ConfigError(f"the feature encoder's group norm has {norm.num_groups} groups of {norm.num_channels} channels; only groups of one channel are supported")
+        if norm.num_groups != norm.num_channels:
+            raise ConfigError(f"the feature encoder's group norm has {norm.num_groups} groups of {norm.num_channels} channels; only groups of one channel are supported")
         new = cls(norm.num_groups, norm.num_channels, eps=norm.eps)
         new.weight, new.bias = norm.weight, norm.bias
         return new
@@ -131,7 +139,8 @@ def time_mask(
     from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
     inside = torch.arange(size, device=frames.device) < frames[:,None]
     if size < length: return torch.zeros_like(inside)
-    with numpy_seed_from_torch(): mask = _compute_mask_indices((len(frames), size), share, length, attention_mask=inside.long(), min_masks=at_least)
+    with numpy_seed_from_torch():
+        mask = _compute_mask_indices((len(frames), size), share, length, attention_mask=inside.long(), min_masks=at_least)
     return torch.from_numpy(mask).to(frames.device) & inside & (frames >= length)[:,None]
 
 # %% ../../nbs/models/40_wav2vec.ipynb #9ae811d1
@@ -145,10 +154,13 @@ def find_release(
     folder = Path(init).expanduser()
     if folder.is_dir():
         for name in ("config.json", WEIGHTS):
-            if not (folder/name).is_file(): raise ConfigError(f"init: {folder/name}: no such file; a folder of weights has config.json and {WEIGHTS} (pickled weights are not read: convert them)")
+            if not (folder/name).is_file():
+                raise ConfigError(f"init: {folder/name}: no such file; a folder of weights has config.json and {WEIGHTS} (pickled weights are not read: convert them)")
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", init) or init.startswith("."): raise ConfigError(f"init: {init!r} is no folder, and no name of a release such as facebook/wav2vec2-base; or write scratch")
-    if not re.fullmatch("[0-9a-f]{40}", revision): raise ConfigError(f"init: {init}: revision: {revision!r} is no commit; write the 40 hexadecimal digits that its page shows under `Files and versions`, so that the weights stay the same")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", init) or init.startswith("."):
+        raise ConfigError(f"init: {init!r} is no folder, and no name of a release such as facebook/wav2vec2-base; or write scratch")
+    if not re.fullmatch("[0-9a-f]{40}", revision):
+        raise ConfigError(f"init: {init}: revision: {revision!r} is no commit; write the 40 hexadecimal digits that its page shows under `Files and versions`, so that the weights stay the same")
     from transformers.utils import cached_file
     try: return [Path(cached_file(init, name, revision=revision)) for name in ("config.json", WEIGHTS)][-1].parent
     except (OSError, ValueError) as e:
@@ -164,22 +176,28 @@ def read_release(
     from safetensors import safe_open
     about, path = read_json(folder/"config.json"), folder/WEIGHTS
     kind = about.get("model_type")
-    if kind not in ARCHITECTURES: raise ConfigError(f"{folder/'config.json'}: model_type: {kind!r} is no encoder of this family; it takes {', '.join(ARCHITECTURES)}")
-    if about.get("add_adapter") or about.get("adapter_attn_dim"): raise ConfigError(f"{folder/'config.json'}: has adapters, which this family does not support; take a release without them")
+    if kind not in ARCHITECTURES:
+        raise ConfigError(f"{folder/'config.json'}: model_type: {kind!r} is no encoder of this family; it takes {', '.join(ARCHITECTURES)}")
+    if about.get("add_adapter") or about.get("adapter_attn_dim"):
+        raise ConfigError(f"{folder/'config.json'}: has adapters, which this family does not support; take a release without them")
     known = encoder_keys(kind)
     config = encoder_config(kind, {k: v for k,v in about.items() if k in known} | overrides)
     try:
         with safe_open(path, "pt") as f: found = {k: f.get_tensor(k) for k in f.keys() if heads and re.match("quantizer|project_", k)}
-        encoder, info = _classes(kind)[1].from_pretrained(folder, config=config, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True)
-    except (SafetensorError, RuntimeError, OSError, ValueError) as e: raise ConfigError(f"{path}: cannot be read as {kind}: {' '.join(str(e).split())[:300]}; fetch it again, or take out what changes the shape") from e
+        encoder, info = _classes(kind)[1].from_pretrained(folder, config=config, use_safetensors=True, local_files_only=True,
+                                                          dtype=torch.float32, output_loading_info=True)
+    except (SafetensorError, RuntimeError, OSError, ValueError) as e:
+        raise ConfigError(f"{path}: cannot be read as {kind}: {' '.join(str(e).split())[:300]}; fetch it again, or take out what changes the shape") from e
     lost = [k for k in info["missing_keys"] if not k.endswith("masked_spec_embed")]
-    if lost: raise ConfigError(f"{path}: {len(lost)} tensors of the encoder are missing, such as {sorted(lost)[0]}; these are not the weights of this config.json")
+    if lost:
+        raise ConfigError(f"{path}: {len(lost)} tensors of the encoder are missing, such as {sorted(lost)[0]}; these are not the weights of this config.json")
     return kind, encoder, found
 
 # %% ../../nbs/models/40_wav2vec.ipynb #7d51bdd5
 class Wav2Vec2(nn.Module):
     "wav2vec 2.0 or HuBERT with a CTC head: a batch in, a `Loss` or hypotheses out."
-    adamw_prefixes = ("encoder.feature_extractor", "encoder.feature_projection", "encoder.encoder.pos_conv_embed", "encoder.masked_spec_embed", "head")  # see `ai2text.training.optimizer`
+    adamw_prefixes = ("encoder.feature_extractor", "encoder.feature_projection", "encoder.encoder.pos_conv_embed",
+                      "encoder.masked_spec_embed", "head")  # see `ai2text.training.optimizer`
     def __init__(self,
         architecture:str,       # one of `ARCHITECTURES`
         encoder,                # of `transformers`
@@ -189,7 +207,8 @@ class Wav2Vec2(nn.Module):
     ):
         super().__init__()
         c = self.shape = encoder.config
-        self.architecture, self.encoder, self.tokenizer, self.frozen, self.layer_decay, self.released = architecture, encoder, tokenizer, freeze_features, layer_decay, {}
+        self.architecture, self.encoder, self.tokenizer = architecture, encoder, tokenizer
+        self.frozen, self.layer_decay, self.released = freeze_features, layer_decay, {}
         self.dropout, self.head = nn.Dropout(c.final_dropout), nn.Linear(c.hidden_size, tokenizer.vocab_size)
         nn.init.normal_(self.head.weight, std=c.initializer_range)
         nn.init.zeros_(self.head.bias)
@@ -228,7 +247,8 @@ class Wav2Vec2(nn.Module):
     def config(self)->dict:
         "What `from_config` rebuilds this shape from, without the network or the release."
         values = {k: getattr(self.shape, k) for k in encoder_keys(self.architecture)}
-        return dict(architecture=self.architecture, encoder={k: list(v) if isinstance(v, tuple) else v for k,v in values.items()}, freeze_features=self.frozen, layer_decay=self.layer_decay)
+        values = {k: list(v) if isinstance(v, tuple) else v for k,v in values.items()}
+        return dict(architecture=self.architecture, encoder=values, freeze_features=self.frozen, layer_decay=self.layer_decay)
 
 # %% ../../nbs/models/40_wav2vec.ipynb #436eee59
 @patch
@@ -252,8 +272,9 @@ def rates(self:Wav2Vec2)->dict:
     "Factors of the learning rate, by parameter prefix."
     if self.layer_decay == 1: return {}
     layers = self.shape.num_hidden_layers
-    above = {f"encoder.encoder.layers.{i}.": self.layer_decay**(layers - i) for i in range(layers)}
-    return above | dict.fromkeys(("encoder.feature_extractor", "encoder.feature_projection", "encoder.encoder.pos_conv_embed", "encoder.masked_spec_embed"), self.layer_decay**(layers + 1))
+    below = "encoder.feature_extractor", "encoder.feature_projection", "encoder.encoder.pos_conv_embed", "encoder.masked_spec_embed"
+    rates = {f"encoder.encoder.layers.{i}.": self.layer_decay**(layers - i) for i in range(layers)}
+    return rates | dict.fromkeys(below, self.layer_decay**(layers + 1))
 
 # %% ../../nbs/models/40_wav2vec.ipynb #f698db98
 @patch(as_prop=True)
@@ -289,8 +310,11 @@ def encode(self:Wav2Vec2,
     "Logits over tokens."
     wave, inside, frames = self.prepare(batch)
     c, masks = self.shape, {}
-    if augment and c.mask_time_prob: masks = dict(mask_time_indices=time_mask(frames, int(self.encoder._get_feat_extract_output_lengths(wave.shape[1])), c.mask_time_prob, c.mask_time_length, c.mask_time_min_masks))
-    with numpy_seed_from_torch() if augment and c.mask_feature_prob else contextlib.nullcontext(): x = self.encoder(wave, attention_mask=inside, **masks).last_hidden_state
+    if augment and c.mask_time_prob:
+        size = int(self.encoder._get_feat_extract_output_lengths(wave.shape[1]))
+        masks = dict(mask_time_indices=time_mask(frames, size, c.mask_time_prob, c.mask_time_length, c.mask_time_min_masks))
+    with numpy_seed_from_torch() if augment and c.mask_feature_prob else contextlib.nullcontext():
+        x = self.encoder(wave, attention_mask=inside, **masks).last_hidden_state
     return self.head(self.dropout(x)), frames
 
 @patch

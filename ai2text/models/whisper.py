@@ -61,7 +61,8 @@ class StartConfig(EncoderConfig):
 
     def __post_init__(self):
         for name in ("pauses", "tempo", "join") if self.window == "full" else ():
-            if value := getattr(self, name): raise ConfigError(f"{name}: {value} changes how long an utterance is, and window: full hides that; set it to 0, or window to cut")
+            if value := getattr(self, name):
+                raise ConfigError(f"{name}: {value} changes how long an utterance is, and window: full hides that; set it to 0, or window to cut")
 
 @dataclass
 class ReleasedConfig(StartConfig):
@@ -81,8 +82,10 @@ class ScratchConfig(StartConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.d_model % self.heads or self.d_model % 2: raise ConfigError(f"d_model: {self.d_model} is odd or no multiple of heads ({self.heads})")
-        if abs(round(self.window_seconds/TIME_STEP)*TIME_STEP - self.window_seconds) > 1e-6: raise ConfigError(f"window_seconds: {self.window_seconds} is no multiple of {TIME_STEP}, what an encoder position stands for")
+        if self.d_model % self.heads or self.d_model % 2:
+            raise ConfigError(f"d_model: {self.d_model} is odd or no multiple of heads ({self.heads})")
+        if abs(round(self.window_seconds/TIME_STEP)*TIME_STEP - self.window_seconds) > 1e-6:
+            raise ConfigError(f"window_seconds: {self.window_seconds} is no multiple of {TIME_STEP}, what an encoder position stands for")
 
 SIZES = dict(
     demo = dict(d_model=64, layers=2, heads=4, ff=256, window_seconds=4.5, max_tokens=96),
@@ -108,8 +111,9 @@ def shape_of(
     tokens:WhisperTokens,
 )->dict: # what `WhisperNet` takes
     "The shape of a new Whisper."
-    return dict(d_model=c.d_model, encoder_layers=c.layers, decoder_layers=c.layers, encoder_attention_heads=c.heads, decoder_attention_heads=c.heads, encoder_ffn_dim=c.ff, decoder_ffn_dim=c.ff,
-        num_mel_bins=c.n_mels, max_source_positions=round(c.window_seconds/TIME_STEP), max_target_positions=c.max_tokens, vocab_size=tokens.vocab_size)
+    return dict(d_model=c.d_model, encoder_layers=c.layers, decoder_layers=c.layers, encoder_attention_heads=c.heads, decoder_attention_heads=c.heads,
+        encoder_ffn_dim=c.ff, decoder_ffn_dim=c.ff, num_mel_bins=c.n_mels, max_source_positions=round(c.window_seconds/TIME_STEP),
+        max_target_positions=c.max_tokens, vocab_size=tokens.vocab_size)
 
 def kept(
     c:StartConfig,
@@ -158,7 +162,9 @@ class Whisper(nn.Module):
         if self.writes and not isinstance(tokenizer.text, ReleasedText):
             raise ConfigError("whisper.text: written, but its tokens are those of the data, which have lower-case letters only; name released weights in init, or leave text out")
         g, t = c["generation"], tokenizer
-        self.rules = Rules(t.end, t.first_timestamp, *(tuple(i for i in g.get(k) or () if i < c["net"]["vocab_size"] and not (self.writes and i < t.end)) for k in ("suppress_tokens", "begin_suppress_tokens")), g.get("max_initial_timestamp_index", 50))
+        suppressed = lambda key: tuple(i for i in g.get(key) or () if i < c["net"]["vocab_size"] and not (self.writes and i < t.end))
+        self.rules = Rules(t.end, t.first_timestamp, suppressed("suppress_tokens"), suppressed("begin_suppress_tokens"),
+                           g.get("max_initial_timestamp_index", 50))
         freeze(self.net, c["freeze_layers"], "whisper")
         if c["freeze_encoder"]:
             for part in (self.net.conv1, self.net.conv2, self.net.encoder, self.net.encoder_norm): part.requires_grad_(False)
@@ -349,7 +355,8 @@ def forward(self:Whisper, batch:Batch)->Loss:
     labelled = labels != NO_LABEL
     logits = self.net.logits(self.net.decode(inputs, states, ends)[labelled])
     with torch.autocast(logits.device.type, enabled=False):
-        total = nnf.cross_entropy(logits.float(), labels[labelled], reduction="sum", label_smoothing=self.config["label_smoothing"]*self.training)
+        smoothing = self.config["label_smoothing"]*self.training
+        total = nnf.cross_entropy(logits.float(), labels[labelled], reduction="sum", label_smoothing=smoothing)
     number = lambda n: torch.full((), float(n), device=logits.device)
     return Loss(total, number(units), dict(utterances=number(len(batch)), infeasible=number(lost), tokens=labelled.sum().float()))
 
@@ -483,7 +490,8 @@ def checkpoint_folder(
     fetch = f"hf download {c.init} --revision {c.revision} --include '*.json' --include '*.txt' --include '*.safetensors'"
     from transformers.utils import try_to_load_from_cache # `cached_file` uses the network even with `local_files_only`
     found = try_to_load_from_cache(c.init, "config.json", revision=c.revision)
-    if not isinstance(found, str): raise ConfigError(f"{where}.init: {c.init} at {c.revision} is not in this machine's cache, and nothing is fetched while a stage runs; fetch it first: {fetch}")
+    if not isinstance(found, str):
+        raise ConfigError(f"{where}.init: {c.init} at {c.revision} is not in this machine's cache, and nothing is fetched while a stage runs; fetch it first: {fetch}")
     return Path(found).parent, f"fetch it: {fetch}"
 
 # %% ../../nbs/models/30_whisper.ipynb #f491b3df
@@ -508,22 +516,26 @@ def released_tokens(
     if not ((folder/"tokenizer.json").exists() or (folder/"vocab.json").exists() and (folder/"merges.txt").exists()):
         raise ConfigError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt; {fix}")
     try: text = ReleasedText.load(folder)
-    except Exception as e: raise ConfigError(f"{folder}: its tokenizer cannot be read ({e}); {fix}") from e # tokenizers has no narrower exception
+    except Exception as e:
+        raise ConfigError(f"{folder}: its tokenizer cannot be read ({e}); {fix}") from e # tokenizers has no narrower exception
     ids, generation = text.tokenizer.get_vocab(), folder/"generation_config.json"
     english = ids.get(SPECIAL_TOKENS["end"]) == ENGLISH_END or generation.exists() and read_json(generation).get("is_multilingual") is False
     if english: raise ConfigError(f"{folder}: an English-only Whisper; take the multilingual one, whose name lacks .en")
-    if lacking := [s for s in SPECIAL_TOKENS.values() if s not in ids]: raise ConfigError(f"{folder}: its vocabulary lacks {', '.join(lacking)}; take a multilingual Whisper")
+    if lacking := [s for s in SPECIAL_TOKENS.values() if s not in ids]:
+        raise ConfigError(f"{folder}: its vocabulary lacks {', '.join(lacking)}; take a multilingual Whisper")
     if lost := unmade(text):
         raise ConfigError(f"{folder}: {len(lost)} tokens of its vocabulary are made by no merge, such as {lost[0].replace(chr(0x120), ' ')!r}; words would be tokenised differently than in training. Take the tokenizer of the original release")
     special = {name: ids[s] for name,s in SPECIAL_TOKENS.items()}
     for s in NOTHING: special |= {"no_speech": ids[s]} if s in ids else {}
     tokens = WhisperTokens(text, special, vocab_size)
     needed = max(max(ids.values()) + 1, tokens.first_timestamp + TIMESTAMPS)
-    if needed > vocab_size: raise ConfigError(f"{folder}: the tokenizer needs {needed} ids, and config.json says vocab_size {vocab_size}; they are of different checkpoints, {fix}")
+    if needed > vocab_size:
+        raise ConfigError(f"{folder}: the tokenizer needs {needed} ids, and config.json says vocab_size {vocab_size}; they are of different checkpoints, {fix}")
     return tokens
 
 # %% ../../nbs/models/30_whisper.ipynb #8c2f2101
-SHAPE = "d_model encoder_layers decoder_layers encoder_attention_heads decoder_attention_heads encoder_ffn_dim decoder_ffn_dim num_mel_bins max_source_positions max_target_positions vocab_size".split()
+SHAPE = ("d_model encoder_layers decoder_layers encoder_attention_heads decoder_attention_heads encoder_ffn_dim decoder_ffn_dim "
+         "num_mel_bins max_source_positions max_target_positions vocab_size").split()
 SUPPRESSED = "suppress_tokens", "begin_suppress_tokens", "max_initial_timestamp_index"  # keys of generation_config.json
 UNLIKE = dict(activation_function="gelu", scale_embedding=False)                          # of all released checkpoints, and of `WhisperNet`
 
@@ -531,10 +543,13 @@ def _shape(folder:Path, fix:str)->dict:
     "The shape in a checkpoint's config.json."
     if not (folder/"config.json").exists(): raise ConfigError(f"{folder}/config.json: no such file; {fix}")
     about = read_json(folder/"config.json")
-    if "model_type" not in about and (folder/"model.bin").exists(): raise ConfigError(f"{folder}: converted for CTranslate2, which cannot be trained; name the checkpoint that it was made from")
-    if about.get("model_type") != "whisper": raise ConfigError(f"{folder}/config.json: model_type {about.get('model_type')!r} is no whisper; name another checkpoint")
+    if "model_type" not in about and (folder/"model.bin").exists():
+        raise ConfigError(f"{folder}: converted for CTranslate2, which cannot be trained; name the checkpoint that it was made from")
+    if about.get("model_type") != "whisper":
+        raise ConfigError(f"{folder}/config.json: model_type {about.get('model_type')!r} is no whisper; name another checkpoint")
     if lacking := [k for k in SHAPE if k not in about]: raise ConfigError(f"{folder}/config.json: lacks {', '.join(lacking)}; {fix}")
-    if other := [k for k,v in UNLIKE.items() if about.get(k, v) != v]: raise ConfigError(f"{folder}/config.json: {other[0]} is {about[other[0]]!r}, in all released Whispers {UNLIKE[other[0]]!r}; name another checkpoint")
+    if other := [k for k,v in UNLIKE.items() if about.get(k, v) != v]:
+        raise ConfigError(f"{folder}/config.json: {other[0]} is {about[other[0]]!r}, in all released Whispers {UNLIKE[other[0]]!r}; name another checkpoint")
     return {k: about[k] for k in SHAPE}
 
 def _weights(folder:Path, fix:str)->dict:
@@ -548,7 +563,8 @@ def _weights(folder:Path, fix:str)->dict:
             pickled = any(folder.glob("*.bin"))
             raise ConfigError(f"{folder}/{name}: no such file" + ("; weights in .bin files can run code and are never read: name a revision that has safetensors" if pickled else f"; {fix}"))
         try: found |= load_file(folder/name)
-        except (SafetensorError, RuntimeError, OSError, ValueError) as e: raise ConfigError(f"{folder}/{name}: cannot be read ({' '.join(str(e).split())[:300]}); delete it, and {fix}") from e
+        except (SafetensorError, RuntimeError, OSError, ValueError) as e:
+            raise ConfigError(f"{folder}/{name}: cannot be read ({' '.join(str(e).split())[:300]}); delete it, and {fix}") from e
     return found
 
 def released(
@@ -564,6 +580,8 @@ def released(
     generation = read_json(folder/"generation_config.json") if (folder/"generation_config.json").exists() else {}
     model = Whisper(dict(net=shape, generation={k: generation[k] for k in SUPPRESSED if generation.get(k) is not None}, **kept(c)), tokens)
     try: model.net.load_state_dict(state)
-    except RuntimeError as e: raise ConfigError(f"{folder}/model.safetensors: of another shape than config.json says ({' '.join(str(e).split())[:300]}); {fix}") from e
-    if wrong := [n for n,p in model.net.named_parameters() if not p.isfinite().all()]: raise ConfigError(f"{folder}/model.safetensors: {wrong[0]} holds values that are no numbers; {fix}")
+    except RuntimeError as e:
+        raise ConfigError(f"{folder}/model.safetensors: of another shape than config.json says ({' '.join(str(e).split())[:300]}); {fix}") from e
+    if wrong := [n for n,p in model.net.named_parameters() if not p.isfinite().all()]:
+        raise ConfigError(f"{folder}/model.safetensors: {wrong[0]} holds values that are no numbers; {fix}")
     return model

@@ -33,7 +33,8 @@ class WhisperCTCConfig(EncoderConfig):
     dynamic_chunk_prob: float = opt(0.6, "share of training batches under a chunk mask", ge=0, le=1)
 
     def __post_init__(self):
-        if not self.init: raise ConfigError("init: is empty; name a trained Whisper (models/M), a released one's folder, or a released name")
+        if not self.init:
+            raise ConfigError("init: is empty; name a trained Whisper (models/M), a released one's folder, or a released name")
 
 def initial_encoder(c:WhisperCTCConfig):
     "The `Whisper` named by `init`."

@@ -137,7 +137,8 @@ def load_tokens(
     text = ReleasedText.load(folder) if about["text"] == ReleasedText.kind else load_tokenizer(folder)
     tokens = WhisperTokens(text, about["special"], about["vocab_size"])
     tokens.normaliser = Normaliser.load(Path(folder)/NORMALISER_FILE)
-    if tokens.fingerprint != about["sha256"]: raise ConfigError(f"{folder}: whisper.json and the tokenizer's files do not belong together; make the model again")
+    if tokens.fingerprint != about["sha256"]:
+        raise ConfigError(f"{folder}: whisper.json and the tokenizer's files do not belong together; make the model again")
     return tokens
 
 # %% ../../nbs/models/26_whisper_writing.ipynb #10394c44

@@ -50,9 +50,11 @@ def check_chunk_graph(
     names = [f.name for f in fields(ChunkShape)]
     for key in ("sample_rate", *names, *NETWORK):
         if not metadata.get(key, "").isdecimal(): raise BundleError(f"{path}: metadata {key}: {metadata.get(key)!r} is no number; {MEND}")
-    if (rate := metadata["sample_rate"]) != str(SAMPLE_RATE): raise BundleError(f"{path}: metadata sample_rate: {rate} instead of {SAMPLE_RATE}; {MEND}")
+    if (rate := metadata["sample_rate"]) != str(SAMPLE_RATE):
+        raise BundleError(f"{path}: metadata sample_rate: {rate} instead of {SAMPLE_RATE}; {MEND}")
     sizes = tuple(int(metadata[key]) for key in NETWORK)
-    if not sizes[1] or sizes[2] % sizes[1]: raise BundleError(f"{path}: metadata: output_size {sizes[2]} is not a multiple of head {sizes[1]}; {MEND}")
+    if not sizes[1] or sizes[2] % sizes[1]:
+        raise BundleError(f"{path}: metadata: output_size {sizes[2]} is not a multiple of head {sizes[1]}; {MEND}")
     try: shape = ChunkShape(**{name: int(metadata[name]) for name in names})
     except ValueError as e: raise BundleError(f"{path}: metadata: {e}; {MEND}") from None
     for side,found,wanted in zip(("inputs", "outputs"), (inputs, outputs), signature(shape, sizes)):

@@ -81,7 +81,8 @@ class ChunkStream:
         if self.over: raise ValueError("this stream is finished; begin another one")
         if samples.ndim != 1 or samples.dtype.kind != "f":
             raise ValueError(f"samples of type {samples.dtype} and shape {samples.shape}; give floats in [-1, 1], one channel at {SAMPLE_RATE} Hz")
-        if bad := int((~np.isfinite(samples)).sum()): raise ValueError(f"{bad} of {len(samples)} samples are not finite; they would stay in the state of the stream")
+        if bad := int((~np.isfinite(samples)).sum()):
+            raise ValueError(f"{bad} of {len(samples)} samples are not finite; they would stay in the state of the stream")
         self.samples += len(samples)
         self.held = np.concatenate([self.held, samples.astype(np.float32)])
 

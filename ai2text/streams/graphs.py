@@ -36,7 +36,8 @@ def check_tokens(
         if wrong: raise BundleError(f"{path}, line {i + 1}: {line!r} {wrong}; {MEND}")
         symbols.append(symbol)
     if twice := sorted({s for s in symbols if symbols.count(s) > 1}): raise BundleError(f"{path}: {twice[0]!r} is there twice; {MEND}")
-    if len(symbols) != vocab_size: raise BundleError(f"{path}: {len(symbols)} symbols for a model with {vocab_size} outputs; take the table of the same export")
+    if len(symbols) != vocab_size:
+        raise BundleError(f"{path}: {len(symbols)} symbols for a model with {vocab_size} outputs; take the table of the same export")
     if max(max(s.replace("▁", " ", 1).encode()) for s in symbols) == 0xC6:
         raise BundleError(f"{path}: its largest byte is 0xC6, from which the runtime takes symbols for bytes; add a letter such as ế to the alphabet")
     return symbols
@@ -52,17 +53,20 @@ def read_graph(
     import onnx
     try: model = onnx.load(str(path), load_external_data=False)
     except OSError: raise
-    except Exception as e: raise BundleError(f"{path}: not readable as ONNX ({e}); {MEND}") from None # protobuf's exception; protobuf is not imported here
+    except Exception as e:
+        raise BundleError(f"{path}: not readable as ONNX ({e}); {MEND}") from None # protobuf's exception; protobuf is not imported here
     graphs = [model.graph]
     for graph in graphs:
         tensors = [*graph.initializer, *(v for s in graph.sparse_initializer for v in (s.values, s.indices))]
         for node in graph.node:
-            if node.domain not in OPERATORS: raise BundleError(f"{path}: the operator {node.op_type} is of {node.domain!r}, which onnxruntime does not have built in; {MEND}")
+            if node.domain not in OPERATORS:
+                raise BundleError(f"{path}: the operator {node.op_type} is of {node.domain!r}, which onnxruntime does not have built in; {MEND}")
             for a in node.attribute:
                 tensors += [a.t, *a.tensors]
                 graphs += [g for g in (a.g, *a.graphs) if g.node]
         for t in tensors:
-            if t.data_location == onnx.TensorProto.EXTERNAL: raise BundleError(f"{path}: the weights {t.name!r} are in another file; export with external_data=False")
+            if t.data_location == onnx.TensorProto.EXTERNAL:
+                raise BundleError(f"{path}: the weights {t.name!r} are in another file; export with external_data=False")
     if model.functions: raise BundleError(f"{path}: has functions of its own ({model.functions[0].name}); {MEND}")
     size = lambda d: d.dim_value if d.HasField("dim_value") else d.dim_param or "?"
     named = lambda values: {v.name: (v.type.tensor_type.elem_type, tuple(map(size, v.type.tensor_type.shape.dim))) for v in values}

@@ -26,9 +26,9 @@ def _agree(what:str, a, b, tolerance:float=2e-4):
 
 def _rebuilt(model):
     "The model rebuilt from its configuration, through JSON, with its weights."
-    twin = type(model).from_config(json.loads(json.dumps(model.config)), model.tokenizer)
-    twin.load_state_dict(model.state_dict())
-    return twin.eval()
+    copy = type(model).from_config(json.loads(json.dumps(model.config)), model.tokenizer)
+    copy.load_state_dict(model.state_dict())
+    return copy.eval()
 
 def check_family(
     model,           # with new weights
@@ -51,9 +51,9 @@ def check_family(
     _must(len(found) == len(batch) and all(isinstance(h, Hypothesis) for h in found), "transcribe gives a Hypothesis for each utterance")
     alone = [model.transcribe(batch[i:i + 1])[0].text for i in range(len(batch))]
     _must(alone == [h.text for h in found], f"transcribed together {[h.text for h in found]}, one by one {alone}")
-    twin = _rebuilt(model)
-    with torch.no_grad(): _agree("the loss of the model and of one rebuilt from its configuration", whole.sum, twin(batch).sum)
-    _must([h.text for h in twin.transcribe(batch)] == alone, "rebuilt from its configuration, it transcribes differently")
+    rebuilt = _rebuilt(model)
+    with torch.no_grad(): _agree("the loss of the model and of one rebuilt from its configuration", whole.sum, rebuilt(batch).sum)
+    _must([h.text for h in rebuilt.transcribe(batch)] == alone, "rebuilt from its configuration, it transcribes differently")
     return learn(model, batch, steps, lr) if steps else []
 
 def learn(

@@ -185,7 +185,8 @@ def join(
     if not 0 < machine < config.machines:
         raise ConfigError(f"--machine {machine}: params.yaml has train.machines: {config.machines}; machine 0 runs `dvc repro`, {others}")
     for path in (layout.split_index("train"), layout.split_index("dev"), layout.manifest("dev"), layout.tokenizer, layout.init(model)):
-        if not path.exists(): raise ConfigError(f"{path}: not here; run `dvc pull data/index data/prepared models/init/{model}` and try again")
+        if not path.exists():
+            raise ConfigError(f"{path}: not here; run `dvc pull data/index data/prepared models/init/{model}` and try again")
     run = dict(name=model, train=dataclasses.asdict(config), milestones=[], root=str(layout.root), folder="")
     train_distributed(model, config, layout, run, machine)
     return f"machine {machine} of {config.machines}: the run is finished, its results are on the first machine"

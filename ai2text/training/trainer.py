@@ -146,7 +146,8 @@ class TrainerOptimized:
         self.max_norm_ratio, self.max_bad_steps, self.memory_gb = max_norm_ratio, max_bad_steps, memory_gb
         self.ema = EMA(model, ema_decay) if ema_decay else None
         if checkpointing:
-            if not hasattr(model, "checkpointing"): raise ValueError(f"checkpointing: {type(model).__name__} does not support it; set it to false")
+            if not hasattr(model, "checkpointing"):
+                raise ValueError(f"checkpointing: {type(model).__name__} does not support it; set it to false")
             model.checkpointing(True)
         if self.device.type == "cuda" and memory_gb:
             torch.cuda.set_per_process_memory_fraction(min(1., memory_gb*2**30/torch.cuda.mem_get_info(self.device)[1]), self.device)
