@@ -164,7 +164,7 @@ def with_settings(**values): return lambda data: json.dumps(json.loads(data) | v
 
 
 @pytest.mark.parametrize("how, name, change, text", [
-    (corrupt, "model.onnx", lambda d: d[:-1] + bytes([d[-1] ^ 1]), "model.onnx: its content is not what SHA256SUMS says"),
+    (corrupt, "model.onnx", lambda d: d[:-1] + bytes([d[-1] ^ 1]), "model.onnx: its content does not match SHA256SUMS"),
     (resealed, "model.int8.onnx", lambda d: d[:1000], "model.int8.onnx: not readable as ONNX"),
     (resealed, "config.json", with_settings(chunk_size=8), "model.onnx: input x, type and sizes: (1, (1, 19, 80)) instead of (1, (1, 35, 80))"),
     (resealed, "config.json", with_settings(num_left_chunks=4), "model.onnx: input attn_cache"),
@@ -281,7 +281,7 @@ def test_bundle_of_every_family_agrees_with_its_model(families, name, kind, file
             assert done.returncode == 0 and done.stdout.count(text) == 2, done.stdout + done.stderr
     if kind != "chunk_ctc": assert transcribe(bundle.folder, [tmp_path/"speech.wav"], processes=1, int8=True) == 0
     (next(bundle.folder.glob("**/model.*"))).write_bytes(b"")
-    with pytest.raises(BundleError, match="its content is not what SHA256SUMS says"): check_bundle(bundle.folder)
+    with pytest.raises(BundleError, match="its content does not match SHA256SUMS"): check_bundle(bundle.folder)
 
 
 def test_model_without_a_kind_is_refused(layout, monkeypatch):

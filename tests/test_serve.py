@@ -420,7 +420,7 @@ def test_corrupt_bundle_and_wrong_settings_are_errors_at_start(bundle, tmp_path)
     data[len(data)//2] ^= 1
     (bundle/"model.onnx").write_bytes(data)
     code, out, error = run()
-    assert code and not out and re.search(r"model\.onnx: its content is not what SHA256SUMS says", error), error
+    assert code and not out and re.search(r"model\.onnx: its content does not match SHA256SUMS", error), error
 
 
 def test_corrected_recordings_are_imported_as_a_corpus(bundle, tmp_path):

@@ -27,8 +27,9 @@ def _comments(source:str)->dict:
 
 def _cell(text:str)->str:
     "Text for a cell of a Markdown table: no HTML and no bars; code as it is."
+    def escape(part): return part.replace("&", "&amp;").replace("<", "&lt;").replace("*", r"\*")
     parts = re.split(r"(`[^`]*`)", text)
-    return "".join(p if p.startswith("`") else p.replace("&", "&amp;").replace("<", "&lt;").replace("*", r"\*") for p in parts).replace("|", r"\|")
+    return "".join(p if p.startswith("`") else escape(p) for p in parts).replace("|", r"\|")
 
 def _code(node)->str:
     "Annotation or default as inline code; empty for None."
@@ -78,10 +79,12 @@ def describe(
             continue
         bases = f"({', '.join(map(ast.unparse, node.bases))})" if node.bases else ""
         text += [f"```python\nclass {node.name}{bases}\n```", _cell(ast.get_docstring(node) or "")]
-        fields = [(f"`{f.target.id}`", _code(f.annotation), _code(f.value), comments.get(f.end_lineno, "")) for f in node.body if isinstance(f, ast.AnnAssign)]
+        fields = [(f"`{f.target.id}`", _code(f.annotation), _code(f.value), comments.get(f.end_lineno, ""))
+                  for f in node.body if isinstance(f, ast.AnnAssign)]
         if fields: text.append(_table(fields))
         for f in node.body:
-            if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) and (not f.name.startswith("_") or f.name == "__init__" and _parameters(f, comments)):
+            if not isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)): continue
+            if not f.name.startswith("_") or f.name == "__init__" and _parameters(f, comments):
                 text += _function(f, comments, f"{node.name}.")
     return "\n\n".join(filter(None, text))
 
@@ -97,7 +100,8 @@ def _code_cells(cell, library:bool)->list:
         body = ast.parse(source).body
         if all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body): return []
         text = describe(source)
-        shown = new_code_cell(source, metadata=dict(tags=["source"] if text else ["constants"]))
+        code = any(isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) for node in body)
+        shown = new_code_cell(source, metadata=dict(tags=["source" if code else "constants"]))
         return [new_markdown_cell(text), shown] if text else [shown]
     tag = "example" if not library or source.count("\n") < OPEN_LINES else "test"
     return [new_code_cell(source, metadata=dict(tags=[tag]), outputs=cell.outputs)]
@@ -113,7 +117,8 @@ def _relink(text:str, notebook:Path, root:Path, pages:set, repository:str)->str:
         if not target or re.match(r"[a-z]+:", target): return found[0]
         file = (notebook.parent/target).resolve()
         if file in pages: return f"]({target.removesuffix('.ipynb')}.html{hash}{anchor})"
-        if not file.exists() or not file.is_relative_to(root): raise ConfigError(f"{notebook}: link to {target}: neither a page nor a file of the project; correct the link")
+        if not file.exists() or not file.is_relative_to(root):
+            raise ConfigError(f"{notebook}: link to {target}: neither a page nor a file of the project; correct the link")
         return f"]({repository}/{file.relative_to(root).as_posix()})"
     parts = re.split(r"(^```.*?^```)", text, flags=re.M | re.S)
     for i in range(0, len(parts), 2):
@@ -158,10 +163,12 @@ def docs(
             about = f"Module `ai2text.{module}`, {source}" if module else f"Source: {source}"
             rest = "\n".join(f"- [{_title(n, p)[0]}]({p.stem}.html)" for p,n in notebooks.items() if p != path)
             shown = [*cells(path, nb, bool(module)), new_markdown_cell(f"---\n\n{about}\n\n**{section}**\n\n{rest}")]
-            pages[place] = page(nbformat.v4.new_notebook(cells=shown), f"{section}: {title}", "../"*(len(place.parts) - 1) + "index.html", "ai2text")
+            home = "../"*(len(place.parts) - 1) + "index.html"
+            pages[place] = page(nbformat.v4.new_notebook(cells=shown), f"{section}: {title}", home, "ai2text")
             lines.append(f"- [{title}]({place.as_posix()}): {line}")
         listed.append(new_markdown_cell(f"### {section}\n\n" + "\n".join(lines)))
     nb = read(folder/front)
-    shown = [*cells(folder/front, nb, False), new_markdown_cell("## Pages\n\nTutorials first, then the library: a section is a folder of `nbs/` and a package of `ai2text`, in the order of dependence."), *listed]
+    about = "## Pages\n\nTutorials, then the library in the order of dependence: a section is a folder of `nbs/` and a package of `ai2text`."
+    shown = [*cells(folder/front, nb, False), new_markdown_cell(about), *listed]
     pages[Path("index.html")] = page(nbformat.v4.new_notebook(cells=shown), "ai2text")
     return write_pages(pages, to)

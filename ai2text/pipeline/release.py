@@ -59,7 +59,8 @@ def _fetch(project, path:str, to:Path, where:str)->bool:
     if not files: raise BundleError(f"{where}: no folder {path} in its dvc.lock; `dvc repro` and commit before the release")
     if wrong := sorted({*files} - _KNOWN) or sorted({*COMMON, SUMS} - {*files}):
         fault = "of no bundle" if wrong[0] in files else "missing"
-        raise BundleError(f"{where}: {path} has {', '.join(sorted(files))}, and {wrong[0]} is {fault}; use the version of ai2text that released it")
+        raise BundleError(f"{where}: {path} has {', '.join(sorted(files))}, and {wrong[0]} is {fault}; "
+                          "use the version of ai2text that released it")
     if to.exists():
         here = {p.relative_to(to).as_posix(): _md5(p) for p in to.rglob("*") if not p.is_dir()} if to.is_dir() else {}
         other = sorted(name for name in {*files, *here} if name not in files or here.get(name) != files[name].md5)

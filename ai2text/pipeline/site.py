@@ -40,7 +40,8 @@ def _allow(tag:str, name:str, value:str)->str|None:
     return None if value.startswith("data:") else value
 
 CLEANER = nh3.Cleaner(TAGS, {"script", "style", "iframe", "object", "template", "svg"}, ATTRIBUTES, _allow,
-                      url_schemes={"http", "https", "mailto", "data"}, filter_style_properties={"color", "font-weight", "text-align", "white-space"})
+                      url_schemes={"http", "https", "mailto", "data"},
+                      filter_style_properties={"color", "font-weight", "text-align", "white-space"})
 
 def clean(
     text:str, # HTML
@@ -88,7 +89,8 @@ def _results(
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     cells = []
-    def add(markdown:str, *outputs:dict): cells.extend([new_markdown_cell(markdown), new_code_cell(outputs=[new_output("display_data", o) for o in outputs])])
+    def add(markdown:str, *outputs:dict):
+        cells.extend([new_markdown_cell(markdown), new_code_cell(outputs=[new_output("display_data", o) for o in outputs])])
     if (file := layout.comparison/"compare.json").is_file():
         found = read_json(file)
         best, rows = found["recommendation"], comparison_rows(found["models"])
@@ -103,8 +105,9 @@ def _results(
         add(f"## Time to target WER: {html.escape(file.parent.name)}", {"text/html": table(milestone_rows(log))}, figure)
     if (file := layout.comparison/"export.json").is_file():
         found = read_json(file)
-        rows = [{f"{found['model']}, exported as": WAYS.get(way, way), "WER on test (95% interval)": f"{w['wer']:.1%} ({w['wer_low']:.1%} to {w['wer_high']:.1%})"}
-                for way,w in found["wer"].items()]
+        def interval(w): return f"{w['wer']:.1%} ({w['wer_low']:.1%} to {w['wer_high']:.1%})"
+        rows = [{f"{found['model']}, exported as": WAYS.get(mode, mode), "WER on test (95% interval)": interval(w)}
+                for mode,w in found["wer"].items()]
         add("## Exported model", {"text/html": table(rows)})
     return cells
 
@@ -149,7 +152,8 @@ def site(
         layout, links = Layout(folder), []
         try: found = _results(layout)
         except (KeyError, TypeError, AttributeError, IndexError) as e:
-            raise ConfigError(f"{folder}: its results have another format than this version writes ({type(e).__name__}: {e}); run `dvc repro`") from e
+            raise ConfigError(f"{folder}: its results have another format than this version writes ({type(e).__name__}: {e}); "
+                              "run `dvc repro`") from e
         for path in sorted(layout.reports.rglob("*.ipynb"), key=_order):
             nb, place = rejoin_lines(nbformat.from_dict(read_json(path))), path.relative_to(root).with_suffix(".html")
             failed = nb.cells[0].get("id") == "failure" # inserted by the stage runner
@@ -161,6 +165,7 @@ def site(
         if found and folder != root: cells.append(new_markdown_cell(f"# The pipeline in {html.escape(folder.name)}"))
         cells += found
     if not cells: raise ConfigError(f"{root}: has neither results nor reports; run `dvc repro`")
-    title = new_markdown_cell("# From Vietnamese recordings to a streaming recogniser\n\n> Error rates of the models of this project, time to each target, and the report of each stage.")
+    title = new_markdown_cell("# From Vietnamese recordings to a streaming recogniser\n\n"
+                              "> Error rates of the models of this project, time to each target, and the report of each stage.")
     pages[Path("index.html")] = page(new_notebook(cells=[title, *cells]), "ai2text: reports")
     return write_pages(pages, to)

@@ -288,7 +288,7 @@ def _parent()->int:
 
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #0077b7ea
 class Watch:
-    "A context that turns signals and the death of the parent into one interrupt of the process `pid`; without a `pid` they end this process."
+    "A context that makes signals and the parent's death one interrupt of the process `pid`; without a `pid` they end this process."
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     def __init__(self,
         grace:float=120, # seconds from the interrupt to the kill
@@ -297,7 +297,8 @@ class Watch:
 
     def __enter__(self):
         self.parent, self.thread = _parent(), threading.Thread(target=self._poll, daemon=True)
-        self.before = {s: signal.signal(s, self._handle) for s in self.signals if signal.getsignal(s) != signal.SIG_IGN} # nohup ignores SIGHUP
+        handled = [s for s in self.signals if signal.getsignal(s) != signal.SIG_IGN] # nohup ignores SIGHUP
+        self.before = {s: signal.signal(s, self._handle) for s in handled}
         self.thread.start()
         return self
 

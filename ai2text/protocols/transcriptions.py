@@ -85,7 +85,8 @@ def read_fields(
     form = choose("response_format", RESPONSES, "json")
     stream = choose("stream", ("false", "true", "False", "True", "0", "1"), "false").lower() in ("true", "1")
     if stream and form not in ("json", "text"):
-        raise ApiError(400, f"stream: gives text alone; ask for response_format json, not {form}, or do not stream", "invalid_value", "stream")
+        raise ApiError(400, f"stream: gives text alone; ask for response_format json, not {form}, or do not stream",
+                       "invalid_value", "stream")
     return TranscriptionRequest(given["model"], given.get("prompt", ""), form, tuple(dict.fromkeys(several)) or ("segment",), stream)
 
 # %% ../../nbs/protocols/20_transcriptions.ipynb #581e7ee4
@@ -114,7 +115,8 @@ def answer(
 _BLOCK, _TEXT, _FIELDS = 1 << 18, 1 << 16, 64 # bytes written at once; bytes of a text field; fields of a form
 
 def _too_large(most:int)->ApiError:
-    return ApiError(413, f"file: larger than {most/2**20:g} MiB, which is the most; send less, or compressed as Opus or FLAC", "file_too_large", "file")
+    return ApiError(413, f"file: larger than {most/2**20:g} MiB, which is the most; send less, or compressed as Opus or FLAC",
+                    "file_too_large", "file")
 
 def _no_space(e:OSError)->Exception:
     if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): return e
@@ -156,7 +158,8 @@ async def upload(
 ):                   # (path, [(name, text)] of the other fields)
     "Receive a form; the file is removed at the end of the `async with`. Raises `ApiError`."
     if request.content_type != "multipart/form-data":
-        raise ApiError(400, f"the body is {request.content_type}; send a form, multipart/form-data, with file and model", "invalid_content_type")
+        raise ApiError(400, f"the body is {request.content_type}; send a form, multipart/form-data, with file and model",
+                       "invalid_content_type")
     if (request.content_length or 0) > most + (_FIELDS + 1)*_TEXT: raise _too_large(most)
     fields, path = [], None
     try: made = tempfile.TemporaryDirectory(prefix="ai2text-upload-", dir=folder)
@@ -283,7 +286,8 @@ class Transcriptions:
 
     async def _other(self, request):
         if request.method != "OPTIONS":
-            raise ApiError(404, f"{request.method} {request.path}: no such route; there are GET /v1/models and POST /v1/audio/transcriptions", "unknown_url")
+            raise ApiError(404, f"{request.method} {request.path}: no such route; "
+                                "there are GET /v1/models and POST /v1/audio/transcriptions", "unknown_url")
         if not allowed_origin(request.headers.get("Origin"), self.origins):
             raise ApiError(403, "pages of this site may not use this service", "forbidden")
         asked = request.headers.get("Access-Control-Request-Headers", "authorization")
@@ -296,7 +300,8 @@ class Transcriptions:
     async def _model(self, request):
         name = request.match_info["id"]
         if name not in self._names():
-            raise ApiError(404, f"model {name!r}: is not served here; there is {', '.join(self.service.models)}", "model_not_found", "model")
+            raise ApiError(404, f"model {name!r}: is not served here; there is {', '.join(self.service.models)}",
+                           "model_not_found", "model")
         return web.json_response(self._about(name))
 
     def _names(self)->list: return [*self.service.models, *self.aliases]

@@ -18,7 +18,8 @@ from ..core.batch import SAMPLE_RATE
 from ..core.files import atomic_write, read_json, sha256
 from ..text.normalise import NORMALISER_FILE, Normaliser, OtherNormaliser, check_normaliser, normaliser_name
 from ..decoding.calibration import MAX_A, MAX_B
-from ..streams.graphs import BOOL, FLOAT, INT64, MEND, BundleError, check_tokens, check_whole_graph, expect, expect_signature, read_graph, session # noqa: F401 # `session` for who runs a bundle
+from ..streams.graphs import BOOL, FLOAT, INT64, MEND, BundleError, check_tokens, check_whole_graph, expect, expect_signature, read_graph
+from ..streams.graphs import session # noqa: F401 # for importers of this module
 from ..streams.chunk_graph import check_chunk_graph
 
 # %% ../../nbs/serving/00_bundle.ipynb #b8b8aef8
@@ -162,7 +163,7 @@ class Bundle:
 
     kind            = property(lambda self: self.config.get("kind", "streaming_ctc"), doc="a name in `BUNDLE_KINDS`")
     streams         = property(lambda self: BUNDLE_KINDS[self.kind].streams, doc="whether it decodes a chunk at a time")
-    chunk_size      = property(lambda self: self.config["chunk_size"], doc="encoder frames of a chunk, 40 ms each; a setting of the runtime")
+    chunk_size      = property(lambda self: self.config["chunk_size"], doc="encoder frames of a chunk; a setting of the runtime")
     num_left_chunks = property(lambda self: self.config["num_left_chunks"], doc="left-context chunks; a setting of the runtime")
     tokens          = property(lambda self: self.folder/"tokens.txt")
     offline         = property(lambda self: self.folder/"model.offline.onnx", doc="the full-context graph of a streaming bundle")
@@ -274,7 +275,7 @@ def _settings(folder:Path)->dict:
     sums, where = {r[2]: r[1] for r in rows if r}, folder/"config.json"
     def compare(name):
         if sha256(folder/name) != sums[name]:
-            raise BundleError(f"{folder/name}: its content is not what {SUMS} says; copy the folder again, or {MEND}")
+            raise BundleError(f"{folder/name}: its content does not match {SUMS}; copy the folder again, or {MEND}")
     def refuse(names): raise BundleError(f"{folder/SUMS}: does not list {', '.join(sorted(names))}, each once; {MEND}")
     if None in rows or len(sums) < len(rows) or not {*COMMON} <= {*sums}: refuse((*COMMON, "the files of its kind"))
     compare("config.json")
@@ -292,7 +293,8 @@ def _settings(folder:Path)->dict:
 def _check_calibration(bundle:Bundle):
     "Raise `BundleError` unless a calibration is increasing and its values are in range."
     maps, modes = bundle.config.get("calibration", {}), ("full", "stream")[:1 + bundle.streams]
-    def valid(ab): return isinstance(ab, list) and [type(x) for x in ab] == [float, float] and 0 <= ab[0] <= MAX_A and -MAX_B <= ab[1] <= MAX_B
+    def valid(ab):
+        return isinstance(ab, list) and [*map(type, ab)] == [float, float] and 0 <= ab[0] <= MAX_A and -MAX_B <= ab[1] <= MAX_B
     if not (isinstance(maps, dict) and {*maps} <= {*modes} and all(map(valid, maps.values()))):
         raise BundleError(f"{bundle.folder/'config.json'}: calibration: {maps!r} does not give [a, b] of {' or '.join(modes)}, a from 0 to "
                           f"{MAX_A:g} and b from {-MAX_B:g} to {MAX_B:g}; {MEND}, or leave calibration out for raw confidences")
@@ -308,7 +310,8 @@ def check_bundle(
         if type(config.get(key)) is not kind:
             raise BundleError(f"{where}: {key}: {config.get(key)!r} is no {kind.__name__}; {MEND}")
     if config["format"] != BUNDLE_FORMAT:
-        raise BundleError(f"{where}: format {config['format']}, this code reads {BUNDLE_FORMAT}; {MEND}, or use the version of ai2text that wrote it")
+        raise BundleError(f"{where}: format {config['format']}, this code reads {BUNDLE_FORMAT}; {MEND}, "
+                          "or use the version of ai2text that wrote it")
     expect(where, "sample_rate", config["sample_rate"], SAMPLE_RATE)
     BUNDLE_KINDS[bundle.kind].check(bundle)
     _check_calibration(bundle)

@@ -40,7 +40,7 @@ def card(
     if "window_seconds" in config: words |= dict(window_ms=1000*config["window_seconds"])
     if config["kind"] == "whisper":
         window = "was trained on full windows" if c["window"] == "full" else \
-            "was trained on windows cut to the utterance and some silence; a program that pads all windows to full length may give other words"
+            "was trained on windows cut to the utterance and some silence; a program that pads windows to full length may give other words"
         writes = "It writes capitals, punctuation and digits." if c.get("text") == "written" else \
             "It writes lower case without punctuation, numbers in words."
         faster = "\n\n[faster-whisper](https://github.com/SYSTRAN/faster-whisper) loads `float32` or `int8`: " \

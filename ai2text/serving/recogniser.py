@@ -130,7 +130,7 @@ class WritingRecogniser:
         wave_T,               # samples, 16 kHz; split at silence if longer than the model's window
         start:float=0.,       # seconds, added to the words' times
     )->tuple[str,list[Word]]: # text and words
-        "Recognise one piece."
+        "Recognise one segment."
         import torch
         from ai2text.models.whisper import quiet_cuts
         wave_T, texts, words = np.asarray(wave_T, np.float32), [], []
@@ -179,7 +179,7 @@ def load_recogniser(
         from ai2text.models.store import load_config # imports torch, which a bundle's graph does not need
         writes = not hasattr(model_class(load_config(folder)["family"]), "log_probs")
     if writes and any(search.values()):
-        raise ConfigError(f"{folder}: a Whisper takes neither a language model nor hotwords; leave them out, or name a model of a CTC family, "
-                          "as conformer or wav2vec")
+        raise ConfigError(f"{folder}: a Whisper takes neither a language model nor hotwords; leave them out, or name a model "
+                          "of a CTC family, as conformer or wav2vec")
     if writes: return WritingRecogniser(bundle or folder, int8)
     return Recogniser(bundle, int8=int8, **search) if bundle else TrainedRecogniser(folder, **search)
