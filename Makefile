@@ -8,7 +8,7 @@
 #   make compare  train three families of models from scratch, five minutes each, and recommend one
 #   make report  all reports, the comparison and the milestones as HTML, in _site
 #   make s3     a real S3 server on this machine, for the remote `minio`
-#   make docs   the library's notebooks as a site, in _docs; needs quarto
+#   make docs   the front page, the tutorials and the library's notebooks as pages, in _docs
 #   make lab    JupyterLab with this project's kernel
 PYTHON  ?= python3
 VENV    ?= .venv
@@ -108,12 +108,9 @@ s3: $(STAMP)
 lab: $(STAMP)
 	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $(LAB_ARGS)
 
-# Stages and benchmarks are read as reports, so they are not among the pages; tutorials are, as they were committed.
+# Stages and benchmarks are read as reports (`make report`).
 docs: $(STAMP)
-	@command -v quarto >/dev/null || { echo "error: no quarto on this machine's PATH; install it from https://quarto.org" >&2; exit 1; }
-	@$(BIN)/nbdev_proc_nbs --skip_folder_re '^[_.]|^stages$$|^benchmarks$$|^tutorials$$'
-	@cp -R nbs/tutorials nbs/images _proc/
-	@quarto render _proc --no-execute && rm -rf _docs && mv _proc/_docs _docs
+	@$(BIN)/ai2text docs
 
 # The front page, from nbs/index.ipynb with its outputs; links to figures and tutorials get the prefix nbs/.
 README.md: nbs/index.ipynb nbs/images/run.png nbs/images/people.png nbs/images/plan.png $(STAMP)
