@@ -199,7 +199,7 @@ def test_refused_model_leaves_the_bundle_unchanged(made, layout, monkeypatch, tm
     before, config = (made.bundle.folder/"SHA256SUMS").read_bytes(), ExportConfig(**CONFIG | dict(min_utterances=1000))
     kept = shutil.copytree(made.bundle.folder, tmp_path/"graphs")
     monkeypatch.setattr(exporting, "write_graphs", lambda model, folder, *_: [shutil.copy(p, folder) for p in kept.glob("*.onnx")])
-    with pytest.raises(ExportError, match=r"no bundle is written. \(1\) 6 utterances are fewer than min_utterances \(1000\)"): export(config, STREAM, layout)
+    with pytest.raises(ExportError, match=r"no bundle is written. \(1\) 6 test utterances are fewer than export.min_utterances \(1000\)"): export(config, STREAM, layout)
     assert (made.bundle.folder/"SHA256SUMS").read_bytes() == before and check_bundle(made.bundle.folder)
     assert read_json(layout.comparison/"export.json")["utterances"] == 6, "the figures are written for a refused model too"
 

@@ -182,7 +182,7 @@ def told(curves, cut:float, method=ours, gains=(.97, .95, .9, .85, .8, .7, .6, .
     return rows
 
 
-def judge_promises(curves, cuts=(.4, .5, .6, .7, .8), gains=(.97, .95, .9, .85, .8, .7, .6, .5))->dict:
+def judge_confident_forecasts(curves, cuts=(.4, .5, .6, .7, .8), gains=(.97, .95, .9, .85, .8, .7, .6, .5))->dict:
     "Counts of forecasts, refusals, intervals that contain the end, and confident forecasts (above 90% of reaching the best so far times a gain) with those that failed."
     found = dict(forecasts=0, refused=0, inside=0, told=[]) # (probability, whether it was reached)
     for curve,cut in itertools.product(curves, cuts):
@@ -209,7 +209,7 @@ def total(found)->dict:
 def heldout(): return real_curves("heldout")
 
 @pytest.fixture(scope="module")
-def synthetic(): return {kind: judge_promises([synthetic_curve(kind, seed) for seed in range(40)]) for kind in KINDS}
+def synthetic(): return {kind: judge_confident_forecasts([synthetic_curve(kind, seed) for seed in range(40)]) for kind in KINDS}
 
 def test_constants_are_those_of_the_committed_benchmark():
     assert CONSTANTS == [name for name in vars(forecast) if name.isupper()]
@@ -252,7 +252,7 @@ def test_confident_forecasts_are_correct(synthetic):
     assert found["promises"] >= 500 and found["failed"] <= .1*found["promises"], {kind: (o["promises"], o["failed"]) for kind,o in synthetic.items()}
 
 def test_confident_forecasts_of_real_runs_are_correct(heldout):
-    found = judge_promises(heldout, CUTS)
+    found = judge_confident_forecasts(heldout, CUTS)
     assert found["promises"] >= 10 and found["failed"] <= .1*found["promises"], found
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from ai2text.audio.io import piece_of, read_audio
+from ai2text.audio.io import segment_args, read_audio
 from ai2text.core.files import read_jsonl, sha256, write_jsonl
 from ai2text.core.layout import Layout
 from ai2text.core.params import ConfigError
@@ -337,7 +337,7 @@ def test_layout_is_imported_completely(root, imported, make):
         row = rows[u["text"]]
         for key in ("speaker", "split"): assert row[key] == ("" if key in unknown else u[key])
         path = Layout(root).corpus(name)/row["audio_filepath"]
-        wave = read_audio(path, **piece_of(row))
+        wave = read_audio(path, **segment_args(row))
         assert np.array_equal(wave*32768, u["wave"]) and row["sha256"] == sha256(path)
     imported[name] = utts
 

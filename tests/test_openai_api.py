@@ -26,7 +26,7 @@ from aiohttp import web
 
 from ai2text.audio.decoders import AudioError
 from ai2text.audio.io import Recording, read_blocks
-from ai2text.audio.segment import pieces
+from ai2text.audio.segment import split_at_silence
 from ai2text.decoding.itn import for_readers, written
 from ai2text.decoding.transcript import FORMATS, Transcript
 from ai2text.protocols.transcriptions import add_routes
@@ -49,7 +49,7 @@ class Files:
     def first_and_rest(self, path):
         with Recording(path) as r:
             if r.seconds > LONGEST: raise AudioError(str(path), f"longer than {LONGEST/60:g} minutes, which is the most", "too long")
-        return pieces(read_blocks(path))
+        return split_at_silence(read_blocks(path))
 
     async def recognise(self, path, language="vi", prompt="", on_text=None):
         loop, found, coming = asyncio.get_running_loop(), Transcript(path.name), await asyncio.to_thread(self.first_and_rest, path)

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self/environ"
 
 KILLS = 25
 
-VICTIMS = ("kernel", "runner", "dvc", "group") # innermost first
+VICTIMS = ("kernel", "runner", "dvc", "group") # root_cause first
 MADE = ("dvc.lock", ".dvc/cache", ".runs", "identity", "starts", "data", "models", "results", "comparison", "papermill_runs")
 CUT = {"dvc.lock": ("dvc.lock' validation failed", "dvc.lock' is invalid", "unable to read: 'dvc.lock'"), ".dvc/tmp/rwlock": ("Unable to read RWLock-file",)}
 MARK = "AI2TEXT_KILLS" # in the environment of all processes of a workspace's `dvc repro`

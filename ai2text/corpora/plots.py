@@ -22,7 +22,7 @@ from ..core.sections import PrepareConfig
 from ..core.tables import Html, SPLIT_COLOURS
 from ..text.syllables import ALPHABET
 from ..text.tokenizer import Tokenizer
-from ..audio.io import AudioError, Recording, piece_of, resample
+from ..audio.io import AudioError, Recording, segment_args, resample
 from .tts import generator
 from .demo import Utterance, render_utterance, sentence, speaker_variant
 from .corpus import IMPORT_REASONS, place_of
@@ -44,7 +44,7 @@ def plot_samples(rows:list[dict], folder, seconds:float=30.):
     "Spectrograms of the first seconds of rows of a manifest in `folder`, with words where their times are known."
     fig, axs = plt.subplots(len(rows), 1, figsize=(8, 2.3*len(rows)), squeeze=False, dpi=60) # a low resolution: noise compresses badly
     for ax,row in zip(axs[:,0], rows):
-        wave_T, rate = read_start(Path(folder)/row["audio_filepath"], seconds, **piece_of(row))
+        wave_T, rate = read_start(Path(folder)/row["audio_filepath"], seconds, **segment_args(row))
         ax.set_title(f"{', '.join(filter(None, (row['speaker'][:24], row['split'])))}: {row['text_raw'][:100]}", parse_math=False)
         if len(wave_T) <= rate//40: continue
         with np.errstate(divide="ignore"):
@@ -61,7 +61,7 @@ def plot_samples(rows:list[dict], folder, seconds:float=30.):
 def players(rows:list[dict], folder, seconds:float=3.)->Html:
     "Audio players for the first seconds of rows of a manifest in `folder`, with `why` they are shown if the rows have it."
     def one(row):
-        wave_T, rate = read_start(Path(folder)/row["audio_filepath"], seconds, **piece_of(row))
+        wave_T, rate = read_start(Path(folder)/row["audio_filepath"], seconds, **segment_args(row))
         sf.write(mp3 := BytesIO(), resample(wave_T, rate, SAMPLE_RATE).clip(-1, 1), SAMPLE_RATE, format="MP3", bitrate_mode="CONSTANT",
             compression_level=0.9)
         about = f"{row['why']} ({row['id']}, {row['split'] or 'no split'})" if "why" in row else row["speaker"][:24]

@@ -20,7 +20,7 @@ from ..core.files import read_jsonl, write_json, write_jsonl
 from ..core.parallel import in_parallel
 from ..core.tables import caveats
 from ..core.sections import PrepareConfig
-from ..audio.io import piece_of
+from ..audio.io import segment_args
 from ..text.normalise import NORMALISER_FILE, Normaliser, Reading, for_corpus, make_normaliser, normaliser_name, share_of_capitals
 from ..text.tokenizer import train_tokenizer
 from .checks import REASONS, SPLITS, assign_splits, check_audio, check_duplicates, check_ids, check_leak
@@ -111,7 +111,7 @@ def _probe_one(item): return probe(*item[0], **item[1])
 def _probe_all(rows:list[dict], out_dir:Path, cfg:PrepareConfig, executor:Executor|None)->dict:
     "Measure all recordings in parallel: id -> facts; sets the measurements of each row."
     items = [((os.path.normpath(os.path.join(out_dir, row["audio_filepath"])), cfg.max_seconds, row.get("bytes"), row.get("sha256")),
-        piece_of(row)) for row in rows]
+        segment_args(row)) for row in rows]
     facts = list(in_parallel(_probe_one, items, cfg.processes, executor, label="probe"))
     for row, found in zip(rows, facts):
         row.pop("duration", None) # as given by the source

@@ -22,12 +22,13 @@ import numpy as np
 import soundfile as sf
 
 from ..core.code import identity
+from ..core.environment import keep_memory
 from ..core.files import atomic_write, read_json, sha256
 from ..core.params import ConfigError, make
 from ..core.sections import ShardsConfig
 from ..core.parallel import cluster, in_parallel, read_ahead
 from ..audio.decoders import AUDIO_SUFFIXES
-from ..audio.io import AudioError, Recording, encode, piece_of, read_plain, resample
+from ..audio.io import AudioError, Recording, encode, segment_args, read_plain, resample
 from .shard_index import COLUMNS, INDEX_FORMAT, Index, ShardError, load_index, member_audio, members
 from .shard_index import encode_names, printable, reject_summary, save_index
 from ..text.normalise import NORMALISER, NORMALISER_FILE, Normaliser, find_normaliser, for_corpus, normaliser_name
@@ -96,7 +97,7 @@ class _Block(NamedTuple):
 
 def _utterance_block(row:dict, root, sample_rate:int, codec:str)->_Block:
     "Read and encode one utterance; `ValueError` gives the reason of a failure."
-    pcm, rate = read_pcm(os.path.join(root, row["audio_filepath"]), sample_rate, fixes := [], **piece_of(row))
+    pcm, rate = read_pcm(os.path.join(root, row["audio_filepath"]), sample_rate, fixes := [], **segment_args(row))
     seconds, key = len(pcm)/sample_rate, safe_key(row["id"])
     about = {k: v for k,v in row.items() if k not in _NOT_IN_SHARD} | dict(duration=seconds, sample_rate=rate)
     try: text = _as_json(about).encode("utf-8")
@@ -140,6 +141,7 @@ def write_shard(task:ShardTask)->dict:
     "Write one shard unless it is complete; returns its note: recipe, shard, utterances, rejected."
     wanted = _recipe(task)
     if (note := _finished(task, wanted)) is not None: return note
+    keep_memory()
     with atomic_write(task.path, "wb") as f, ThreadPoolExecutor(1) as flusher:
         flushed = 0
         def write(block, end):

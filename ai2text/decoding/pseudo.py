@@ -22,8 +22,8 @@ from ..core.params import ConfigError
 from ..core.sections import PseudoConfig
 from ..core.tables import columns
 from ..audio.decoders import AUDIO_SUFFIXES
-from ..audio.io import AudioError, Recording, piece_of, read_blocks, resample
-from ..audio.segment import LONGEST, pieces
+from ..audio.io import AudioError, Recording, segment_args, read_blocks, resample
+from ..audio.segment import LONGEST, split_at_silence
 from ..corpora.lists import AUDIO_ENDS, AUDIO_FOLDERS, Files, json_lines, nfc, read_lines, read_table
 from ..models.store import load_model
 from ..text.normalise import for_corpus
@@ -76,7 +76,7 @@ def _segments(rows:list[dict], longest:float, rejects:list):
     "(row, number, start, samples) of each segment of the recordings; a recording that cannot be read goes to the rejects."
     for row in rows:
         try:
-            for number,(start,wave_T) in enumerate(pieces(read_blocks(row["path"], **piece_of(row)), longest)):
+            for number,(start,wave_T) in enumerate(split_at_silence(read_blocks(row["path"], **segment_args(row)), longest)):
                 yield row, number, start, wave_T
         except (AudioError, OSError) as e:
             rejects.append(dict(id=row["id"], reason="unreadable audio", detail=str(e), file=os.path.basename(row["path"])))

@@ -17,7 +17,7 @@ from ..core.batch import SAMPLE_RATE, collate
 from ..core.files import read_jsonl, write_jsonl
 from ..core.layout import Layout, find_root
 from ..core.params import ConfigError, load_params
-from ..audio.io import piece_of, read_audio
+from ..audio.io import segment_args, read_audio
 from ..models.ctc import BLANK_ID
 from ..text.normalise import unknown_characters
 from .align import load_ctc_model
@@ -78,7 +78,7 @@ def score_all_readings(
     device = next(model.parameters()).device
     with tqdm(total=len(rows), desc="scoring", unit=" utterances", disable=None) as bar:
         for batch in _batches(rows, seconds):
-            waves = [read_audio(Path(folder)/row["audio_filepath"], SAMPLE_RATE, **piece_of(row)) for row in batch]
+            waves = [read_audio(Path(folder)/row["audio_filepath"], SAMPLE_RATE, **segment_args(row)) for row in batch]
             scores_BNV, frames = model.log_probs(collate(waves, [""]*len(batch), [row["id"] for row in batch]).to(device))
             for row,scores_NV,n in zip(batch, scores_BNV, frames.tolist()):
                 readings = [text for text in row["readings"] if not unknown_characters(text)] or row["readings"][:1]

@@ -254,7 +254,7 @@ def estimate_text(
 
 # %% ../../nbs/pipeline/05_dry_run.ipynb #05fb44d8
 def train(
-    model:str="conformer_ctc", # a name in `models` of params.yaml
+    model:str="",              # a name in `models` of params.yaml; default: the first
     max_steps:int=None,        # optimizer steps; default: 10, or with --dry-run the budget of params.yaml
     use_amp:bool=True,         # mixed precision; otherwise fp32
     amp_dtype:str=None,        # bf16, fp16 or fp32; default: that of params.yaml
@@ -265,6 +265,7 @@ def train(
     "Train a few steps on the prepared data and report speed and memory; under torchrun, in all its processes."
     layout = Layout(root or find_root())
     values = load_params(layout.root/"params.yaml")
+    model = model or next(iter(values["models"]))
     if model not in values["models"]: raise ConfigError(f"params.yaml: models: no {model}; there are {', '.join(values['models'])}")
     params = values["models"][model]
     asked = dict(amp_dtype=amp_dtype if use_amp else "fp32") if amp_dtype or not use_amp else {}

@@ -10,7 +10,7 @@ import atexit, hashlib, re, sys
 from pathlib import Path
 
 from ..core.files import atomic_folder
-from ..data.dvc_files import CorruptObject, RemoteUnavailable, dvc_files, innermost
+from ..data.dvc_files import CorruptObject, RemoteUnavailable, dvc_files, root_cause
 from ..streams.graphs import BundleError
 from ..serving.bundle import COMMON, BUNDLE_KINDS, MAX_BYTES, SUMS, check_bundle
 
@@ -113,12 +113,12 @@ def get(
     except ArtifactNotFoundError:
         raise BundleError(f"{where}: its dvc.yaml has no artifact {name!r}; add it to `artifacts` before the release") from None
     except RemoteUnavailable as e:
-        raise BundleError(f"{where}: DVC's remote {remote!r} does not give it: {innermost(e)}; check its address and keys "
+        raise BundleError(f"{where}: DVC's remote {remote!r} does not give it: {root_cause(e)}; check its address and keys "
                           "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or .dvc/config.local), name another with --remote, "
                           "or `dvc push` it from where it was made") from e
     except CorruptObject as e:
         raise BundleError(f"{where}: from the remote {remote!r}: {e}; remove it there and `dvc push` again from where it was made") from e
     except DvcException as e:
-        raise BundleError(f"{where}: {innermost(e)}; give the folder or the address of a git repository with DVC") from e
+        raise BundleError(f"{where}: {root_cause(e)}; give the folder or the address of a git repository with DVC") from e
     print(f"{to}: {name} {version or sha[:7]}, {'fetched and checked' if fresh else 'already there, the same'}", file=sys.stderr)
     return to

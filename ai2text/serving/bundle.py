@@ -18,7 +18,7 @@ from ..core.batch import SAMPLE_RATE
 from ..core.files import atomic_write, read_json, sha256
 from ..text.normalise import NORMALISER_FILE, Normaliser, OtherNormaliser, check_normaliser, normaliser_name
 from ..decoding.calibration import MAX_A, MAX_B
-from ..streams.graphs import BOOL, FLOAT, INT64, MEND, BundleError, check_tokens, check_whole_graph, expect, expect_signature, read_graph
+from ..streams.graphs import BOOL, FLOAT, INT64, HOW_TO_FIX, BundleError, check_tokens, check_whole_graph, expect, expect_signature, read_graph
 from ..streams.graphs import session # noqa: F401 # for importers of this module
 from ..streams.chunk_graph import check_chunk_graph
 
@@ -70,11 +70,11 @@ def check_streaming(
     expect(path, "metadata model_type", metadata.get("model_type"), MODEL_TYPE)
     for key in METADATA:
         if not re.fullmatch(r"[0-9]{1,6}", metadata.get(key, "")):
-            raise BundleError(f"{path}: metadata {key}: {metadata.get(key)!r} is no number; {MEND}")
+            raise BundleError(f"{path}: metadata {key}: {metadata.get(key)!r} is no number; {HOW_TO_FIX}")
     m = {key: int(metadata[key]) for key in METADATA}
     expect(path, "metadata subsampling_factor", m["subsampling_factor"], _SUBSAMPLING)
     if not m["head"] or m["output_size"] % m["head"]:
-        raise BundleError(f"{path}: metadata: output_size {m['output_size']} is not a multiple of head {m['head']}; {MEND}")
+        raise BundleError(f"{path}: metadata: output_size {m['output_size']} is not a multiple of head {m['head']}; {HOW_TO_FIX}")
     left_frames, window = chunk_size*left_chunks, _SUBSAMPLING*(chunk_size - 1) + m["right_context"] + 1
     attention = FLOAT, (m["num_blocks"], m["head"], left_frames, 2*m["output_size"]//m["head"])
     convolution = FLOAT, (m["num_blocks"], 1, m["output_size"], m["cnn_module_kernel"] - 1)
@@ -98,13 +98,13 @@ def read_ctranslate(
     with open(path, "rb") as f:
         def take(count):
             if len(data := f.read(count)) < count:
-                raise BundleError(f"{path}: breaks off after {f.tell()} bytes; copy the folder again, or {MEND}")
+                raise BundleError(f"{path}: breaks off after {f.tell()} bytes; copy the folder again, or {HOW_TO_FIX}")
             return data
         def number(form): return struct.unpack(f"<{form}", take(struct.calcsize(form)))[0]
         def text():
             data = take(number("H"))
             if not re.fullmatch(rb"[\w/.]+\0", data):
-                raise BundleError(f"{path}: {data[:40]!r} at byte {f.tell()} is no name; {MEND}")
+                raise BundleError(f"{path}: {data[:40]!r} at byte {f.tell()} is no name; {HOW_TO_FIX}")
             return data[:-1].decode()
         version, name, _, found = number("I"), text(), number("I"), {}
         expect(path, "version", version, 6)
@@ -113,15 +113,15 @@ def read_ctranslate(
             sizes = tuple(number("I") for _ in range(number("B")))
             kind, taken = number("B"), number("I")
             if kind >= len(ITEM_BYTES) or taken != prod(sizes)*ITEM_BYTES[kind]:
-                raise BundleError(f"{path}: {key} of sizes {sizes} and type {kind} has {taken} bytes; {MEND}")
+                raise BundleError(f"{path}: {key} of sizes {sizes} and type {kind} has {taken} bytes; {HOW_TO_FIX}")
             f.seek(taken, 1)
             found[key] = kind, sizes
         for _ in range(number("I")):
             alias, key = text(), text()
-            if key not in found: raise BundleError(f"{path}: {alias} is an alias of {key}, which is missing; {MEND}")
+            if key not in found: raise BundleError(f"{path}: {alias} is an alias of {key}, which is missing; {HOW_TO_FIX}")
             found[alias] = found[key]
         if f.tell() != size:
-            raise BundleError(f"{path}: {size} bytes, and its arrays end at {f.tell()}; copy the folder again, or {MEND}")
+            raise BundleError(f"{path}: {size} bytes, and its arrays end at {f.tell()}; copy the folder again, or {HOW_TO_FIX}")
     return name, found
 
 def check_translated(
@@ -139,12 +139,12 @@ def check_translated(
         expect(folder/"model.bin", f"{key}, type and rows", (kind, sizes[0]), (PRECISIONS[folder.name], vocab_size))
     config, words = read_json(folder/"config.json"), read_json(folder/"vocabulary.json")
     if not isinstance(config, dict) or not {*config} <= CONVERTED:
-        raise BundleError(f"{folder/'config.json'}: has other settings than {', '.join(sorted(CONVERTED))}; {MEND}")
+        raise BundleError(f"{folder/'config.json'}: has other settings than {', '.join(sorted(CONVERTED))}; {HOW_TO_FIX}")
     for key in ("suppress_ids", "suppress_ids_begin"):
         if wrong := [i for i in config.get(key) or () if type(i) is not int or not 0 <= i < vocab_size]:
-            raise BundleError(f"{folder/'config.json'}: {key}: {wrong[0]!r} is no token of {vocab_size}; {MEND}")
+            raise BundleError(f"{folder/'config.json'}: {key}: {wrong[0]!r} is no token of {vocab_size}; {HOW_TO_FIX}")
     if not isinstance(words, list) or len(words) != vocab_size or len({w for w in words if isinstance(w, str)}) != vocab_size:
-        raise BundleError(f"{folder/'vocabulary.json'}: does not list {vocab_size} different tokens; {MEND}")
+        raise BundleError(f"{folder/'vocabulary.json'}: does not list {vocab_size} different tokens; {HOW_TO_FIX}")
 
 # %% ../../nbs/serving/00_bundle.ipynb #cb1e19b6
 def window_samples(
@@ -183,7 +183,7 @@ class Bundle:
     @property
     def normaliser(self)->Normaliser:
         "The text normaliser it was trained with; raises `OtherNormaliser` if its rules differ from this version's."
-        check_normaliser(self.config["normaliser"], self.folder, f"{MEND}, from a model that was trained with this version")
+        check_normaliser(self.config["normaliser"], self.folder, f"{HOW_TO_FIX}, from a model that was trained with this version")
         return Normaliser.load(self.folder/NORMALISER_FILE)
 
     def model(self, int8:bool=False)->Path:
@@ -207,7 +207,7 @@ _STREAMING = ("model.onnx", "model.int8.onnx", "model.offline.onnx", "tokens.txt
 def _at_least_one(bundle:Bundle, *names):
     for name in names:
         if bundle.config[name] < 1:
-            raise BundleError(f"{bundle.folder/'config.json'}: {name}: {bundle.config[name]} is less than 1; {MEND}")
+            raise BundleError(f"{bundle.folder/'config.json'}: {name}: {bundle.config[name]} is less than 1; {HOW_TO_FIX}")
 
 @bundle_kind("streaming_ctc", _STREAMING, dict(chunk_size=int, num_left_chunks=int, features=dict, offline=dict), streams=True)
 def _check_streaming_ctc(bundle:Bundle):
@@ -245,9 +245,9 @@ def _check_whisper(bundle:Bundle):
     expect(bundle.folder/"whisper.json", "vocab_size", isinstance(about, dict) and about.get("vocab_size"), V)
     where, c = bundle.folder/"config.json", bundle.config["config"]
     if c.get("window") not in ("cut", "full"):
-        raise BundleError(f"{where}: config.window: {c.get('window')!r} is neither cut nor full; {MEND}")
+        raise BundleError(f"{where}: config.window: {c.get('window')!r} is neither cut nor full; {HOW_TO_FIX}")
     if not isinstance(net := c.get("net"), dict) or any(type(n) is not int or not 0 < n < 1 << 20 for n in net.values()):
-        raise BundleError(f"{where}: config.net: {net!r} is no shape of a network; {MEND}")
+        raise BundleError(f"{where}: config.net: {net!r} is no shape of a network; {HOW_TO_FIX}")
     expect(where, "config.net.vocab_size", net.get("vocab_size"), V)
     for int8 in (False, True): check_translated(bundle.model(int8), V)
 
@@ -262,7 +262,7 @@ def seal(
 
 def _check_file(path:Path):
     "Raise `BundleError` for a missing or too large file."
-    if not path.is_file(): raise BundleError(f"{path}: missing; copy the whole folder, or {MEND}")
+    if not path.is_file(): raise BundleError(f"{path}: missing; copy the whole folder, or {HOW_TO_FIX}")
     most = MAX_BYTES[path.name.rpartition(".")[2]]
     if path.stat().st_size > most:
         raise BundleError(f"{path}: {path.stat().st_size} bytes, more than the {most} allowed in a bundle; check that it is the right file")
@@ -275,16 +275,16 @@ def _settings(folder:Path)->dict:
     sums, where = {r[2]: r[1] for r in rows if r}, folder/"config.json"
     def compare(name):
         if sha256(folder/name) != sums[name]:
-            raise BundleError(f"{folder/name}: its content does not match {SUMS}; copy the folder again, or {MEND}")
-    def refuse(names): raise BundleError(f"{folder/SUMS}: does not list {', '.join(sorted(names))}, each once; {MEND}")
+            raise BundleError(f"{folder/name}: its content does not match {SUMS}; copy the folder again, or {HOW_TO_FIX}")
+    def refuse(names): raise BundleError(f"{folder/SUMS}: does not list {', '.join(sorted(names))}, each once; {HOW_TO_FIX}")
     if None in rows or len(sums) < len(rows) or not {*COMMON} <= {*sums}: refuse((*COMMON, "the files of its kind"))
     compare("config.json")
     config = read_json(where)
-    if not isinstance(config, dict): raise BundleError(f"{where}: is no JSON object; {MEND}")
+    if not isinstance(config, dict): raise BundleError(f"{where}: is no JSON object; {HOW_TO_FIX}")
     kind = BUNDLE_KINDS.get(config.get("kind", "streaming_ctc")) if isinstance(config.get("kind", ""), str) else None
     if kind is None:
         raise BundleError(f"{where}: kind: {config['kind']!r} is not known, this code reads {', '.join(BUNDLE_KINDS)}; "
-                          f"use the version of ai2text that wrote it, or {MEND}")
+                          f"use the version of ai2text that wrote it, or {HOW_TO_FIX}")
     if not {*COMMON, *kind.files} <= {*sums} <= {*kind.all_files}: refuse((*COMMON, *kind.files))
     for name in sums: _check_file(folder/name)
     for name in sums: compare(name)
@@ -297,7 +297,7 @@ def _check_calibration(bundle:Bundle):
         return isinstance(ab, list) and [*map(type, ab)] == [float, float] and 0 <= ab[0] <= MAX_A and -MAX_B <= ab[1] <= MAX_B
     if not (isinstance(maps, dict) and {*maps} <= {*modes} and all(map(valid, maps.values()))):
         raise BundleError(f"{bundle.folder/'config.json'}: calibration: {maps!r} does not give [a, b] of {' or '.join(modes)}, a from 0 to "
-                          f"{MAX_A:g} and b from {-MAX_B:g} to {MAX_B:g}; {MEND}, or leave calibration out for raw confidences")
+                          f"{MAX_A:g} and b from {-MAX_B:g} to {MAX_B:g}; {HOW_TO_FIX}, or leave calibration out for raw confidences")
 
 def check_bundle(
     folder,    # a bundle
@@ -308,9 +308,9 @@ def check_bundle(
     bundle = Bundle(folder, config)
     for key,kind in (SETTINGS | BUNDLE_KINDS[bundle.kind].settings).items():
         if type(config.get(key)) is not kind:
-            raise BundleError(f"{where}: {key}: {config.get(key)!r} is no {kind.__name__}; {MEND}")
+            raise BundleError(f"{where}: {key}: {config.get(key)!r} is no {kind.__name__}; {HOW_TO_FIX}")
     if config["format"] != BUNDLE_FORMAT:
-        raise BundleError(f"{where}: format {config['format']}, this code reads {BUNDLE_FORMAT}; {MEND}, "
+        raise BundleError(f"{where}: format {config['format']}, this code reads {BUNDLE_FORMAT}; {HOW_TO_FIX}, "
                           "or use the version of ai2text that wrote it")
     expect(where, "sample_rate", config["sample_rate"], SAMPLE_RATE)
     BUNDLE_KINDS[bundle.kind].check(bundle)

@@ -19,7 +19,7 @@ from ..core.files import atomic_write
 from ..core.params import ConfigError
 from ..core.parallel import _start_worker, read_ahead
 from ..audio.io import AudioError, Recording, read_blocks, sides
-from ..audio.segment import LONGEST, pieces
+from ..audio.segment import LONGEST, split_at_silence
 from ..decoding.beam_search import read_hotwords
 from ..decoding.itn import for_readers
 from ..decoding.transcript import FORMATS, Transcript
@@ -47,7 +47,7 @@ def _items(jobs, longest):
     for number,(path,channel,_) in enumerate(jobs):
         error, notes = "", []
         try:
-            for start,wave_T in pieces(read_blocks(path, notes=notes, channel=channel), longest):
+            for start,wave_T in split_at_silence(read_blocks(path, notes=notes, channel=channel), longest):
                 yield number, start, wave_T, None
         except (ValueError, OSError) as e: error = str(e)
         yield number, 0., None, (error, notes)

@@ -439,7 +439,7 @@ def verdict(
 )->list[str]:              # reasons against a bundle; empty: none
     "Compare the figures of an export with the limits."
     why, n = [], report["utterances"]
-    if n < config.min_utterances: why.append(f"{n} utterances are fewer than min_utterances ({config.min_utterances}): test on more speech")
+    if n < config.min_utterances: why.append(f"{n} test utterances are fewer than export.min_utterances ({config.min_utterances}): add recordings to test, or lower it")
     for file,graph in report["graphs"].items():
         if not graph["exact"]: continue
         if not graph["apart"] <= TOLERANCE:
@@ -467,7 +467,7 @@ def recommended(
     path = layout.comparison/"compare.json"
     if not path.exists(): return f"{config.model} is exported; models were not compared."
     best = read_json(path)["recommendation"]["model"]
-    if best == config.model: return f"{config.model} is exported, as the comparison recommends."
+    if best == config.model: return f"{config.model} is to be exported, as the comparison recommends."
     return f"{config.model} is exported, but the comparison recommends {best or 'none'}: set export.model, " \
         f"or see {path.relative_to(layout.root)} for the reason."
 

@@ -15,7 +15,7 @@ import aiohttp
 import numpy as np
 import psutil
 
-from ..audio.io import piece_of, read_audio
+from ..audio.io import segment_args, read_audio
 from ..core.batch import SAMPLE_RATE
 from ..core.params import ConfigError
 from ..evaluation.metrics import align
@@ -51,7 +51,7 @@ def sessions(
     "The recordings of a manifest as sessions."
     out, pause = [], np.zeros(SAMPLE_RATE//2, np.float32)
     for row in rows:
-        wave = read_audio(Path(root)/row["audio_filepath"], **piece_of(row))
+        wave = read_audio(Path(root)/row["audio_filepath"], **segment_args(row))
         if not out or out[-1].duration >= seconds:
             out.append(Session(row["id"], np.zeros(0, np.float32), speaker=row.get("speaker", "")))
         s = out[-1]

@@ -27,7 +27,7 @@ from ..core.files import atomic_write, read_json, sha256
 from ..core.batch import SAMPLE_RATE
 from ..core.params import ConfigError
 from ..audio.io import AudioError, encode, read_blocks
-from ..audio.segment import pieces
+from ..audio.segment import split_at_silence
 from ..audio.vad import speech_segments
 from ..text.normalise import Normaliser
 from ..decoding.beam_search import Word, hotword_words

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core.batch import SAMPLE_RATE
 from ..text.tokenizer import Tokenizer
-from .graphs import FLOAT, INT64, MEND, BundleError, check_tokens, read_graph, session
+from .graphs import FLOAT, INT64, HOW_TO_FIX, BundleError, check_tokens, read_graph, session
 from .chunks import ChunkShape, ChunkStream, TokenStream
 
 # %% ../../nbs/streams/20_chunk_graph.ipynb #8494f1f4
@@ -49,16 +49,16 @@ def check_chunk_graph(
         raise BundleError(f"{path}: model_type is {metadata.get('model_type')!r} instead of {GRAPH_TYPE}; export a model of that family with export_chunk_graph")
     names = [f.name for f in fields(ChunkShape)]
     for key in ("sample_rate", *names, *NETWORK):
-        if not metadata.get(key, "").isdecimal(): raise BundleError(f"{path}: metadata {key}: {metadata.get(key)!r} is no number; {MEND}")
+        if not metadata.get(key, "").isdecimal(): raise BundleError(f"{path}: metadata {key}: {metadata.get(key)!r} is no number; {HOW_TO_FIX}")
     if (rate := metadata["sample_rate"]) != str(SAMPLE_RATE):
-        raise BundleError(f"{path}: metadata sample_rate: {rate} instead of {SAMPLE_RATE}; {MEND}")
+        raise BundleError(f"{path}: metadata sample_rate: {rate} instead of {SAMPLE_RATE}; {HOW_TO_FIX}")
     sizes = tuple(int(metadata[key]) for key in NETWORK)
     if not sizes[1] or sizes[2] % sizes[1]:
-        raise BundleError(f"{path}: metadata: output_size {sizes[2]} is not a multiple of head {sizes[1]}; {MEND}")
+        raise BundleError(f"{path}: metadata: output_size {sizes[2]} is not a multiple of head {sizes[1]}; {HOW_TO_FIX}")
     try: shape = ChunkShape(**{name: int(metadata[name]) for name in names})
-    except ValueError as e: raise BundleError(f"{path}: metadata: {e}; {MEND}") from None
+    except ValueError as e: raise BundleError(f"{path}: metadata: {e}; {HOW_TO_FIX}") from None
     for side,found,wanted in zip(("inputs", "outputs"), (inputs, outputs), signature(shape, sizes)):
-        if list(found.items()) != list(wanted.items()): raise BundleError(f"{path}: {side}: {found} instead of {wanted}; {MEND}")
+        if list(found.items()) != list(wanted.items()): raise BundleError(f"{path}: {side}: {found} instead of {wanted}; {HOW_TO_FIX}")
     return shape, sizes
 
 # %% ../../nbs/streams/20_chunk_graph.ipynb #20560f05

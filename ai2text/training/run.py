@@ -17,7 +17,7 @@ from ..core.params import ConfigError, load_params
 from ..core.sections import TrainConfig, section
 from ..core.files import read_json, sha256
 from ..core.layout import Layout, find_root
-from ..core.environment import NotePeak, environment
+from ..core.environment import RecordPeakMemory, environment
 from ..core.distributed import LostMachine, MINUTES, Ranks, launch
 from ..text.normalise import normaliser_name
 from ..text.tokenizer import load_tokenizer
@@ -113,7 +113,7 @@ def train_rank(
                              startup_seconds=time.monotonic() - started_at,
                              announce=lambda text: tqdm.write(text, file=sys.stderr))
         policies = [StopWhen(tracker, config.stop_when)] if config.stop_when else []
-        watching = [TTQObserver(tracker), *policies, LiveCurve(folder/"live"), NotePeak(folder), Progress(), *observers]
+        watching = [TTQObserver(tracker), *policies, LiveCurve(folder/"live"), RecordPeakMemory(folder), Progress(), *observers]
     trainer.fit(loader, config.budget, watching, folder, evaluate=evaluate, go_on=go_on, evaluate_start=is_released(trainer.model.config),
                 evaluate_every=Every(config.evaluate_every_steps, config.evaluate_every_minutes), checkpoint_every=Every(minutes=config.checkpoint_minutes))
 
