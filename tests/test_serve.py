@@ -196,7 +196,7 @@ def test_hotwords_of_a_request(bundle):
         async with running(bundle, workers=1) as service:
             there = type("There", (), dict(websocket=service.websocket + "?hotwords=ba%20một%20:1.5&hotwords=năm"))
             assert (await send(there, frames(whistle("ba một")[0]))).text == "ba một"
-            for phrase, sign, reason in (("☃", "☃", "cannot be said"), ("ba%20:0", ":0", "is no score"), ("ba%20%230.3", "#0.3", "threshold of a keyword spotter")):
+            for phrase, sign, reason in (("☃", "☃", "tokens lack"), ("ba%20:0", ":0", "is not a score"), ("ba%20%230.3", "#0.3", "threshold of a keyword spotter")):
                 there.websocket = f"{service.websocket}?hotwords={phrase}"
                 refused = await send(there, frames(whistle("ba")[0]))
                 assert refused.code == 1008 and sign in refused.reason and reason in refused.reason

@@ -329,7 +329,7 @@ class Service:
         self.store = Store(keep, self.bundle) if keep else None
         self.kind = self.bundle.kind + ("" if self.bundle.streams and not windowed else ", whole utterances")
         self.models = {self.bundle.config["name"]: int((self.bundle.folder/"config.json").stat().st_mtime)}
-        split = speech_segments if vad == "silero" and self.bundle.kind == "whisper" else pieces
+        split = speech_segments if vad == "silero" and self.bundle.kind == "whisper" else split_at_silence
         self.split = functools.partial(split, longest=longest)
         settings = dict(folder=str(Path(bundle).resolve()), sums=sha256(self.bundle.folder/SUMS), int8=int8, windowed=windowed, vad=vad,
                         every=every, silence=silence, silence_after_words=silence_after_words, longest=longest)
