@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OVERLAP', 'WINDOW_SECONDS', 'DROPPED', 'SHORTEST', 'LONGEST_JOINED', 'ScoredRecording', 'score_recording', 'Sentence',
-           'read_sentences', 'place_sentences', 'score_mismatched_text', 'Segment', 'segment_sentences',
+           'read_sentences', 'place_sentences', 'score_mismatched_text', 'SentenceSegment', 'segment_sentences',
            'align_recording', 'load_ctc_model', 'align_pairs', 'align_recordings']
 
 # %% ../../nbs/decoding/20_align.ipynb #21873c6b
@@ -194,7 +194,7 @@ def score_mismatched_text(
 SHORTEST, LONGEST_JOINED = 0.2, 15. # s of an utterance; s that joined parts may have
 
 @dataclass
-class Segment:
+class SentenceSegment:
     "An utterance of a recording."
     text:str     # for the corpus
     start:float  # s
@@ -205,7 +205,7 @@ def segment_sentences(
     sentences:list[Sentence], # with their places
     scored:ScoredRecording,
     margin:float=0.2,         # s of a pause kept around an utterance, at most
-)->list[Segment]:   # in order, without overlap
+)->list[SentenceSegment]:   # in order, without overlap
     "The utterances of a recording; a sentence that is too short gets its reason."
     kept = [k for k,s in enumerate(sentences) if not s.reason]
     segments, open_after = [], None # the last sentence of the last segment, if the next may join it
@@ -216,15 +216,15 @@ def segment_sentences(
         start, end, pause_before, pause_behind = find_edges(scored.power_F, s.start, s.end, before, after, margin)
         last = segments[-1] if segments else None
         if last and open_after == k - 1 and not pause_before and end - last.start <= LONGEST_JOINED:
-            segments[-1] = Segment(f"{last.text} {s.spoken}", last.start, end, min(last.score, s.score))
+            segments[-1] = SentenceSegment(f"{last.text} {s.spoken}", last.start, end, min(last.score, s.score))
         elif end - (start := max(start, last.end if last else 0.)) < SHORTEST:
             s.reason, s.detail = "too short", f"{end - start:.2f} s"; continue
-        else: segments.append(Segment(s.spoken, start, end, s.score))
+        else: segments.append(SentenceSegment(s.spoken, start, end, s.score))
         open_after = k if not s.ends and not pause_behind else None
     return segments
 
 # %% ../../nbs/decoding/20_align.ipynb #228dce97
-def _write_segments(segments:list[Segment], path, folder:Path, stem:str, speaker:str, progress=None):
+def _write_segments(segments:list[SentenceSegment], path, folder:Path, stem:str, speaker:str, progress=None):
     "Write each segment as FLAC; yields its row of the manifest."
     held_T, start, blocks = np.zeros(0, np.float32), 0, read_blocks(path) # `held_T` begins at sample `start`
     for number,p in enumerate(segments, 1):
