@@ -26,8 +26,10 @@ def token_names(
 )->list[str]:    # by id, each once
     "The vocabulary for CTranslate2, which finds special tokens by name."
     text, V = tokens.text, tokens.vocab_size
-    special = [SPECIAL_TOKENS[name] for name in sorted(tokens.special, key=tokens.special.get)]
-    names = text.tokenizer.convert_ids_to_tokens(range(V)) if isinstance(text, ReleasedText) else [*text.symbols, *special, *[None]*(V - tokens.first_timestamp)]
+    if isinstance(text, ReleasedText): names = text.tokenizer.convert_ids_to_tokens(range(V))
+    else:
+        special = [SPECIAL_TOKENS[name] for name in sorted(tokens.special, key=tokens.special.get)]
+        names = [*text.symbols, *special, *[None]*(V - tokens.first_timestamp)]
     return [f"<|{(i - tokens.first_timestamp)*TIME_STEP:.2f}|>" if name is None else name for i,name in enumerate(names)]
 
 # %% ../../nbs/streams/40_ctranslate.ipynb #80dedf48
