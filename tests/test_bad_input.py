@@ -508,7 +508,7 @@ def command(capsys, *words)->tuple:
     ("train", "data/prepared/tokenizer/tokenizer.json: no such file; run the prepare stage to make the tokenizer"),
     ("train --dry-run", "data/prepared/tokenizer/tokenizer.json: no such file; run the prepare stage to make the tokenizer"),
     ("train --dry-run --hardware big", "ai2text train: train.hardware: 'big': params.yaml has no such recipe; choose from demo, small_gpu, large_gpu"),
-    ("ttq missing", "error: missing: no such file; give a ttq_log.json or the folder it lies in"),
+    ("ttq missing", "error: missing: no such file; give a ttq_log.json or its folder"),
     ("summary", "results: no results yet; run `make demo`"),
     ("verify nowhere", "ai2text verify: nowhere/index.json: no such index; run the stage `shards`"),
     ("runs --keep -1", "ai2text runs: --keep -1: give 0 or more"),

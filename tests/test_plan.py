@@ -29,7 +29,7 @@ def test_plan_stage_writes_report_and_plan(tmp_path):
     synthetic_runs(tmp_path/"kept")
     report = tmp_path/run_stage("plan", plan="friday", root=tmp_path)
     text = report.read_text("utf-8")
-    assert report.name == "plan-friday.ipynb" and "image/png" in text and "30.0% with probability 50%: " in text and "WER 30.0% costs " in text
+    assert report.name == "plan-friday.ipynb" and "image/png" in text and "30.0% with probability 50%: " in text and "WER 30.0% was already reached" in text
     stored = read_json(tmp_path/"plans/0001.json")
     assert stored["target"] == .3 and len(stored["runs"]) == 11 and stored["experiments"]
     write_params(tmp_path, **question | dict(targt=.2))

@@ -6,10 +6,10 @@
 __all__ = ['STAGES', 'EACH', 'SINGULAR', 'FAMILY_STAGES', 'ANY_FAMILY', 'USED', 'WEIGHT_FILES', 'MAX_REPORT_BYTES', 'POLL_S',
            'BENCHMARKS', 'check_names', 'pick_item', 'stage_section', 'stage_parameters', 'stage_identity',
            'write_identities', 'start_of', 'write_starts', 'read_settings', 'strip_report', 'write_report',
-           'kernel_main', 'StageError', 'Watch', 'run_stage']
+           'kernel_main', 'StageError', 'Watch', 'report_headline', 'run_stage']
 
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #8d738bfa
-import ast, builtins, contextlib, dataclasses, difflib, errno, importlib, os, re, signal, sys, tempfile, threading, time
+import ast, builtins, contextlib, dataclasses, difflib, errno, html, importlib, os, re, signal, sys, tempfile, threading, time
 from pathlib import Path
 
 from ..core.params import ConfigError, load_params
@@ -338,6 +338,12 @@ class _Terminal:
     def flush(self):
         with contextlib.suppress(OSError, ValueError): self.stream.flush()
 
+# %% ../../nbs/pipeline/00_stage_runner.ipynb #75698eb8
+def report_headline(nb)->str:
+    "The sentence that opens an executed notebook (`ai2text.evaluation.plots.headline`), as plain text; empty if there is none."
+    shown = ("".join(o["data"].get("text/html", "")) for c in nb.cells for o in c.get("outputs", ()) if "data" in o)
+    return next((html.unescape(re.sub("<[^>]*>", "", text)) for text in shown if text.startswith("<p><strong>")), "")
+
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #988a29da
 def _execute(notebook:Path, values:dict, root:Path, watch:Watch):
     "Run a notebook: the executed notebook, and the error that ended it or None."
@@ -422,6 +428,7 @@ def run_stage(
         nb, error = _execute(notebook, values, root, watch)
     if error is None and not watch.signum: # DVC leaves Ctrl-C to its stages: success here would start the next stage
         write_report(strip_report(nb), report)
+        if line := report_headline(nb): print(line)
         return report.relative_to(root)
     kind, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
     failure = f"interrupted by {signal.Signals(watch.signum).name}" if watch.signum else _error_line(kind, text)
