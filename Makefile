@@ -1,20 +1,20 @@
-# All the set-up there is: git, make and Python. Every target below first makes .venv with the versions in
-# constraints.txt; a second call finds the stamp and installs nothing.
-#   make demo   run the whole pipeline and print what came out
-#   make test   the rules of the house, every notebook, and the tests of what crosses modules: minutes
-#   make test-all  the same with every slow test, every notebook again on the exported package, its coverage, and the benchmarks
-#   make try NB=models/conformer  the loop of a day: export, clean, test one notebook, the rules that touch it: seconds
-#   make benchmarks  whether every benchmark runs, on tiny data
-#   make compare  train three families of models on equal terms, five minutes each, and say which to take
-#   make report  all reports, the comparison and the milestones as pages, in _site
+# Needs Git, make and Python. Each target first installs the versions in constraints.txt into .venv, once.
+#   make setup  install only
+#   make demo   run the whole pipeline and print its results
+#   make test   project rules, all notebooks, and tests across modules: minutes
+#   make test-all  the same with slow tests, notebooks on the exported package, coverage, and benchmarks
+#   make try NB=models/conformer  export, clean and test one notebook, and the rules that apply to it: seconds
+#   make benchmarks  run every benchmark on tiny data
+#   make compare  train three families of models from scratch, five minutes each, and recommend one
+#   make report  all reports, the comparison and the milestones as HTML, in _site
 #   make s3     a real S3 server on this machine, for the remote `minio`
-#   make docs   the library's notebooks as a site, in _docs; needs quarto
+#   make docs   the front page, the tutorials and the library's notebooks as pages, in _docs
 #   make lab    JupyterLab with this project's kernel
 PYTHON  ?= python3
 VENV    ?= .venv
-# flags of notebook cells and of tests to run as well: FLAGS="slow cuda"
+# more notebook cells and tests to run: FLAGS="slow cuda"
 FLAGS   ?=
-# options of pytest
+# more options for pytest
 PYTEST  ?=
 WORKERS ?= 2
 LAB_ARGS ?=
@@ -23,15 +23,15 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 
-# Nothing of the machine's own Python reaches the environment.
+# Keep the machine's Python settings out of the environment.
 unexport PYTHONPATH PYTHONHOME
 export PYTHONNOUSERSITE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
-# DVC unpickles what it finds there: a folder of this user alone.
+# DVC unpickles files in this folder: it must be writable by this user only.
 export DVC_SITE_CACHE_DIR := $(CURDIR)/.dvc/tmp/site
 export JUPYTER_PREFER_ENV_PATH := 1
-# Jupyter, DVC and matplotlib keep small files under HOME: give them one where the machine has none.
+# Jupyter, DVC and matplotlib write under HOME: set one if the machine has none.
 ifneq ($(shell test -d "$$HOME" -a -w "$$HOME" && echo writable),writable)
 export HOME := $(CURDIR)/$(VENV)/home
 export PIP_NO_CACHE_DIR := 1
@@ -47,22 +47,22 @@ demo: $(STAMP)
 	@$(BIN)/dvc repro
 	@$(BIN)/ai2text summary
 
-# A pipeline of its own, on the same shards.
+# A separate pipeline on the same shards.
 compare: $(STAMP)
 	@$(BIN)/dvc repro compare/dvc.yaml
 	@cd compare && $(CURDIR)/$(BIN)/ai2text compare
 
-# Pages that need nothing but a browser.
+# Self-contained HTML.
 report: $(STAMP)
 	@$(BIN)/ai2text report
 
 test: check notebooks pytest
 
-# Coverage is of the notebooks' tests on the exported package (tests/test_replay.py) and of all others together.
+# Coverage combines the notebooks' tests on the exported package (tests/test_replay.py) and all other tests.
 test-all:
 	@$(MAKE) --no-print-directory test benchmarks FLAGS="slow $(FLAGS)" PYTEST=--cov
 
-# A notebook by its path under nbs/, with its number or without.
+# NB: path under nbs/, with or without the number.
 NOTEBOOK = $(firstword $(wildcard nbs/$(NB).ipynb nbs/$(dir $(NB))[0-9][0-9]_$(notdir $(NB)).ipynb))
 try: $(STAMP)
 	@test -n "$(NOTEBOOK)" || { echo "error: nbs/$(NB).ipynb: no such notebook; name one: make try NB=models/conformer" >&2; exit 1; }
@@ -73,16 +73,16 @@ try: $(STAMP)
 	@$(BIN)/ruff check ai2text $(NOTEBOOK)
 	@$(BIN)/python -m pytest -q tests/test_house.py -k "$(basename $(notdir $(NOTEBOOK))) or sync or required"
 
-# The rules of the house: seconds, so they come first.
+# Static checks and project rules: seconds.
 check: $(STAMP)
 	@echo "--- ruff"
 	@$(BIN)/ruff check ai2text nbs tests setup.py
 	@echo "--- bandit"
 	@$(BIN)/bandit -q -c pyproject.toml -r ai2text
-	@echo "--- house rules"
+	@echo "--- project rules"
 	@$(BIN)/python -m pytest -q tests/test_house.py
 
-# Every notebook runs from top to bottom, with its own definitions; benchmarks, whose subject is others as much as us, by themselves.
+# Runs every notebook with its own definitions; benchmarks have a target of their own.
 notebooks: export OMP_NUM_THREADS := 1
 notebooks: $(STAMP)
 	@echo "--- nbdev_test"
@@ -93,13 +93,13 @@ benchmarks: $(STAMP)
 	@echo "--- nbdev_test of benchmarks"
 	@$(BIN)/nbdev_test --path nbs/benchmarks --n_workers $(WORKERS) --timing --flags "$(FLAGS)"
 
-# What crosses modules: a file of tests in each of $(WORKERS) processes.
+# Tests across modules, one file per process, in $(WORKERS) processes.
 pytest: export OMP_NUM_THREADS := 1
 pytest: $(STAMP)
 	@echo "--- pytest"
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=12 --ignore=tests/test_house.py $(PYTEST) --flags "$(FLAGS)"
 
-# The bucket of the remote `minio`, in .s3/; the keys are of this server alone. Ctrl-C ends it.
+# The bucket of the remote `minio`, in .s3/; these keys are valid for this server only. Ctrl-C stops it.
 s3: $(STAMP)
 	@mkdir -p .s3/ai2text
 	@echo "export AWS_ACCESS_KEY_ID=minio AWS_SECRET_ACCESS_KEY=minio123    # in another shell; then: dvc push -r minio"
@@ -108,14 +108,11 @@ s3: $(STAMP)
 lab: $(STAMP)
 	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" $(LAB_ARGS)
 
-# Stages and benchmarks are read as reports, so they are not among the pages; tutorials are, as they were committed.
+# Stages and benchmarks are read as reports (`make report`).
 docs: $(STAMP)
-	@command -v quarto >/dev/null || { echo "error: no quarto on this machine's PATH; install it from https://quarto.org" >&2; exit 1; }
-	@$(BIN)/nbdev_proc_nbs --skip_folder_re '^[_.]|^stages$$|^benchmarks$$|^tutorials$$'
-	@cp -R nbs/tutorials nbs/images _proc/
-	@quarto render _proc --no-execute && rm -rf _docs && mv _proc/_docs _docs
+	@$(BIN)/ai2text docs
 
-# The front page: nbs/index.ipynb with its outputs, as text. Its links to pictures and tutorials start from nbs/.
+# The front page, from nbs/index.ipynb with its outputs; links to figures and tutorials get the prefix nbs/.
 README.md: nbs/index.ipynb nbs/images/run.png nbs/images/people.png nbs/images/plan.png $(STAMP)
 	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README $<
 	@sed -i.bak -e 's|](images/|](nbs/images/|g' -e 's|](tutorials/|](nbs/tutorials/|g' $@ && rm $@.bak
@@ -124,7 +121,7 @@ nbs/images/run.png: results/conformer_ctc/ttq_log.json $(STAMP)
 	@mkdir -p $(@D)
 	@MPLBACKEND=agg MATPLOTLIBRC=ai2text/matplotlibrc $(BIN)/python -c "from ai2text.ttq.plots import plot_ttq; from ai2text.ttq.log import load_log; plot_ttq(load_log('$<')).figure.savefig('$@', dpi=110)"
 
-# Pictures that a committed notebook holds: its figure of that number, from 0.
+# Figures from committed notebooks; FIGURE counts from 0.
 nbs/images/people.png: papermill_runs/benchmarks/people.ipynb
 nbs/images/people.png: FIGURE = 0
 nbs/images/plan.png: nbs/tutorials/plan.ipynb
@@ -134,7 +131,7 @@ nbs/images/people.png nbs/images/plan.png: $(STAMP)
 
 setup: $(STAMP)
 
-# The stamp goes first and comes back last: an install that was cut off starts again from nothing.
+# The stamp is removed first and written last, so an interrupted install starts again from an empty environment.
 $(STAMP): constraints.txt settings.ini setup.py
 	@command -v "$(PYTHON)" >/dev/null || { echo "error: no '$(PYTHON)' on this machine's PATH; name a Python >= $(MIN_PYTHON): make $(or $(MAKECMDGOALS),demo) PYTHON=/path/to/python3" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(MIN_PYTHON)".split("."))))' || { echo "error: this project needs Python >= $(MIN_PYTHON), and '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1); name another: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12" >&2; exit 1; }

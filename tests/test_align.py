@@ -1,4 +1,4 @@
-"From a long recording to a corpus that trains, and what the commands refuse."
+"Segmentation of long recordings into a corpus, choice of readings, and errors of the commands."
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from ai2text.core.sections import CorpusConfig, PrepareConfig
 from ai2text.corpora.corpus import make_corpus
 from ai2text.corpora.prepare import prepare
 from ai2text.decoding.align import align_pairs
-from ai2text.decoding.readings import listen_to_readings
+from ai2text.decoding.readings import score_all_readings
 from ai2text.models.store import build_model, save_model
 from ai2text.pipeline.cli import main
 from ai2text.testing.tone_model import ToneModel, say_in_tones
@@ -25,21 +25,21 @@ gió thổi ngoài hiên lạnh|lá rụng đầy sân trường|trăng lên tr�
 
 @pytest.fixture(scope="module")
 def lessons(tmp_path_factory):
-    "A folder with three recordings in tones, their texts beside them; in each a sentence that was never said."
+    "A folder with three recordings in tones, their texts beside them; each text has a sentence that is not spoken."
     home, rng = tmp_path_factory.mktemp("lessons"), np.random.default_rng(0)
     for n in range(3):
-        said, pause = TEXTS[4*n:4*n + 4], 0.001*rng.standard_normal(8000).astype(np.float32)
-        wave = np.concatenate([part for text in said for part in (pause, say_in_tones(text, rng))] + [pause])
+        spoken, pause = TEXTS[4*n:4*n + 4], 0.001*rng.standard_normal(8000).astype(np.float32)
+        wave = np.concatenate([part for text in spoken for part in (pause, say_in_tones(text, rng))] + [pause])
         (home/f"bài {n}.flac").write_bytes(encode(wave, SAMPLE_RATE, "flac"))
-        (home/f"bài {n}.txt").write_text("\n".join([*said[:2], "con đường xa tít tắp", *said[2:]]), "utf-8")
+        (home/f"bài {n}.txt").write_text("\n".join([*spoken[:2], "con đường xa tít tắp", *spoken[2:]]), "utf-8")
     return home
 
 
-def test_recordings_become_a_corpus_that_is_imported_and_prepared(lessons, tmp_path, capsys):
+def test_segmented_recordings_are_imported_and_prepared(lessons, tmp_path, capsys):
     pairs = [(p, p.with_suffix(".txt")) for p in sorted(lessons.glob("*.flac"))]
     assert align_pairs(ToneModel().eval(), pairs, tmp_path/"book", window=10.) == []
-    told = capsys.readouterr().out
-    assert "bài 1.flac: 4 of 5 sentences kept, as 4 utterances" in told and "source: nemo" in told, told
+    output = capsys.readouterr().out
+    assert "bài 1.flac: 4 of 5 sentences kept, as 4 utterances" in output and "source: nemo" in output, output
     assert [d["text"] for d in read_jsonl(tmp_path/"book/report/dropped.jsonl")] == ["con đường xa tít tắp"]*3
     layout = Layout(tmp_path)
     make_corpus(CorpusConfig(source="nemo", path=str(tmp_path/"book"), transcripts="manifest.jsonl", processes=1), "book", layout.corpus("book"))
@@ -50,7 +50,7 @@ def test_recordings_become_a_corpus_that_is_imported_and_prepared(lessons, tmp_p
     assert all(0.12*len(row["text"]) <= row["duration"] <= 0.12*len(row["text"]) + 0.5 for row in rows)
 
 
-def test_a_recording_that_is_bad_does_not_take_the_others_with_it(lessons, tmp_path, capsys):
+def test_corrupt_recording_is_reported_and_others_are_kept(lessons, tmp_path, capsys):
     (tmp_path/"in").mkdir()
     for p in lessons.iterdir(): (tmp_path/"in"/p.name).write_bytes(p.read_bytes())
     (tmp_path/"in/hỏng.wav").write_bytes(b"RIFF")
@@ -64,53 +64,53 @@ def test_a_recording_that_is_bad_does_not_take_the_others_with_it(lessons, tmp_p
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    "A Conformer that has learned nothing."
+    "An untrained Conformer."
     home, tokenizer = tmp_path_factory.mktemp("models"), CharTokenizer()
     save_model(home/"conformer", build_model(dict(family="conformer", size="tiny"), tokenizer), beside=lambda part: tokenizer.save(part/"tokenizer"), family="conformer")
     return home
 
 
 @pytest.mark.parametrize("command", ["align", "readings"])
-def test_help_says_what_each_option_is(command, capsys):
+def test_help_describes_each_option(command, capsys):
     with pytest.raises(SystemExit) as e: main([command, "--help"])
     assert e.value.code == 0
     assert "folder of a trained model with CTC scores" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_command_refuses_in_one_line(lessons, models, tmp_path, capsys):
+def test_errors_of_align_are_one_line(lessons, models, tmp_path, capsys):
     recording = str(lessons/"bài 0.flac")
-    for words, says in {("none", recording): "none/config.json: no model is published here", (str(models/"conformer"), recording): "the model cannot tell which text is said", (str(models/"conformer"), "none.wav"): "none.wav: no such file or folder",
-                        (str(models/"conformer"), recording, "none.txt"): "none.txt: no such file; write what is said", (str(models/"conformer"), str(lessons), "a.txt"): "the texts are beside them"}.items():
+    for words, error in {("none", recording): "none/config.json: no model is published here", (str(models/"conformer"), recording): "the model cannot tell which text is spoken", (str(models/"conformer"), "none.wav"): "none.wav: no such file or folder",
+                        (str(models/"conformer"), recording, "none.txt"): "none.txt: no such file; write the transcript", (str(models/"conformer"), str(lessons), "a.txt"): "the texts of a folder are beside its recordings"}.items():
         assert main(["align", *words, "--out", str(tmp_path/"out")]) == 2, words
-        assert says in (told := capsys.readouterr().err), told
+        assert error in (output := capsys.readouterr().err), output
         assert not (tmp_path/"out").exists()
 
 
-def test_a_model_that_writes_text_by_itself_is_refused(monkeypatch):
+def test_model_without_ctc_scores_is_refused(monkeypatch):
     from ai2text.core.params import ConfigError
     from ai2text.decoding import align
     monkeypatch.setattr(align, "load_model", lambda folder: type("Whisper", (), {})())
-    with pytest.raises(ConfigError, match="models/w: Whisper writes text by itself and has no scores for each moment; take a model of a CTC family"): align.load_ctc_model(Path("models/w"))
+    with pytest.raises(ConfigError, match="models/w: Whisper has no CTC scores; use a model of a CTC family"): align.load_ctc_model(Path("models/w"))
 
 
-def test_the_reading_that_was_spoken_is_trained_on(tmp_path, capsys):
-    "prepare keeps the readings, a model listens, and the next prepare takes what it found; a text that changed since has its first reading again."
+def test_spoken_reading_is_used_by_prepare(tmp_path, capsys):
+    "prepare keeps the readings, a model chooses, and the next prepare uses its choice; a changed text gets its first reading again."
     rng, layout, folder = np.random.default_rng(0), Layout(tmp_path), tmp_path/"data/corpus/lessons"
     folder.mkdir(parents=True)
-    said = {"Nhà có 105 cây": "nhà có một trăm lẻ năm cây", "Lúc 24 giờ": "lúc hai mươi bốn giờ", "Giá 2.000 đồng": "giá hai ngàn đồng", "Trang 35": "trang ba mươi lăm"} | {text: text for text in TEXTS[:4]}
-    rows = [dict(id=f"u{n}", audio_filepath=f"{n}.wav", text_raw=written, speaker=f"s{n}", split="dev" if n == 6 else "test" if n == 7 else "train") for n, written in enumerate(said)]
-    for n, text in enumerate(said.values()): (folder/f"{n}.wav").write_bytes(encode(say_in_tones(text, rng), SAMPLE_RATE, "wav"))
+    spoken = {"Nhà có 105 cây": "nhà có một trăm lẻ năm cây", "Lúc 24 giờ": "lúc hai mươi bốn giờ", "Giá 2.000 đồng": "giá hai ngàn đồng", "Trang 35": "trang ba mươi lăm"} | {text: text for text in TEXTS[:4]}
+    rows = [dict(id=f"u{n}", audio_filepath=f"{n}.wav", text_raw=written, speaker=f"s{n}", split="dev" if n == 6 else "test" if n == 7 else "train") for n, written in enumerate(spoken)]
+    for n, text in enumerate(spoken.values()): (folder/f"{n}.wav").write_bytes(encode(say_in_tones(text, rng), SAMPLE_RATE, "wav"))
     write_jsonl(folder/"manifest.jsonl", rows)
     cfg = PrepareConfig(tokenizer="char", processes=1)
     assert prepare(cfg, layout.corpora, layout.prepared, root=tmp_path)["spoken"]["several"] == 4
-    found = list(listen_to_readings(ToneModel().eval(), read_jsonl(layout.manifest("train")), layout.prepared))
-    assert {f["id"]: f["text"] for f in found} == {f"u{n}": text for n, text in enumerate(said.values()) if n < 4}
+    found = list(score_all_readings(ToneModel().eval(), read_jsonl(layout.manifest("train")), layout.prepared))
+    assert {f["id"]: f["text"] for f in found} == {f"u{n}": text for n, text in enumerate(spoken.values()) if n < 4}
     assert [f["first"] for f in sorted(found, key=lambda f: f["id"])] == [False, True, False, True]
     write_jsonl(tmp_path/"spoken.jsonl", found)
     cfg = replace(cfg, spoken="spoken.jsonl")
     assert prepare(cfg, layout.corpora, layout.prepared, root=tmp_path)["spoken"] == dict(several=4, chosen=4, other_than_first=2, stale=0, stale_ids=[])
-    assert {row["id"]: row["text"] for row in read_jsonl(layout.manifest("train"))} == {f"u{n}": text for n, text in enumerate(said.values()) if n < 6}
-    again = {f["id"]: f["text"] for f in listen_to_readings(ToneModel().eval(), read_jsonl(layout.manifest("train")), layout.prepared)}
+    assert {row["id"]: row["text"] for row in read_jsonl(layout.manifest("train"))} == {f"u{n}": text for n, text in enumerate(spoken.values()) if n < 6}
+    again = {f["id"]: f["text"] for f in score_all_readings(ToneModel().eval(), read_jsonl(layout.manifest("train")), layout.prepared)}
     assert again == {f["id"]: f["text"] for f in found}
     write_jsonl(folder/"manifest.jsonl", [dict(row, text_raw="Nhà có 106 cây") if row["id"] == "u0" else row for row in rows])
     assert prepare(cfg, layout.corpora, layout.prepared, root=tmp_path)["spoken"]["stale_ids"] == ["u0"]

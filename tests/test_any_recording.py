@@ -1,6 +1,7 @@
-"Every kind of recording, and every header that is wrong, has one length, one text or one verdict in corpus, prepare, shards, transcribe and stream."
+"Every kind of recording and every wrong header has one length, one text and one verdict in corpus, prepare, shards, transcribe and stream."
 import io
 import json
+from collections import Counter
 from itertools import permutations
 
 import numpy as np
@@ -9,7 +10,7 @@ import soundfile as sf
 
 from ai2text.audio.decoders import AUDIO_SUFFIXES, NOTES
 from ai2text.audio.io import AudioError, read_audio
-from ai2text.core.files import read_json, read_jsonl
+from ai2text.core.files import read_jsonl
 from ai2text.core.sections import CorpusConfig, PrepareConfig, ShardsConfig
 from ai2text.corpora.corpus import make_corpus
 from ai2text.corpora.prepare import prepare
@@ -23,7 +24,7 @@ from ai2text.testing.recordings import RECORDINGS, of_kind
 from ai2text.testing.toy_bundle import WORDS, toy_bundle, whistle
 
 RATE = 16_000
-SPOKEN = [" ".join(words) for words in permutations(list(WORDS)[:5])]  # the sixth does not fit into a telephone's band
+SPOKEN = [" ".join(words) for words in permutations(list(WORDS)[:5])]  # the sixth word is outside the band of a telephone
 
 
 def wav(wave, rate=RATE, **how):
@@ -34,7 +35,7 @@ def wav(wave, rate=RATE, **how):
 def sized(data, size, at=40): return data[:at] + size.to_bytes(4, "little") + data[at + 4:]
 
 
-# name: what makes the bytes of a wave; keys of NOTES that are told; the reason why it is refused
+# name: makes the bytes of the file from a wave; keys of its NOTES; the reason for which it is refused
 FAULTS = {
     "killed.wav":    (lambda wave: sized(sized(wav(wave), 0), 0, 4), ["zero"], ""),
     "killed24.wav":  (lambda wave: sized(wav(wave, subtype="PCM_24"), 0), ["zero"], ""),
@@ -58,7 +59,7 @@ CASES = {name: (lambda wave, name=name: of_kind(name, wave), [], "") for name in
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    "A corpus of all of them, each spoken by somebody else, with another text beside it."
+    "A corpus of all of them, each of another speaker, with its text beside it."
     home = tmp_path_factory.mktemp("any")
     for number, (name, (make, _, _)) in enumerate(CASES.items()):
         (home/f"raw/s{number}").mkdir(parents=True)
@@ -68,25 +69,26 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory): return toy_bundle(tmp_path_factory.mktemp("toy")/"bundle")
+def bundle(tmp_path_factory): return toy_bundle(tmp_path_factory.mktemp("toy")/"bundle")
 
 
 def paths(folder): return {path.name: path for path in sorted((folder/"raw").rglob("*.*")) if path.suffix != ".txt"}
 
 
-def right(name, seconds, text, number): return abs(seconds - len(whistle(SPOKEN[number])[0])/RATE) < 0.08 and text.split() == SPOKEN[number].split()
+def is_correct(seconds, text, number):
+    return abs(seconds - len(whistle(SPOKEN[number])[0])/RATE) < 0.08 and text.split() == SPOKEN[number].split()
 
 
-def test_corpus_prepare_and_shards(folder, toy):
+def test_corpus_prepare_and_shards_agree_on_every_recording(folder, bundle):
     config = CorpusConfig(source="folder", path=str(folder/"raw"), processes=1)
     make_corpus(config, "any", folder/"corpora/any")
     unreadable = {row["file"].split("/")[-1]: row["reason"] for row in read_jsonl(folder/"corpora/any/rejects.jsonl")}
     stats = prepare(PrepareConfig(max_reject_share=0.5, tokenizer="char", processes=1), folder/"corpora", folder/"prepared")
     rejects = {row["audio_filepath"].split("/")[-1]: row["reason"] for row in read_jsonl(folder/"prepared/rejects.jsonl")} | unreadable
     assert rejects == {name: reason for name, (_, _, reason) in CASES.items() if reason}
-    told = {note["note"]: note["utterances"] for note in stats["notes"]}
-    assert told == {NOTES[key]: sum(key in keys for _, keys, _ in CASES.values()) for key in {key for _, keys, _ in CASES.values() for key in keys}}
-    recogniser, found = load_recogniser(toy), {}
+    noted = {note["note"]: note["utterances"] for note in stats["notes"]}
+    assert noted == Counter(NOTES[key] for _, keys, _ in CASES.values() for key in keys)
+    recogniser, found = load_recogniser(bundle), {}
     for split in ("train", "dev", "test"):
         rows = read_jsonl(folder/f"prepared/{split}.jsonl")
         index = write_shards(rows, folder/"shards"/split, folder/f"{split}.json", ShardsConfig(codec="wav", processes=1), audio_root=folder/"prepared")
@@ -102,50 +104,50 @@ def test_corpus_prepare_and_shards(folder, toy):
             assert row.get("notes", []) == [NOTES[key] for key in CASES[name][1]]
             assert row["duration"] == pytest.approx(found[row["text"]][0], abs=1e-3)
     for number, (name, (_, _, reason)) in enumerate(CASES.items()):
-        assert reason and SPOKEN[number] not in found or right(name, *found[SPOKEN[number]], number), (name, found.get(SPOKEN[number]))
+        assert reason and SPOKEN[number] not in found or is_correct(*found[SPOKEN[number]], number), (name, found.get(SPOKEN[number]))
 
 
-def test_transcribe(folder, toy, capsys, tmp_path):
+def test_transcribe_reads_every_recording(folder, bundle, capsys, tmp_path):
     files = paths(folder)
-    assert transcribe(toy, list(files.values()), format="json", processes=1) == 1
-    said = capsys.readouterr()
-    found = {json.loads(line)["file"].split("/")[-1]: json.loads(line) for line in said.out.splitlines()}
+    assert transcribe(bundle, list(files.values()), format="json", processes=1) == 1
+    captured = capsys.readouterr()
+    found = {json.loads(line)["file"].split("/")[-1]: json.loads(line) for line in captured.out.splitlines()}
     for number, (name, (_, keys, reason)) in enumerate(CASES.items()):
-        if reason: assert name not in found and f"{name}: " in said.err; continue
-        assert right(name, found[name]["duration"], found[name]["text"], number), (name, found[name]["duration"], found[name]["text"])
-        for key in keys: assert f"{name}: {NOTES[key]}" in said.err
-    assert f"{sum(bool(reason) for *_, reason in CASES.values())} of {len(CASES)} files could not" in said.err
+        if reason: assert name not in found and f"{name}: " in captured.err; continue
+        assert is_correct(found[name]["duration"], found[name]["text"], number), (name, found[name]["duration"], found[name]["text"])
+        for key in keys: assert f"{name}: {NOTES[key]}" in captured.err
+    assert f"{sum(bool(reason) for *_, reason in CASES.values())} of {len(CASES)} files could not" in captured.err
 
 
-def test_stream(folder, toy, capsys):
+def test_stream_reads_every_recording(folder, bundle, capsys):
     files = paths(folder)
-    with served(toy) as service: assert stream(service.websocket, [str(files[name]) for name in CASES], fast=True) == 1
-    said = capsys.readouterr()
-    found = {(row := line.rsplit(":", 1))[0].split("/")[-1]: row[1] for line in said.out.splitlines()}
+    with served(bundle) as service: assert stream(service.websocket, [str(files[name]) for name in CASES], fast=True) == 1
+    captured = capsys.readouterr()
+    found = {(row := line.rsplit(":", 1))[0].split("/")[-1]: row[1] for line in captured.out.splitlines()}
     for number, (name, (_, keys, reason)) in enumerate(CASES.items()):
-        if reason: assert name not in found and f"{name}: " in said.err; continue
+        if reason: assert name not in found and f"{name}: " in captured.err; continue
         assert found[name].split() == SPOKEN[number].split(), (name, found[name])
-        for key in keys: assert f"{name}: {NOTES[key]}" in said.err
+        for key in keys: assert f"{name}: {NOTES[key]}" in captured.err
 
 
-def test_the_sides_of_a_call(folder, toy, tmp_path, capsys):
+def test_each_channel_of_a_call_has_its_transcript(folder, bundle, tmp_path, capsys):
     one, two = (whistle(text)[0] for text in SPOKEN[:2])
     for name, data in {"call.wav": wav(np.stack([one, two], 1)), "memo.wav": wav(one), "call.m4a": of_kind("iphone.m4a", np.stack([one, two], 1))}.items(): (tmp_path/name).write_bytes(data)
     files = [tmp_path/"call.wav", tmp_path/"memo.wav"]
-    assert transcribe(toy, files, channel="each", to=tmp_path/"out", processes=1) == 0
+    assert transcribe(bundle, files, channel="each", to=tmp_path/"out", processes=1) == 0
     texts = {path.name: path.read_text("utf-8").strip() for path in (tmp_path/"out").iterdir()}
     assert texts == {"call-left.txt": SPOKEN[0], "call-right.txt": SPOKEN[1], "memo.txt": SPOKEN[0]} and "3 of 3 transcripts" in capsys.readouterr().out
     for channel, text in (("left", SPOKEN[0]), ("right", SPOKEN[1])):
-        assert transcribe(toy, [tmp_path/"call.m4a"], channel=channel, processes=1) == 0
+        assert transcribe(bundle, [tmp_path/"call.m4a"], channel=channel, processes=1) == 0
         assert capsys.readouterr().out.strip() == text
-    assert transcribe(toy, files, channel="right", processes=1) == 1  # a memo has no right side
-    said = capsys.readouterr()
-    assert SPOKEN[1] in said.out and "memo.wav: channel right: there is none in 1" in said.err
-    assert transcribe(toy, [tmp_path/"call.wav"], channel="each", format="json", processes=1) == 0
+    assert transcribe(bundle, files, channel="right", processes=1) == 1  # a memo has no right channel
+    captured = capsys.readouterr()
+    assert SPOKEN[1] in captured.out and "memo.wav: channel right: the recording has 1" in captured.err
+    assert transcribe(bundle, [tmp_path/"call.wav"], channel="each", format="json", processes=1) == 0
     assert [json.loads(line)["channel"] for line in capsys.readouterr().out.splitlines()] == ["left", "right"]
 
 
-def test_bad_files_never_end_the_others(toy, tmp_path, capsys):
+def test_bad_files_do_not_stop_the_others(bundle, tmp_path, capsys):
     (tmp_path/"a.wav").write_bytes(wav(whistle(SPOKEN[0])[0]))
     (tmp_path/"b.raw").write_bytes(b"\1\2"*8000)
     (tmp_path/"c.m4a").mkdir()
@@ -153,18 +155,21 @@ def test_bad_files_never_end_the_others(toy, tmp_path, capsys):
     (tmp_path/"e.wav").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     names = ["b.raw", "c.m4a", "d.wav", "none.mp4", "e.wav", "a.wav", "b.pcm"]
     (tmp_path/"b.pcm").write_bytes(b"\1\2"*8000)
-    assert main(["transcribe", str(toy), *(str(tmp_path/name) for name in names), "--processes", "1"]) == 1
-    said = capsys.readouterr()
-    assert said.out.strip() == f"{tmp_path}/a.wav:{SPOKEN[0]}" and "Traceback" not in said.err and "System error" not in said.err
-    for name, why in zip(names, ("raw samples, and nothing says their rate; write them as WAV", "it is no file", "the file is empty", "no such file", "it is text, 'version https://git-lfs.github.com/spec/v1'); fetch the file itself, with `git lfs pull`")): assert f"{name}: " in said.err and why in said.err
+    assert main(["transcribe", str(bundle), *(str(tmp_path/name) for name in names), "--processes", "1"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.strip() == f"{tmp_path}/a.wav:{SPOKEN[0]}"
+    assert "Traceback" not in captured.err and "System error" not in captured.err
+    text = "it is text, 'version https://git-lfs.github.com/spec/v1'); fetch the file itself, with `git lfs pull`"
+    causes = "raw samples without a sample rate; write them as WAV", "it is no file", "the file is empty", "no such file", text
+    for name, why in zip(names, causes): assert f"{name}: " in captured.err and why in captured.err
 
 
-def test_hostile_headers_take_neither_memory_nor_time(tmp_path):
+def test_corrupt_headers_take_neither_memory_nor_time(tmp_path):
     data = wav(np.zeros(1000, np.float32))
     for at, size, value in ((24, 4, 10**9), (22, 2, 1000), (22, 2, 0), (24, 4, 0), (16, 4, 2**31), (34, 2, 65535)):
         with pytest.raises(AudioError): read_audio(data[:at] + value.to_bytes(size, "little") + data[at + size:])
     rng = np.random.default_rng(0)
-    for name in [*RECORDINGS, "flac", "ogg"]:  # bytes that are wrong anywhere end in samples or in AudioError
+    for name in [*RECORDINGS, "flac", "ogg"]:  # wrong bytes anywhere give samples or AudioError
         whole = bytearray(of_kind(name, np.zeros(8000, np.float32)) if name in RECORDINGS else wav(np.zeros(8000, np.float32), format=name.upper()))
         for _ in range(8):
             data = whole.copy()
@@ -173,27 +178,28 @@ def test_hostile_headers_take_neither_memory_nor_time(tmp_path):
             except AudioError as e: assert str(e) and "\n" not in str(e)
 
 
-def test_a_missing_recording_is_called_missing(tmp_path):
+def test_a_missing_recording_is_rejected_as_not_found(tmp_path):
     (tmp_path/"metadata.csv").write_text("id|audio|text\n1|sound\\a.m4a|một hai\n2|gone.m4a|ba bốn\n", "utf-8")
     (tmp_path/"sound").mkdir()
     (tmp_path/"sound/a.m4a").write_bytes(of_kind("iphone.m4a", whistle(SPOKEN[0])[0]))
     make_corpus(CorpusConfig(source="csv", path=str(tmp_path), processes=1), "c", tmp_path/"c")
-    assert [row["id"] for row in read_jsonl(tmp_path/"c/manifest.jsonl")] == ["c-1"]  # backslashes of Windows
+    assert [row["id"] for row in read_jsonl(tmp_path/"c/manifest.jsonl")] == ["c-1"]  # with the backslash of Windows
     (reject,) = read_jsonl(tmp_path/"c/rejects.jsonl")
     assert (reject["reason"], reject["detail"]) == ("audio not found", "gone.m4a")
 
 
-def test_pieces_and_sides_of_a_manifest(tmp_path):
-    "Rows with offset, duration and channel are probed, hashed and written as the piece that they are."
+def test_segments_and_channels_of_a_manifest_are_written_alone(tmp_path):
+    "Rows with offset, duration and channel are probed, hashed and written as this segment."
     waves = [[whistle(text)[0] for text in SPOKEN[at:at + 12]] for at in (0, 40)]
-    sides = [np.concatenate(part) for part in waves]
-    length = min(map(len, sides))
+    channels = [np.concatenate(part) for part in waves]
+    length = min(map(len, channels))
     (tmp_path/"corpora/c").mkdir(parents=True)
-    (tmp_path/"corpora/c/long.m4a").write_bytes(of_kind("memo.m4a", np.stack([side[:length] for side in sides], 1)))
+    (tmp_path/"corpora/c/long.m4a").write_bytes(of_kind("memo.m4a", np.stack([channel[:length] for channel in channels], 1)))
     rows = []
-    for side, part, at in zip(("left", "right"), waves, (0, 40)):
+    for channel, part, at in zip(("left", "right"), waves, (0, 40)):
         for number, wave in enumerate(part):
-            rows.append(dict(id=f"{side}{number}", audio_filepath="long.m4a", text_raw=SPOKEN[at + number], speaker=f"{side}{number}", channel=side, offset=number*len(wave)/RATE, duration=len(wave)/RATE))
+            rows.append(dict(id=f"{channel}{number}", audio_filepath="long.m4a", text_raw=SPOKEN[at + number], speaker=f"{channel}{number}",
+                             channel=channel, offset=number*len(wave)/RATE, duration=len(wave)/RATE))
     (tmp_path/"corpora/c/manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     prepare(PrepareConfig(tokenizer="char", processes=1, dev_share=0.1, test_share=0.1), tmp_path/"corpora", tmp_path/"prepared")
     kept = read_jsonl(tmp_path/"prepared/train.jsonl")
@@ -210,4 +216,3 @@ def test_pieces_and_sides_of_a_manifest(tmp_path):
 
 def test_suffixes_are_lower_case_and_known_to_folders():
     assert len(set(AUDIO_SUFFIXES)) == len(AUDIO_SUFFIXES) and {name[name.rindex("."):] for name in RECORDINGS} <= set(AUDIO_SUFFIXES)
-    assert read_json  # nothing of a file's name decides what decodes it: renamed.wav above

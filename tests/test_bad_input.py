@@ -1,4 +1,4 @@
-"Bad input, a full disk, a killed process: a clear error or a counted skip, nothing half-written is taken for whole, the next run goes on."
+"Bad input, a full disk, a killed process: a clear error or a counted reject, no partial output used as complete, and the next run continues."
 import itertools
 import json
 import os
@@ -127,7 +127,7 @@ def test_empty_split_stops_prepare_and_leaves_no_manifest(tmp_path):
     assert prepared(layout)["splits"]["dev"]["utterances"] == 4
 
 
-def test_one_speaker_without_dev_is_split_by_utterance_and_every_file_says_so(tmp_path):
+def test_one_speaker_without_dev_is_split_by_utterance_and_noted_in_every_file(tmp_path):
     layout = corpus(release(tmp_path/"cv", train=["a"], test=["e"]), tmp_path)
     stats = prepared(layout)
     assert {split: s["utterances"] for split, s in stats["splits"].items()} == dict(train=3, dev=1, test=4) and stats["drawn_by_utterance"] == ["dev"]
@@ -136,31 +136,31 @@ def test_one_speaker_without_dev_is_split_by_utterance_and_every_file_says_so(tm
     assert sharded(layout, "dev").seen == load_index(layout.split_index("dev")).seen == dict(speaker=1.) and sharded(layout, "test").seen == {}
 
 
-def test_split_that_is_lost_is_not_drawn_from_another(tmp_path):
+def test_rejected_split_is_not_drawn_from_another(tmp_path):
     source = release(tmp_path/"cv", train=["a", "b", "c"], dev=["d"], test=["e"])
     for n in range(13, 17): soundfile.write(source/f"clips/{n}.wav", np.zeros(16_000), 16_000)
     layout = corpus(source, tmp_path)
     with pytest.raises(ConfigError, match=r"split dev is empty: 4 of its utterances were rejected, .*\(rejected: 4 silent\)"): prepared(layout, max_reject_share=0.5)
     before = contents(layout.corpora)
     for n in range(13, 17): (source/f"clips/{n}.wav").unlink()
-    with pytest.raises(ConfigError, match=r"corpora.cv: .*cv: split dev has no usable utterance; 4 rejected; dev.tsv, line 2: audio not found, clips/13.wav; .*Mend them, or remove the split"):
+    with pytest.raises(ConfigError, match=r"corpora.cv: .*cv: split dev has no usable utterance; 4 rejected; dev.tsv, line 2: audio not found, clips/13.wav; .*Fix them, or remove the split"):
         corpus(source, tmp_path)
     assert contents(layout.corpora) == before
     (source/"dev.tsv").unlink()
     assert prepared(corpus(source, tmp_path))["splits"]["dev"]["utterances"] == 4
 
 
-# Forty bad inputs as three corpora, from import to the loader
+# Bad inputs as three corpora, from import to the loader
 
 NUMBERS = itertools.count(100)
-WRITTEN, MISSING = object(), object() # a good transcript of the test's own; no transcript at all
+WRITTEN, MISSING = object(), object() # a good transcript, unlike all others; no transcript
 
 
-def said(number:int)->str: return " ".join(DIGITS[int(d)] for d in f"{number:03}")
+def spoken_digits(number:int)->str: return " ".join(DIGITS[int(d)] for d in f"{number:03}")
 
 
 def tone(seconds=1., rate=16_000, channels=1, change=lambda wave: wave, **form):
-    "A recording unlike all others; `change` spoils it."
+    "A recording unlike all others; `change` corrupts it."
     def make(path, number):
         time_T1 = np.arange(int(seconds*rate))[:, None]/rate
         with open(path, "wb") as f: soundfile.write(f, change(0.3*np.sin(2*np.pi*(200 + 7*number)*time_T1).repeat(channels, 1)), rate, **(dict(format="WAV") | form))
@@ -175,7 +175,7 @@ def cut(share=0.6, **form):
 
 
 def hours(path, number):
-    "Three hours that take no room on the disk."
+    "Three hours as a sparse file."
     count = 3*3600*8000
     path.write_bytes(b"RIFF" + (36 + count).to_bytes(4, "little") + b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 8000, 8000, 1, 8) + b"data" + count.to_bytes(4, "little"))
     os.truncate(path, 44 + count)
@@ -184,12 +184,12 @@ def hours(path, number):
 def raw(content:bytes): return lambda path, number: path.write_bytes(content)
 def link(target:str): return lambda path, number: path.symlink_to(target)
 def put(value): return lambda wave: np.concatenate([wave[:100], np.full_like(wave[:1], value), wave[101:]])
-def again(name:str): return lambda path, number: soundfile.write(path, *soundfile.read(path.with_name(name), dtype="int16"))
+def copy_of(name:str): return lambda path, number: soundfile.write(path, *soundfile.read(path.with_name(name), dtype="int16"))
 def locked(path, number): tone()(path, number), path.chmod(0)
 def nothing(path, number): pass
 
 
-# What it is, name of the file, how it is made, transcript, what becomes of it (by source where they differ), sources
+# description, file name, writer, transcript, expected reason or "works" (a list for several rows), sources (default: all)
 GOOD = tone()
 BAD = [
     ("zero bytes", "zero.wav", raw(b""), WRITTEN, "unreadable audio"),
@@ -236,9 +236,9 @@ BAD = [
     ("an id twice", "twice.wav", GOOD, (WRITTEN, WRITTEN), ["duplicate id", "works"], "json"),
     ("a recording twice", "again.wav", GOOD, (WRITTEN, WRITTEN), ["duplicate id", "works"], "nemo"),
     ("the same audio and text, first", "same1.wav", GOOD, "không", "works", "folder"),
-    ("the same audio and text, second", "same2.flac", again("same1.wav"), "Không!", "duplicate audio", "folder"),
+    ("the same audio and text, second", "same2.flac", copy_of("same1.wav"), "Không!", "duplicate audio", "folder"),
     ("the same audio, another text", "other1.wav", GOOD, "một", "audio with two texts", "folder"),
-    ("the same audio, and its other text", "other2.wav", again("other1.wav"), "hai", "audio with two texts", "folder"),
+    ("the same audio, and its other text", "other2.wav", copy_of("other1.wav"), "hai", "audio with two texts", "folder"),
     ("BOM", "bom.wav", GOOD, "\ufeffmai có bom", "works"),
     ("CRLF", "crlf.wav", GOOD, "mai xuống\r\ndòng\r\n", "works"),
     ("empty lines", "lines.wav", GOOD, "\n\n mai cách\n\n\ndòng \n\n", "works"),
@@ -271,7 +271,7 @@ def stem(name:str)->str: return unicodedata.normalize("NFC", os.path.splitext(na
 
 
 def bad_corpus(kind:str, folder:Path)->tuple[dict, dict]:
-    "Four good recordings a split and all that is bad; what each is known by -> what it is, and what it is -> what shall become of it."
+    "Four good recordings for each split and all bad ones: stem or line -> description, and (kind, description) -> expected reasons."
     entries, known, wanted = [], {}, {}
     def add(what, name, make, texts, expected, **more):
         number = next(NUMBERS)
@@ -280,7 +280,7 @@ def bad_corpus(kind:str, folder:Path)->tuple[dict, dict]:
             make(folder/name, number)
             known[stem(name.encode("utf-8", "backslashreplace").decode())] = what
         for text in texts:
-            text = said(number) if text is WRITTEN else text.replace("{number}", str(number)) if isinstance(text, str) else text
+            text = spoken_digits(number) if text is WRITTEN else text.replace("{number}", str(number)) if isinstance(text, str) else text
             entries.append((name, text, more))
             known[len(entries)] = what
         wanted[kind, what] = expected if isinstance(expected, list) else [expected]
@@ -301,7 +301,7 @@ def bad_corpus(kind:str, folder:Path)->tuple[dict, dict]:
     return known, wanted
 
 
-def test_bad_inputs_have_a_counted_reason_or_work(tmp_path):
+def test_bad_inputs_are_counted_with_a_reason_or_work(tmp_path):
     layout, wanted, found = Layout(tmp_path/"work"), {}, {}
     tone()(tmp_path/"outside.wav", 0)
     (tmp_path/"outside.txt").write_text("mai", "utf-8")
@@ -331,21 +331,21 @@ def test_bad_inputs_have_a_counted_reason_or_work(tmp_path):
 def blocked(*_, **__): raise PermissionError(13, "Permission denied")
 
 
-@pytest.mark.parametrize("source, path, says", [
+@pytest.mark.parametrize("source, path, message", [
     ("demo", "nowhere", "nowhere: no such folder; path must name the folder that holds sentences.vi.txt"),
     ("demo", "file", "file: no such folder"),
     ("demo", "folder", "folder/sentences.vi.txt: cannot be read (Is a directory)"),
     ("common_voice", "nowhere", "nowhere: no such folder; path must name a language's folder of a Common Voice release, with clips/ and train.tsv or validated.tsv in it"),
     ("common_voice", "file", "file: no such folder"),
-    ("common_voice", "folder", "folder: holds no test.tsv, dev.tsv, train.tsv"),
+    ("common_voice", "folder", "folder: has no test.tsv, dev.tsv, train.tsv"),
     ("common_voice", "locked", "locked: cannot be read (Permission denied); change its permissions")])
-def test_wrong_corpus_path(tmp_path, monkeypatch, source, path, says):
+def test_wrong_corpus_path_is_named(tmp_path, monkeypatch, source, path, message):
     (tmp_path/"file").touch()
     for name in ("folder/sentences.vi.txt", "locked"): (tmp_path/name).mkdir(parents=True)
     before = contents(corpus(release(tmp_path/"cv", train=["a"]), tmp_path).corpora)
-    if path == "locked": monkeypatch.setattr(os, "listdir", blocked) # root may read what nobody may
+    if path == "locked": monkeypatch.setattr(os, "listdir", blocked) # root may read everything
     with pytest.raises(ConfigError) as error: make_corpus(CorpusConfig(source=source, path=path, processes=1), "cv", tmp_path/"data/corpus/cv", tmp_path)
-    assert str(error.value).startswith("corpora.cv: ") and says in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith("corpora.cv: ") and message in str(error.value) and "\n" not in str(error.value)
     monkeypatch.undo()
     assert contents(tmp_path/"data/corpus") == before and os.listdir(tmp_path/"data/corpus") == ["cv"]
 
@@ -361,7 +361,7 @@ def test_killed_corpus_is_made_again(tmp_path):
     assert {Path(r["audio_filepath"]) for r in read_jsonl(tmp_path/"corpus/manifest.jsonl")} == {p.relative_to(tmp_path/"corpus") for p in tmp_path.glob("corpus/wav/*")}
 
 
-def test_killed_prepare_leaves_no_whole_set(tmp_path):
+def test_killed_prepare_leaves_no_complete_manifests(tmp_path):
     layout = corpus(release(tmp_path/"cv", train=["a", "b"], dev=["d"], test=["e"]), tmp_path)
     prepared(layout)
     whole = contents(layout.prepared)
@@ -372,7 +372,7 @@ def test_killed_prepare_leaves_no_whole_set(tmp_path):
     assert contents(layout.prepared) == whole
 
 
-def test_killed_shards_keep_what_is_whole(tmp_path):
+def test_killed_shards_keep_complete_shards(tmp_path):
     layout = corpus(release(tmp_path/"cv", train=["a", "b", "c", "d"], dev=["e"], test=["f"]), tmp_path)
     prepared(layout)
     killed("import ai2text.data.shards as s\nfrom ai2text.core.layout import Layout; from ai2text.core.files import read_jsonl\nend = s.tar_end\ndef tar_end(size): die(); return end(size)\ns.tar_end = tar_end\n"
@@ -387,8 +387,8 @@ def test_killed_shards_keep_what_is_whole(tmp_path):
     assert [(folder/n).stat().st_mtime_ns for n in names] == times
 
 
-def test_full_disk_leaves_no_half_shard(tmp_path):
-    "A limit on the size of files serves for a full disk."
+def test_full_disk_leaves_no_partial_shard(tmp_path):
+    "A limit on the size of files simulates a full disk."
     layout = corpus(release(tmp_path/"cv", train=["a", "b"], dev=["d"], test=["e"]), tmp_path)
     prepared(layout)
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -400,7 +400,7 @@ def test_full_disk_leaves_no_half_shard(tmp_path):
     assert verify(layout.split_shards("train"), sharded(layout, "train")) == []
 
 
-# A model of other data
+# A model trained on other data
 
 def test_model_with_another_vocabulary_is_refused(tmp_path):
     from ai2text.models.store import save_model
@@ -418,7 +418,7 @@ def test_model_with_another_vocabulary_is_refused(tmp_path):
     assert not layout.results(f"{M}-eval").exists()
 
 
-# As the user sees it
+# On the terminal
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
@@ -431,7 +431,7 @@ def workspace(tmp_path_factory):
 
 
 def fails(w:Workspace, *command:str, code:int)->str:
-    "What a command that fails says on the terminal."
+    "stderr of a command that fails, without a traceback."
     done = subprocess.run(command, cwd=w.root, capture_output=True, text=True, env=environment(), stdin=subprocess.DEVNULL)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -439,9 +439,9 @@ def fails(w:Workspace, *command:str, code:int)->str:
 
 
 def stage(w:Workspace, *words:str, code:int)->str:
-    "The last line of a stage that fails, with its traceback nowhere but in the report."
+    "The last line of stderr of a stage that fails; its traceback is in the report alone."
     lines = fails(w, sys.executable, "-m", "ai2text.pipeline.cli", "stage", *words, code=code).splitlines()
-    assert [line for line in lines if line.strip() and "%|" not in line] == lines[-1:], "\n".join(lines) # progress bars apart
+    assert [line for line in lines if line.strip() and "%|" not in line] == lines[-1:], "\n".join(lines) # without progress bars
     return lines[-1]
 
 
@@ -453,33 +453,33 @@ def test_typo_is_found_before_any_work(workspace, right, wrong, why):
     text = (workspace.root/"params.yaml").read_text()
     assert right in text
     (workspace.root/"params.yaml").write_text(text.replace(right, wrong))
-    try: says = stage(workspace, "corpus", "--corpus", "cv", code=2)
+    try: error = stage(workspace, "corpus", "--corpus", "cv", code=2)
     finally: (workspace.root/"params.yaml").write_text(text)
-    assert says == f"ai2text stage: {why}"
+    assert error == f"ai2text stage: {why}"
 
 
-def test_missing_corpus_in_the_terminal(workspace):
+def test_missing_corpus_is_one_line_on_the_terminal(workspace):
     before = contents(Layout(workspace.root).corpora)
     workspace.change(dict(corpora=dict(cv=dict(path="nowhere"))))
     try:
-        says = stage(workspace, "corpus", "--corpus", "cv", code=1)
-        assert says.startswith("ai2text stage: stage corpus: ConfigError: corpora.cv: nowhere: no such folder; path must name") and says.endswith("; its report: papermill_runs/corpus-cv.ipynb")
+        error = stage(workspace, "corpus", "--corpus", "cv", code=1)
+        assert error.startswith("ai2text stage: stage corpus: ConfigError: corpora.cv: nowhere: no such folder; path must name") and error.endswith("; its report: papermill_runs/corpus-cv.ipynb")
         assert "no such folder" in nbformat.read(workspace.report("corpus-cv"), 4).cells[0].source
         assert contents(Layout(workspace.root).corpora) == before
-        assert fails(workspace, "dvc", "repro", "-s", "corpus@cv", code=255).splitlines()[-1].endswith("/nowhere'") # DVC looks before the stage does
+        assert fails(workspace, "dvc", "repro", "-s", "corpus@cv", code=255).splitlines()[-1].endswith("/nowhere'") # DVC checks its dependencies before the stage runs
     finally: workspace.change(dict(corpora=dict(cv=dict(path="cv"))))
 
 
-def test_full_disk_and_missing_files_in_the_terminal(workspace):
+def test_full_disk_and_missing_files_are_one_line_on_the_terminal(workspace):
     layout = Layout(workspace.root)
     limited = ["bash", "-c", f"ulimit -f 200; exec '{sys.executable}' -m ai2text.pipeline.cli stage shards"] # blocks of 1024 bytes
-    says = fails(workspace, *limited, code=1).splitlines()[-1]
-    assert says.startswith("ai2text stage: stage shards: OSError: [Errno 27] File too large: 'data/shards/train/shard-000000.tar'"), says
+    error = fails(workspace, *limited, code=1).splitlines()[-1]
+    assert error.startswith("ai2text stage: stage shards: OSError: [Errno 27] File too large: 'data/shards/train/shard-000000.tar'"), error
     assert not list(workspace.root.glob("data/shards/*/*")) and not list(workspace.root.glob("data/index/*.json"))
     held = layout.manifest("dev").read_bytes()
     layout.manifest("dev").unlink()
-    says = stage(workspace, "shards", code=1)
-    assert "data/prepared/dev.jsonl'; run the stage that makes it, or `dvc repro` for all; its report" in says
+    error = stage(workspace, "shards", code=1)
+    assert "data/prepared/dev.jsonl'; run the stage that makes it, or `dvc repro` for all; its report" in error
     layout.manifest("dev").write_bytes(held)
     done = workspace.run(sys.executable, "-m", "ai2text.pipeline.cli", "stage", "shards")
     assert done.startswith("train: 1 shards, 8 utterances") and verify(layout.split_shards("dev"), layout.split_index("dev")) == []
@@ -488,14 +488,14 @@ def test_full_disk_and_missing_files_in_the_terminal(workspace):
 # The command line
 
 def command(capsys, *words)->tuple:
-    "Exit status and all that is printed."
+    "Exit status and output."
     try: code = main(list(map(str, words)))
     except SystemExit as e: code = e.code
     out, err = capsys.readouterr()
     return code, out + err
 
 
-@pytest.mark.parametrize("words, says", [
+@pytest.mark.parametrize("words, message", [
     ("stge", "argument COMMAND: invalid choice: 'stge' (choose from"),
     ("stage", "the following arguments are required: name"),
     ("stage trian", "ai2text stage: trian: no such stage; known are corpus, pseudo, prepare, shards, init, train, evaluate, compare, export, plan"),
@@ -508,22 +508,22 @@ def command(capsys, *words)->tuple:
     ("train", "data/prepared/tokenizer/tokenizer.json: no such file; run the prepare stage to make the tokenizer"),
     ("train --dry-run", "data/prepared/tokenizer/tokenizer.json: no such file; run the prepare stage to make the tokenizer"),
     ("train --dry-run --hardware big", "ai2text train: train.hardware: 'big': params.yaml has no such recipe; choose from demo, small_gpu, large_gpu"),
-    ("ttq missing", "error: missing: no such file; give a ttq_log.json or the folder it lies in"),
+    ("ttq missing", "error: missing: no such file; give a ttq_log.json or its folder"),
     ("summary", "results: no results yet; run `make demo`"),
     ("verify nowhere", "ai2text verify: nowhere/index.json: no such index; run the stage `shards`"),
     ("runs --keep -1", "ai2text runs: --keep -1: give 0 or more"),
     ("shards --audio-dir nowhere --transcript-file t.json --output-dir out", "ai2text shards: nowhere: no such folder of recordings"),
     ("shards --audio-dir . --transcript-file t.json --output-dir out", "ai2text shards: [Errno 2] No such file or directory: 't.json'"),
     ("shards --audio-dir . --transcript-file . --output-dir out", "ai2text shards: [Errno 21] Is a directory: '.'")])
-def test_wrong_words(tmp_path, monkeypatch, capsys, words, says):
+def test_wrong_command_lines_are_one_line_errors(tmp_path, monkeypatch, capsys, words, message):
     for name in ("params.yaml", "dvc.yaml", "nbs"): (tmp_path/name).symlink_to(ROOT/name)
     monkeypatch.chdir(tmp_path)
     code, text = command(capsys, *words.split())
-    assert code == 2 and says in text and "Traceback" not in text
+    assert code == 2 and message in text and "Traceback" not in text
     assert sorted(os.listdir(tmp_path)) == ["dvc.yaml", "nbs", "params.yaml"]
 
 
-def test_commands_outside_of_a_project(tmp_path, monkeypatch, capsys):
+def test_commands_outside_of_a_project_name_the_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for words in ("runs", "summary", "stage corpus", "train"):
         code, text = command(capsys, *words.split())
@@ -532,7 +532,7 @@ def test_commands_outside_of_a_project(tmp_path, monkeypatch, capsys):
     assert command(capsys, "runs") == (0, f"0 runs in {tmp_path/'.runs'}\n")
 
 
-def test_strange_transcripts(tmp_path, monkeypatch, capsys):
+def test_shards_command_rejects_bad_transcripts(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     release(Path("cv"), train=["a"])
     shutil.copy("cv/clips/1.wav", "outside.wav")

@@ -1,4 +1,4 @@
-"Three families on equal terms, small: the pipeline of compare/, and what it says when something is not equal."
+"The pipeline of compare/ with three small families and equal budgets."
 import json
 
 import pytest
@@ -15,7 +15,7 @@ STEPS = 6
 TINY = dict(conformer=dict(size="tiny"), wav2vec=dict(size="tiny"), whisper=dict(d_model=32, layers=1, heads=2, ff=64))
 
 
-def test_keys_are_those_of_the_project():
+def test_parameters_have_the_keys_of_the_project():
     for name in set(PARAMS) - {"models", "milestones", "hardware"}: assert set(PARAMS[name]) == set(MAIN[name]), name
     for name, recipe in PARAMS["hardware"].items(): assert set(recipe) == set(MAIN["hardware"][name]), name
     for name in ("init", "train", "evaluate", "compare"):
@@ -24,15 +24,15 @@ def test_keys_are_those_of_the_project():
 
 
 def test_stages_are_those_of_the_project():
-    "The same commands, outputs, parameters and dependencies; what the models share is in the project around."
+    "The same commands, outputs, parameters and dependencies; shared data is in the enclosing project."
     here, main = (load_params(ROOT/folder/"dvc.yaml")["stages"] for folder in ("compare", "."))
     assert set(here) <= set(main) & set(STAGES)
     for name, stage in here.items():
         mine, theirs = stage.get("do", stage), main[name].get("do", main[name])
         rest = lambda stage: {k: v for k, v in stage.items() if k not in ("cmd", "deps")}
         assert rest(mine) == rest(theirs)
-        assert mine["cmd"] == theirs["cmd"].replace("exec python", "exec env PYTHONPATH=.. python") # the package of this copy of the project
-        known = [d for d in theirs["deps"] if not d.startswith("starts/")] # all models there begin with nothing
+        assert mine["cmd"] == theirs["cmd"].replace("exec python", "exec env PYTHONPATH=.. python") # the package of this copy
+        known = [d for d in theirs["deps"] if not d.startswith("starts/")] # all models start from random weights
         assert [d.removeprefix("../") for d in mine["deps"]] == known and all(m.get("init", "scratch") == "scratch" for m in PARAMS["models"].values()), name
 
 
@@ -60,19 +60,19 @@ def workspace(pipeline, tmp_path_factory):
 def test_families_side_by_side(workspace):
     models = list(PARAMS["models"])
     assert {f"{stage}@{m}" for stage in ("init", "train", "evaluate") for m in models} | {"compare"} == {s.rpartition(":")[2] for s in workspace.ran if s.startswith("compare/")}
-    said = json.loads((workspace.root/"compare/comparison/compare.json").read_text())
-    assert [m["model"] for m in said["models"]] == models and said["recommendation"]["model"] == "conformer"
+    comparison = json.loads((workspace.root/"compare/comparison/compare.json").read_text())
+    assert [m["model"] for m in comparison["models"]] == models and comparison["recommendation"]["model"] == "conformer"
     for m in models: assert json.loads((workspace.root/f"compare/results/{m}/metrics.json").read_text())["steps"] == STEPS
     assert {p.name for p in (workspace.root/"models").glob("[!.]*")} == {M, "init", "runs", "export"} and not (workspace.root/"compare/data").exists()
     assert (workspace.root/"compare/papermill_runs/compare.ipynb").exists()
 
 
 @pytest.mark.slow
-def test_second_time_nothing_runs(workspace): assert workspace.repro("compare/dvc.yaml") == set()
+def test_a_second_repro_runs_nothing(workspace): assert workspace.repro("compare/dvc.yaml") == set()
 
 
 @pytest.mark.slow
-def test_command_line_says_it(workspace):
+def test_command_line_prints_the_recommendation(workspace):
     env = dict(PYTHONPATH=str(workspace.root))
     out = workspace.run("sh", "-c", "cd compare && python -m ai2text.pipeline.cli compare", **env)
     assert "recommended: conformer" in out and "one run of each model" in out

@@ -1,4 +1,4 @@
-"Decoding across modules: files of a language model and a bundle in, text out; what attackers and accidents do to them; what names cost."
+"Decoding across modules: exactness of the search, language models, ARPA files, hotwords, word times, corrupt and malicious files."
 import gzip
 import itertools
 import math
@@ -36,11 +36,11 @@ def log_softmax(x): return x - np.logaddexp.reduce(x, -1, keepdims=True)
 
 
 def spoken(tokenizer, text, seed, noise=1., confused=()):
-    "Log probabilities of a model that is unsure; `confused` has (symbol, taken for, by how much)."
+    "Log probabilities of an uncertain model; `confused` has (symbol, confused with, by how much)."
     rng, path = np.random.default_rng(seed), []
     for i in tokenizer.encode(text): path += [i]*int(rng.integers(1, 3)) + [BLANK_ID]*int(rng.integers(1, 3))
     x = noise*rng.normal(size=(len(path), tokenizer.vocab_size)) + 9*np.eye(tokenizer.vocab_size)[path]
-    for said, heard, much in confused: x[:, tokenizer.symbols.index(heard)] += much*(np.array(path) == tokenizer.symbols.index(said))
+    for symbol, other, much in confused: x[:, tokenizer.symbols.index(other)] += much*(np.array(path) == tokenizer.symbols.index(symbol))
     return log_softmax(x)
 
 
@@ -70,23 +70,23 @@ SMALL = fit_lm(["a ba", "a a", "ba a ab", "a ba a", "ab"], 3)
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.lists(st.sampled_from(["▁a", "b", "▁", "a", "▁b", "ab", "▁ba"]), min_size=1, max_size=4, unique=True), st.integers(0, 4), st.booleans(), st.lists(st.sampled_from(["a", "ab", "a ba", "b a b", "bb"]), max_size=2))
-def test_every_text_has_its_exact_score(seed, pieces, frames, with_lm, hotwords):
-    decoder = Decoder(["<blk>", *pieces], SMALL if with_lm else None, lm_weight=.7, word_bonus=.4, unknown=-1.5, hotwords=hotwords, boost=1.5, **EVERYTHING)
-    x = log_softmax(2*np.random.default_rng(seed).normal(size=(frames, len(pieces) + 1)))
-    want, got = by_brute_force(decoder, x), {decoder.text(tokens): score for score, tokens in decoder.nbest(x)}
+def test_every_text_has_its_exact_score(seed, tokens, frames, with_lm, hotwords):
+    decoder = Decoder(["<blk>", *tokens], SMALL if with_lm else None, lm_weight=.7, word_bonus=.4, unknown=-1.5, hotwords=hotwords, boost=1.5, **EVERYTHING)
+    x = log_softmax(2*np.random.default_rng(seed).normal(size=(frames, len(tokens) + 1)))
+    want, got = by_brute_force(decoder, x), {decoder.text(ids): score for score, ids in decoder.nbest(x)}
     assert set(got) == set(want)
     assert all(got[text] == pytest.approx(want[text], abs=1e-9) for text in want)
 
 
-def test_a_text_of_one_spelling_scores_as_the_loss_says():
-    "The sum over paths is the one that training minimises."
+def test_text_with_one_tokenisation_scores_as_the_ctc_loss():
+    "The sum over paths equals the training loss."
     x = log_softmax(2*np.random.default_rng(3).normal(size=(8, 4)))
     for score, tokens in Decoder(["<blk>", "a", "b", "c"], **EVERYTHING).nbest(x)[:20]:
         assert score == pytest.approx(-float(ctc_loss(torch.tensor(x)[None], torch.tensor([len(x)]), [tokens]).sum), abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
-def test_greedy_is_the_house_s_greedy(files, kind):
+def test_greedy_equals_ctc_greedy(files, kind):
     tokenizer = CharTokenizer() if kind == "char" else train_tokenizer(TEXTS*3, "bpe", 110)
     decoder = Decoder(files/kind/"tokens.txt", beam=0)
     for seed, text in enumerate(TEXTS):
@@ -98,7 +98,7 @@ def test_greedy_is_the_house_s_greedy(files, kind):
 
 # Language model
 
-def test_language_model_mends_what_sounds_alike(files):
+def test_language_model_corrects_similar_sounds(files):
     tokenizer = train_tokenizer(TEXTS*3, "bpe", 110)
     utterances = [spoken(tokenizer, t, i, noise=2.8) for i, t in enumerate(TEXTS)]
     errors = {name: word_errors(TEXTS, [h.text for h in d.decode_all(utterances)])[0] for name, d in
@@ -107,7 +107,7 @@ def test_language_model_mends_what_sounds_alike(files):
 
 
 def test_vocabulary_is_open(files):
-    "A syllable that the text never had comes out, at the price of the penalty."
+    "A syllable outside the language model is recognised, at the cost of the penalty."
     tokenizer, lm = CharTokenizer(), load_lm(files/"lm")
     x = spoken(tokenizer, "hôm nay quých ở nhà", 1, noise=.3)
     assert "quých" not in lm.ids
@@ -126,51 +126,51 @@ def test_probabilities_sum_to_one(texts, order, min_count):
         assert sum(math.exp(lm.step(state, w)[1]) for w in range(len(lm.words)) if w != 1) == pytest.approx(1, abs=1e-4)
 
 
-def test_same_text_same_bytes(files, tmp_path):
+def test_same_text_gives_the_same_files(files, tmp_path):
     build_lm([files/"text.txt"], tmp_path/"again", order=3, processes=2, normaliser=NORMALISER)
     for name in ("lm.safetensors", "words.txt", "lm.json"): assert (tmp_path/"again"/name).read_bytes() == (files/"lm"/name).read_bytes(), name
 
 
-def test_nothing_of_a_language_model_is_executed(files, tmp_path):
-    "A pickle in place of the arrays is refused unread, and so is a bundle's list that is none."
+def test_pickle_in_a_language_model_is_not_executed(files, tmp_path):
+    "A pickle in place of the arrays is refused without loading it."
     class Evil:
         def __reduce__(self): return (open, (str(tmp_path/"was here"), "w"))
     build_lm([files/"text.txt"], tmp_path/"lm", order=2, processes=1, normaliser=NORMALISER)
     (tmp_path/"lm/lm.safetensors").write_bytes(pickle.dumps(Evil()))
-    says = read_json(tmp_path/"lm/lm.json")
-    says["files"]["lm.safetensors"] = sha256(tmp_path/"lm/lm.safetensors")
-    write_json(tmp_path/"lm/lm.json", says)
+    about = read_json(tmp_path/"lm/lm.json")
+    about["files"]["lm.safetensors"] = sha256(tmp_path/"lm/lm.safetensors")
+    write_json(tmp_path/"lm/lm.json", about)
     with pytest.raises(ConfigError, match="cannot be read"): load_lm(tmp_path/"lm")
     assert not (tmp_path/"was here").exists()
 
 
-def test_half_of_a_file_is_no_language_model(files, tmp_path):
+def test_truncated_language_model_is_refused(files, tmp_path):
     build_lm([files/"text.txt"], tmp_path/"lm", processes=1, normaliser=NORMALISER)
     path = tmp_path/"lm/words.txt"
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ConfigError, match=r"words\.txt: not the file that lm\.json speaks of; make it again"): Decoder(files/"char/tokens.txt", tmp_path/"lm")
+    with pytest.raises(ConfigError, match=r"words\.txt: its checksum differs from lm\.json; make it again"): Decoder(files/"char/tokens.txt", tmp_path/"lm")
 
 
-def test_modules_are_light():
-    "A client that decodes what a bundle computed waits for no training code."
+def test_language_model_imports_no_training_code():
+    "A client that only decodes does not import it."
     code = "import sys; from ai2text.decoding.ngram_lm import load_lm; print(*sorted({'torchaudio', 'webdataset', 'dvc', 'matplotlib', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
 
 
-def test_threads_share_a_decoder(files):
+def test_threads_share_a_decoder_without_state(files):
     tokenizer = CharTokenizer()
     decoder = Decoder(tokenizer, files/"lm", hotwords=["nhà lê"])
     utterances = [spoken(tokenizer, t, i, noise=2.5) for i, t in enumerate(TEXTS)]
     with ThreadPoolExecutor(4) as pool: together = list(pool.map(decoder.decode, utterances*2))
     assert together == decoder.decode_all(utterances)*2
-    assert len(decoder.scorer.states) == 1 # a service that runs for weeks remembers nothing of them
+    assert len(decoder.scorer.states) == 1 # no state of the searches is kept
 
 
-# Language models of others
+# ARPA files
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 5), st.booleans())
-def test_a_foreign_model_scores_as_its_format_says(tmp_path_factory, seed, order, packed):
+def test_arpa_model_scores_by_back_off(tmp_path_factory, seed, order, packed):
     "Against the definition of backing off, with n-grams in any order and some without their suffix."
     rng, words = np.random.default_rng(seed), ["<unk>", "<s>", "</s>", "một", "hai", "ba"]
     grams = {(w,): (-rng.uniform(.5, 2), rng.uniform(-1, .1)) for w in rng.permutation(words).tolist()}
@@ -190,21 +190,21 @@ def test_a_foreign_model_scores_as_its_format_says(tmp_path_factory, seed, order
     lm = load_lm(path)
     lm.write_arpa(path.with_name("again.arpa"))
     for sentence in ("một hai ba", "ba ba ba một", "hai bốn một hai", ""):
-        said = ["<s>", *(w if w in words else "<unk>" for w in sentence.split()), "</s>"]
-        want = math.log(10)*sum(log_prob(said[i], tuple(said[max(0, i - order + 1):i])) for i in range(1, len(said)))
+        padded = ["<s>", *(w if w in words else "<unk>" for w in sentence.split()), "</s>"]
+        want = math.log(10)*sum(log_prob(padded[i], tuple(padded[max(0, i - order + 1):i])) for i in range(1, len(padded)))
         for model in (lm, load_lm(path.with_name("again.arpa"))): assert model.score(sentence) == pytest.approx(want, abs=1e-4)
 
 
-def test_an_arpa_file_decodes_as_the_model_that_it_was(files, tmp_path):
+def test_arpa_file_decodes_like_its_original_model(files, tmp_path):
     tokenizer, ours = train_tokenizer(TEXTS*3, "bpe", 110), load_lm(files/"lm")
     ours.write_arpa(tmp_path/"lm.arpa.gz")
-    with pytest.warns(UserWarning, match="does not say how its text was read"): foreign = Decoder(tokenizer, tmp_path/"lm.arpa.gz")
+    with pytest.warns(UserWarning, match="does not give the normaliser of its text"): foreign = Decoder(tokenizer, tmp_path/"lm.arpa.gz")
     utterances = [spoken(tokenizer, t, i, noise=2.8) for i, t in enumerate(TEXTS)]
     assert [h.text for h in foreign.decode_all(utterances, processes=2)] == [h.text for h in Decoder(tokenizer, ours).decode_all(utterances)]
 
 
-def test_words_that_nobody_can_spell_make_no_tables(files, tmp_path):
-    "A model of the web has words in every script; each letter would be a column, and each word a path."
+def test_words_that_tokens_cannot_spell_make_no_tables(files, tmp_path):
+    "A web-scale model has words in every script; each letter would be a column, and each word a path."
     lm = load_lm(files/"lm")
     words = [chr(0x4e00 + i) for i in range(len(lm.words) - 3)]
     with (tmp_path/"lm.arpa").open("w", encoding="utf-8") as f:
@@ -222,15 +222,15 @@ def test_each_hotword_may_have_its_own_score(files):
     assert [scorer.score(t) for t in ("văn an", "an", "bình", "bình an", "văn an an")] == [4, .5, 1, 1.5, 4.5]
 
 
-def test_names_are_heard_and_nobody_else_is_renamed(files):
+def test_hotwords_are_recognised_and_change_nothing_else(files):
     tokenizer = CharTokenizer()
     blurred = [("ở", "ợ", 10.2), ("ư", "u", 10.2)]
-    said = ["tôi ở nhà lê thở", "anh phư ấy ở đâu"]
-    utterances = [spoken(tokenizer, t, i, noise=.4, confused=blurred) for i, t in enumerate(said)]
+    texts = ["tôi ở nhà lê thở", "anh phư ấy ở đâu"]
+    utterances = [spoken(tokenizer, t, i, noise=.4, confused=blurred) for i, t in enumerate(texts)]
     without, names = Decoder(tokenizer, files/"lm"), ["Thở", "Phư", "nguyễn văn an", "đặng thị bình", "trời nắng"]
     with_names = Decoder(tokenizer, files/"lm", hotwords=names, boost=5.)
-    heard = lambda decoder: [name for text in (decoder.decode(x).text for x in utterances) for name in ("thở", "phư") if name in text.split()]
-    assert (heard(without), heard(with_names)) == ([], ["thở", "phư"])
+    recognised = lambda decoder: [name for text in (decoder.decode(x).text for x in utterances) for name in ("thở", "phư") if name in text.split()]
+    assert (recognised(without), recognised(with_names)) == ([], ["thở", "phư"])
     others = [spoken(tokenizer, t, 100 + i, noise=1.5) for i, t in enumerate(TEXTS)]
     assert [with_names.decode(x).text for x in others] == [without.decode(x).text for x in others]
 
@@ -242,7 +242,7 @@ def test_a_hotword_of_several_words_counts_as_a_whole(files):
 
 # Times
 
-def test_words_lie_where_they_were_said(files):
+def test_word_times_match_the_frames(files):
     tokenizer = CharTokenizer()
     path = [BLANK_ID]*10
     starts = []
@@ -259,13 +259,13 @@ def test_words_lie_where_they_were_said(files):
         assert all(a < w.end < a + .04*14 for a, w in zip(starts, words)) and min(w.confidence for w in words) > .9
 
 
-def test_too_few_frames_are_said(files):
-    with pytest.raises(ValueError, match="1 frames cannot hold these 2 tokens"): align_tokens(np.zeros((1, 5)), [1, 2])
+def test_too_few_frames_are_an_error(files):
+    with pytest.raises(ValueError, match="1 frames are too few for 2 tokens"): align_tokens(np.zeros((1, 5)), [1, 2])
 
 
 # With a model, and with weights
 
-def test_models_of_the_house_decode_as_they_transcribe(files):
+def test_decoder_equals_transcribe_of_a_model(files):
     layout = Layout(tiny_workspace("shards"))
     tokenizer = CharTokenizer()
     model = build_model(dict(family="conformer", size="tiny"), tokenizer).eval()
@@ -277,7 +277,7 @@ def test_models_of_the_house_decode_as_they_transcribe(files):
     assert [h.tokens for h in ours] == [h.tokens for h in theirs] and any(h.tokens for h in ours)
 
 
-def test_weights_are_tuned_once_and_kept_with_the_language_model(files, tmp_path):
+def test_tuned_weights_are_stored_with_the_language_model(files, tmp_path):
     tokenizer = CharTokenizer()
     build_lm([files/"text.txt"], tmp_path/"lm", processes=1, normaliser=NORMALISER)
     assert Decoder(tokenizer, tmp_path/"lm").weights == DEFAULTS and tuned_weights(tmp_path/"lm") == {}

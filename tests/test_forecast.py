@@ -1,7 +1,7 @@
-"""The forecast on curves that it was not built on: real runs of this project, and synthetic curves of nine kinds.
+"""The forecast on held-out curves: real runs of this project, and synthetic curves of nine kinds.
 
-The constants of unknown schedules were learned on public curves of others (nbs/benchmarks/forecast.ipynb, which judges them on
-submissions that were held out); those of known schedules on curves/development. The runs of curves/heldout are neither's."""
+The constants of unknown schedules were learned on public curves (nbs/benchmarks/forecast.ipynb, which scores them on held-out
+submissions), those of known schedules on curves/development. The runs of curves/heldout were used for neither."""
 import csv, dataclasses, hashlib, itertools, json, math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from ai2text.ttq import forecast
-from ai2text.ttq.forecast import EARLY_QUANTILE, LATE_QUANTILE, CURVE_START, Arrival, arrival, futures
+from ai2text.ttq.forecast import EARLY_QUANTILE, LATE_QUANTILE, CURVE_START, TimeToTarget, time_to_target, futures
 
 CURVES = Path(__file__).parent/"curves"
-SHARES = .25, .5, .75, .95                # targets: so far, in log WER, from the best evaluation until now to the best of the run
+SHARES = .25, .5, .75, .95                # targets: shares of the way, in log WER, from the best evaluation so far to the best of the run
 CUTS = .4, .5, .6, .7                     # shares of a real run at which it is forecast
-ROUND = 1e-9                              # moments are shares like 12/20: equal ones may differ in the last bit
+ROUND = 1e-9                              # times are shares like 12/20: equal ones may differ in the last bit
 FROZEN = "d546e64440fce794d7fe9878dcc96ce45b7740ff2cc737eaff752119946e9cd6" # of the constants; the benchmark `forecast` learns and judges them: another value needs its report again
 CONSTANTS = "SHARED LEVEL UNSCHEDULED SCHEDULED WILD DOUBTS CURVE_START FEWEST_POINTS EARLIEST MOST_POINTS RISE WIDEST EARLY_QUANTILE LATE_QUANTILE RECENT LAST_PART".split()
 
@@ -56,7 +56,7 @@ KINDS = "floor", "plateau", "double descent", "divergence", "noise", "restarts",
 
 
 def synthetic_curve(kind:str, seed:int, n=20)->Curve:
-    "A power law with noise, and what its kind does to it."
+    "A power law with noise, changed by its kind."
     rng, u = np.random.default_rng([KINDS.index(kind), seed]), np.arange(1, n + 1)/n
     end, slope = rng.uniform(.15, .45), rng.uniform(.25, .7)
     y, noise = end*u**-slope, rng.uniform(.005, .02)
@@ -86,11 +86,11 @@ def synthetic_curve(kind:str, seed:int, n=20)->Curve:
     return Curve(f"{kind} {seed}", u, np.clip(y*np.exp(noise*rng.standard_normal(n)), .01, 1.2))
 
 
-# Ours and its peers: each takes a curve and how many evaluations of it are known
+# This forecast and its baselines: each takes a curve and the number of known evaluations
 
 @dataclass(frozen=True)
 class Line:
-    "A forecast of one curve, perhaps with a lower and an upper one."
+    "A forecast of a baseline: median, lower and upper curve."
     progress: np.ndarray
     low: np.ndarray
     middle: np.ndarray
@@ -101,17 +101,17 @@ class Line:
 
     def arrive(self, target):
         first = lambda wer: float(self.progress[(wer <= target).argmax()]) if (wer <= target).any() else math.inf
-        return Arrival(first(self.low), first(self.middle), first(self.high), float((self.middle <= target).any()))
+        return TimeToTarget(first(self.low), first(self.middle), first(self.high), float((self.middle <= target).any()))
 
 
 @dataclass(frozen=True)
 class Ours:
-    "A forecast of this project, to be asked as a `Line`."
+    "A forecast of this project, with the interface of `Line`."
     seen: forecast.Futures
 
     @property
     def end(self): return tuple(self.seen.quantiles(EARLY_QUANTILE, .5, LATE_QUANTILE)[:,-1])
-    def arrive(self, target): return arrival(self.seen, target)
+    def arrive(self, target): return time_to_target(self.seen, target)
 
 
 def ours(curve, n):
@@ -120,7 +120,7 @@ def ours(curve, n):
 
 
 def two_lines(curve, n):
-    "A line of log WER over log t and one over t through the most recent half, and their geometric mean; interval between both and 3% more."
+    "Lines of log WER over log t and over t through the most recent half, and their geometric mean; the interval lies between both, plus 3%."
     if n < 6 or curve.progress[n-1] < .3: return None
     past, to = slice(n - max(3, n//2), n), curve.progress[n:]
     y = np.log(curve.wer[past])
@@ -129,7 +129,7 @@ def two_lines(curve, n):
 
 
 def power_law(curve, n):
-    "A power law that falls towards a floor: least squares of log(WER - floor), the best of 60 floors."
+    "A power law with a floor: least squares of log(WER - floor), the best of 60 floors."
     begun = np.arange(n) >= (curve.wer[:n] < CURVE_START).argmax()
     u, wer, to = curve.progress[:n][begun], curve.wer[:n][begun], curve.progress[n:]
     fits = []
@@ -152,7 +152,7 @@ METHODS = {"ours": ours, "two lines": two_lines, "power law with floor": power_l
 # Scores
 
 def judge(curves, cut:float, method=ours)->dict:
-    "Forecasts at a share of each run against what came: the moments at which targets were reached, and the error rate at the end."
+    "Forecasts at a share of each run against the outcome: times at which targets were reached, and the error rate at the end."
     rows, ends, refused = [], [], []
     for curve in curves:
         n = int((curve.progress <= cut + 1e-9).sum())
@@ -172,7 +172,7 @@ def judge(curves, cut:float, method=ours)->dict:
 
 
 def told(curves, cut:float, method=ours, gains=(.97, .95, .9, .85, .8, .7, .6, .5))->list:
-    "Probabilities of getting to the best so far times a gain, and whether it came true."
+    "Probabilities of reaching the best so far times a gain, and whether it was reached."
     rows = []
     for curve in curves:
         n = int((curve.progress <= cut + 1e-9).sum())
@@ -182,9 +182,9 @@ def told(curves, cut:float, method=ours, gains=(.97, .95, .9, .85, .8, .7, .6, .
     return rows
 
 
-def judge_promises(curves, cuts=(.4, .5, .6, .7, .8), gains=(.97, .95, .9, .85, .8, .7, .6, .5))->dict:
-    "How often forecasts are refused, hold the end in their interval, and keep what they promise: a probability above 90% of getting to the best so far times a gain."
-    found = dict(forecasts=0, refused=0, inside=0, told=[]) # (probability, whether it came true)
+def judge_confident_forecasts(curves, cuts=(.4, .5, .6, .7, .8), gains=(.97, .95, .9, .85, .8, .7, .6, .5))->dict:
+    "Counts of forecasts, refusals, intervals that contain the end, and confident forecasts (above 90% of reaching the best so far times a gain) with those that failed."
+    found = dict(forecasts=0, refused=0, inside=0, told=[]) # (probability, whether it was reached)
     for curve,cut in itertools.product(curves, cuts):
         n = int((curve.progress <= cut + 1e-9).sum())
         seen, best = ours(curve, n), curve.wer[:n].min()
@@ -209,36 +209,35 @@ def total(found)->dict:
 def heldout(): return real_curves("heldout")
 
 @pytest.fixture(scope="module")
-def synthetic(): return {kind: judge_promises([synthetic_curve(kind, seed) for seed in range(40)]) for kind in KINDS}
+def synthetic(): return {kind: judge_confident_forecasts([synthetic_curve(kind, seed) for seed in range(40)]) for kind in KINDS}
 
-def test_constants_are_the_frozen_ones():
-    "Those that the committed report of the benchmark `forecast` judges."
+def test_constants_are_those_of_the_committed_benchmark():
     assert CONSTANTS == [name for name in vars(forecast) if name.isupper()]
     plain = lambda v: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v
     values = json.dumps({name: plain(getattr(forecast, name)) for name in CONSTANTS}, sort_keys=True)
     assert hashlib.sha256(values.encode()).hexdigest() == FROZEN, values
 
-def test_held_out_runs_are_many_and_apart(heldout):
+def test_held_out_runs_are_many_and_different(heldout):
     runs, files = json.loads((CURVES/"runs.json").read_text()), {o.relative_to(CURVES).with_suffix("").as_posix() for o in CURVES.rglob("*.csv")}
     assert set(runs) == files and len(heldout) >= 12
     settings = [json.dumps(run, sort_keys=True) for run in runs.values()]
-    assert len(set(settings)) == len(settings), "no run is there twice"
+    assert len(set(settings)) == len(settings), "each run has its own settings"
     for key in ("seed", "lr", "decay", "max_steps", "d_model", "optimizer", "train_shards"): assert len({runs[f"heldout/{curve.name}"][key] for curve in heldout}) > 1, key
     assert all(curve.progress[-1] == 1 and (np.diff(curve.hours) > 0).all() for curve in heldout)
 
-def test_time_to_target_from_half_way(heldout):
-    "No worse than the forecast before this one: 8.3% from half of the schedule and 5.3% from 70%, where 21 and 9% of what came was called never."
+def test_time_to_target_from_half_of_the_schedule(heldout):
+    "No worse than the earlier forecast: median error 8.3% from half of the schedule and 5.3% from 70%, with 21% and 9% of reached targets forecast as never."
     for cut,error,never in ((.5, .083, .214), (.7, .053, .089)):
         found = judge(heldout, cut)
         assert found["runs"] >= 12 and found["targets"] >= 4*12 and found["time_error"] <= error and found["never"] <= never, (cut, found)
 
-def test_intervals_from_half_way(heldout):
-    "At least 80%. They are wide for these runs, whose schedules are known: [early, late] holds nearly all."
+def test_intervals_cover_80_percent_from_half_of_the_schedule(heldout):
+    "They are wide for these runs with known schedules: [early, late] covers nearly all."
     found = judge(heldout, .5)
     assert found["time_inside"] >= .8 and found["end_inside"] >= .8, found
 
-def test_peers(heldout):
-    "Better than each of them, at the end and in probabilities."
+def test_forecast_is_better_than_the_baselines(heldout):
+    "In the error at the end and in the Brier score."
     for cut in CUTS:
         mine, lines, *others = (judge(heldout, cut, method) for method in METHODS.values())
         assert all(mine["end_error"] < o["end_error"] and mine["time_error"] < o["time_error"] for o in others), cut
@@ -247,17 +246,17 @@ def test_peers(heldout):
         assert brier["ours"] == min(brier.values()), (cut, brier)
 
 @pytest.mark.slow
-def test_promises_are_kept(synthetic):
-    "One in ten may fail over all kinds together; what fails comes from what no past tells of: divergence, plateau, overfit."
+def test_confident_forecasts_are_correct(synthetic):
+    "At most one in ten fails over all kinds; failures are of kinds that the past does not show: divergence, plateau, overfit."
     found = total(list(synthetic.values()))
     assert found["promises"] >= 500 and found["failed"] <= .1*found["promises"], {kind: (o["promises"], o["failed"]) for kind,o in synthetic.items()}
 
-def test_promises_of_real_runs_are_kept(heldout):
-    found = judge_promises(heldout, CUTS)
+def test_confident_forecasts_of_real_runs_are_correct(heldout):
+    found = judge_confident_forecasts(heldout, CUTS)
     assert found["promises"] >= 10 and found["failed"] <= .1*found["promises"], found
 
 @pytest.mark.slow
-def test_refusals(synthetic):
-    "What rises, or has only just begun, is not forecast; most else is."
+def test_rising_and_late_curves_are_refused(synthetic):
+    "Most others are forecast."
     share = {kind: o["refused"]/o["forecasts"] for kind,o in synthetic.items()}
     assert share["divergence"] > .3 and share["late start"] > .3 and share["step decay"] < .1 and share["plateau"] < .1, share

@@ -1,4 +1,4 @@
-"The rules of the house, checked in seconds: order of dependence, export, clean notebooks, pins, nothing of a machine."
+"Conventions of the project, checked in seconds: import order, export, clean notebooks, pins, no paths of a machine."
 import ast
 import configparser
 import filecmp
@@ -25,12 +25,12 @@ each_runnable = pytest.mark.parametrize("notebook", RUNNABLE, ids=lambda o: o.na
 
 
 def tree(source):
-    "The syntax tree of a cell, magics and shell lines left out."
+    "The syntax tree of a cell without magics and shell lines."
     return ast.parse("\n".join(o for o in source.splitlines() if not re.match(r"\s*[%!]", o)))
 
 
 def imports(source):
-    "The modules that a cell imports, by their dotted names; relative ones as ours."
+    "The dotted names of the modules that a cell imports; relative ones are of ai2text."
     for node in ast.walk(tree(source)):
         if isinstance(node, ast.Import): yield from (o.name for o in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -48,7 +48,7 @@ def requirements(*keys): return [Requirement(o) for key in keys for o in setting
 
 
 def tracked():
-    "The text files that git has or would take, with their text."
+    "The text files that git has or would add, with their text."
     listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in listed.stdout.split("\0"):
         path = ROOT/name
@@ -58,24 +58,26 @@ def tracked():
 
 
 def run_python(code):
-    "What a fresh interpreter prints for `code`."
+    "The output of `code` in a new interpreter."
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-# Rooms: where a notebook stands
+# Rooms
 
 ROOMS = "core text audio corpora data models decoding ttq evaluation training streams protocols serving pipeline testing".split()
 EXTRA = ["stages", "benchmarks", "tutorials"]                      # folders of notebooks that export nothing
 PLACE = {o.module: (ROOMS.index(o.room), o.number) for o in LIBRARY if o.room in ROOMS and o.number is not None}
 
 
-def ours(source):
-    "The modules of ours that a cell imports, as room.name; with their line."
+def own_imports(source):
+    "The modules of ai2text that a cell imports, as room.name, with their lines."
     for node in ast.walk(tree(source)):
         if isinstance(node, ast.Import): names = [a.name for a in node.names]
-        elif isinstance(node, ast.ImportFrom): names = [node.module or ""] if node.module in {f"ai2text.{m}" for m in PLACE} else [f"{node.module}.{a.name}" for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            is_module = node.module in {f"ai2text.{m}" for m in PLACE}
+            names = [node.module or ""] if is_module else [f"{node.module}.{a.name}" for a in node.names]
         else: continue
         yield from ((o.removeprefix("ai2text."), node.lineno) for o in names if o.startswith("ai2text.") and o != "ai2text.__version__")
 
@@ -83,77 +85,86 @@ def ours(source):
 @each_notebook
 def test_notebook_is_in_a_room(notebook):
     if notebook.name == "index": return
-    assert notebook.room in ROOMS + EXTRA, f"nbs/{notebook.name}.ipynb is in no room; move it into one of {', '.join(ROOMS + EXTRA)}"
-    if notebook.room in EXTRA: assert not notebook.module, f"{notebook.name}: exports {notebook.module}; what is imported by others belongs in a room"
+    assert notebook.room in ROOMS + EXTRA, f"nbs/{notebook.name}.ipynb is in no room; move it to one of {', '.join(ROOMS + EXTRA)}"
+    if notebook.room in EXTRA: assert not notebook.module, f"{notebook.name}: exports {notebook.module}; move importable code to a room"
     else:
-        assert re.fullmatch(r"\d\d_[a-z][a-z0-9_]*", notebook.path.stem), f"{notebook.name}: call it NN_name; the number is its place in the room"
+        assert re.fullmatch(r"\d\d_[a-z][a-z0-9_]*", notebook.path.stem), (
+            f"{notebook.name}: rename it to NN_name, with its number in the room")
         wanted = f"{notebook.room}.{notebook.path.stem[3:]}"
         assert notebook.module == wanted, f"{notebook.name}: exports {notebook.module}; write #| default_exp {wanted}"
 
 
 def test_numbers_are_unique_in_a_room():
-    twice = [(room, n, [o.name for o in LIBRARY if (o.room, o.number) == (room, n)]) for room, n in Counter((o.room, o.number) for o in LIBRARY).items() if n > 1 for room, n in [room]]
-    assert not twice, "; ".join(f"{room}: two notebooks have the number {n:02}: {', '.join(names)}; insert one between others" for room, n, names in twice)
+    by_number = defaultdict(list)
+    for o in LIBRARY: by_number[o.room, o.number].append(o.name)
+    twice = [(room, n, names) for (room, n), names in by_number.items() if len(names) > 1]
+    assert not twice, "; ".join(f"{room}: two notebooks have the number {n:02}: {', '.join(names)}; "
+                                "choose a free number for one" for room, n, names in twice)
 
 
 def test_rooms_are_small():
     full = {room: n for room, n in Counter(o.room for o in LIBRARY).items() if n > 10}
-    assert not full, f"{full}: a room that outgrows ten notebooks is two"
+    assert not full, f"{full}: split rooms with more than ten notebooks"
 
 
 def later(notebook):
-    "What a library notebook imports that does not stand before it: (module, cell, line)."
+    "The imports of a library notebook from later notebooks, as messages."
     here = PLACE[notebook.module]
     for i, source, _ in notebook.code:
         exported = re.search(r"^#\|\s*export\b", source, flags=re.M)
-        for module, line in ours(source):
-            if module not in PLACE: yield f"cell {i}, line {line}: {module} is exported by no notebook; name the module that has it"
-            elif module.startswith("testing.") and (not exported or notebook.room == "testing"): continue # tests may use all of it
+        for module, line in own_imports(source):
+            if module not in PLACE: yield f"cell {i}, line {line}: {module} is exported by no notebook; import the module that defines it"
+            elif module.startswith("testing.") and (not exported or notebook.room == "testing"): continue # allowed in tests
             elif PLACE[module] >= here and module != notebook.module:
-                yield f"cell {i}, line {line}: {module} comes later; move the code down, or what it needs up"
+                yield f"cell {i}, line {line}: {module} comes later; move the code down, or its dependency up"
 
 
 @pytest.mark.parametrize("notebook", [o for o in LIBRARY if o.module in PLACE], ids=lambda o: o.name)
-def test_notebook_imports_only_what_stands_before_it(notebook):
+def test_notebook_imports_only_earlier_notebooks(notebook):
     wrong = list(later(notebook))
     assert not wrong, f"nbs/{notebook.name}.ipynb: " + "; ".join(wrong)
 
 
-def test_an_import_that_leads_upwards_is_named(tmp_path):
-    "The rule itself, on notebooks that break it."
+def test_an_import_of_a_later_notebook_is_reported(tmp_path):
     from conftest import Notebook
     def of(stem, text):
         class Written(Notebook):
             room, number, module = stem.split("/")[0], int(stem.split("/")[1][:2]), f"{stem.split('/')[0]}.{stem.split('/')[1][3:]}"
             code = [(4, text, [])]
         return Written(tmp_path/"x.ipynb")
-    audio = next(o for o in LIBRARY if o.module == "audio.fbank")
-    assert list(later(of(audio.name, "#| export\nfrom ai2text.training.setup import set_up"))) == ["cell 4, line 2: training.setup comes later; move the code down, or what it needs up"]
-    assert list(later(of(audio.name, "#| export\nfrom ai2text.audio.augment import spec_augment"))) == ["cell 4, line 2: audio.augment comes later; move the code down, or what it needs up"]
-    assert list(later(of(audio.name, "#| export\nfrom ai2text.testing.workspace import smoke"))) == ["cell 4, line 2: testing.workspace comes later; move the code down, or what it needs up"]
-    assert list(later(of(audio.name, "from ai2text.testing.workspace import smoke"))) == []
+    audio, late = next(o for o in LIBRARY if o.module == "audio.fbank"), "comes later; move the code down, or its dependency up"
+    assert list(later(of(audio.name, "#| export\nfrom ai2text.training.setup import set_up"))) == [f"cell 4, line 2: training.setup {late}"]
+    assert list(later(of(audio.name, "#| export\nfrom ai2text.audio.augment import spec_augment"))) == [f"cell 4, line 2: audio.augment {late}"]
+    smoke = "from ai2text.testing.workspace import smoke"
+    assert list(later(of(audio.name, f"#| export\n{smoke}"))) == [f"cell 4, line 2: testing.workspace {late}"]
+    assert list(later(of(audio.name, smoke))) == []
     assert "audio.none.x is exported by no notebook" in list(later(of(audio.name, "from ai2text.audio.none import x")))[0]
 
 
-def test_only_tests_use_the_room_for_tests():
-    using = [f"{o.relative_to(ROOT)}: {module}" for o in (ROOT/"ai2text").rglob("*.py") if o.parent.name != "testing" for module, _ in ours(absolute(o)) if module.startswith("testing.")]
-    assert not using, f"{using}: code that people run may not depend on ai2text.testing"
+def test_only_tests_import_the_room_testing():
+    library = [o for o in (ROOT/"ai2text").rglob("*.py") if o.parent.name != "testing"]
+    using = [f"{o.relative_to(ROOT)}: {module}" for o in library for module, _ in own_imports(absolute(o)) if module.startswith("testing.")]
+    assert not using, f"{using}: only tests may import ai2text.testing"
     for notebook in STAGES:
-        cells = [source for _, source, _ in notebook.code if any(m.startswith("testing.") for m, _ in ours(source))]
-        assert all(m == "testing.workspace" for source in cells for m, _ in ours(source) if m.startswith("testing.")), f"{notebook.name}: a stage makes its tiny workspace by testing.workspace.smoke alone"
+        cells = [source for _, source, _ in notebook.code if any(m.startswith("testing.") for m, _ in own_imports(source))]
+        assert all(m == "testing.workspace" for source in cells for m, _ in own_imports(source) if m.startswith("testing.")), (
+            f"{notebook.name}: a stage may import testing.workspace only")
 
 
 def absolute(path):
-    "A module's code with relative imports spelled out."
+    "The code of a module with absolute imports."
     parts = path.relative_to(ROOT).parts[:-1]
-    return re.sub(r"(?m)^(\s*from )(\.+)([\w.]*) import", lambda m: f"{m[1]}{'.'.join([*parts[:len(parts) - len(m[2]) + 1], *filter(None, [m[3]])])} import", path.read_text("utf-8"))
+    return re.sub(r"(?m)^(\s*from )(\.+)([\w.]*) import",
+                  lambda m: f"{m[1]}{'.'.join([*parts[:len(parts) - len(m[2]) + 1], *filter(None, [m[3]])])} import",
+                  path.read_text("utf-8"))
 
 
-# A public name that more than one module defines, and why that is right.
-SHARED_NAMES = {"SIZES": "each family of models has its own, and `size` means the same in all", "BLANK_ID": "a decoder does without torch, which `models.ctc` needs; a test says that they are equal"}
+# Public names that several modules define, with the reason.
+SHARED_NAMES = {"SIZES": "each model family has its own, with the same meaning",
+                "BLANK_ID": "decoders do not import torch, as `models.ctc` does; a test compares the two"}
 
 
-def test_a_public_name_means_one_thing():
+def test_public_names_are_unique():
     found = defaultdict(list)
     for path in sorted((ROOT/"ai2text").rglob("*.py")):
         if path.name == "_modidx.py": continue
@@ -161,16 +172,16 @@ def test_a_public_name_means_one_thing():
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
                 for name in node.value.elts: found[name.value].append(".".join(path.relative_to(ROOT/"ai2text").with_suffix("").parts))
     twice = {name: where for name, where in found.items() if len(where) > 1 and name not in SHARED_NAMES}
-    assert not twice, f"{twice}: rename one, make it private, or say in SHARED_NAMES why both are right"
+    assert not twice, f"{twice}: rename one, make it private, or give the reason in SHARED_NAMES"
 
 
 @each_stage
-def test_stage_only_calls(notebook):
-    foreign = {o for _, source, _ in notebook.code for o in imports(source) if o.split(".")[0] != "ai2text"}
-    assert not foreign, f"{notebook.name} imports {foreign}: a stage imports from ai2text only"
+def test_stage_imports_and_calls_only_ai2text(notebook):
+    others = {o for _, source, _ in notebook.code for o in imports(source) if o.split(".")[0] != "ai2text"}
+    assert not others, f"{notebook.name} imports {others}: a stage imports from ai2text only"
     defined = [node.name for _, source, _ in notebook.code for node in ast.walk(tree(source))
                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
-    assert not defined, f"{notebook.name} defines {defined}: move them into the module that owns the stage"
+    assert not defined, f"{notebook.name} defines {defined}: move them to the module of the stage"
 
 
 @each_runnable
@@ -178,10 +189,11 @@ def test_stage_or_benchmark_has_one_parameters_cell(notebook):
     cells = [source for _, source, tags in notebook.code if "parameters" in tags]
     assert len(cells) == 1, f"{notebook.name}: {len(cells)} cells are tagged parameters"
     for node in tree(cells[0]).body:
-        assert isinstance(node, ast.AnnAssign) and node.value is not None, f"line {node.lineno} is no `name: type = value  # what it is`"
-        assert "#" in cells[0].splitlines()[node.end_lineno-1], f"{node.target.id} says nothing of itself: add a comment"
-    assert notebook.code[0][1] == cells[0], "the parameters come before all other code"
-    assert not notebook.module and not any("nbdev_export(" in source for _, source, _ in notebook.code), "it exports nothing"
+        assert isinstance(node, ast.AnnAssign) and node.value is not None, f"line {node.lineno} is not `name: type = value  # description`"
+        assert "#" in cells[0].splitlines()[node.end_lineno-1], f"{node.target.id} has no comment: describe it"
+    assert notebook.code[0][1] == cells[0], "the parameters cell must be the first code cell"
+    assert not notebook.module and not any("nbdev_export(" in source for _, source, _ in notebook.code), (
+        "a stage or benchmark exports nothing")
 
 
 # Notebooks and export
@@ -195,28 +207,29 @@ def test_notebook_is_clean(notebook):
 
 
 @pytest.mark.parametrize("notebook", LIBRARY, ids=lambda o: o.name)
-def test_imports_have_cells_of_their_own(notebook):
-    "The documentation runs each cell that imports something, and of the others only what is exported."
+def test_imports_have_their_own_cells(notebook):
+    "The documentation runs cells with imports, and exported cells only."
     mixed = [i for i, source, _ in notebook.code if not re.match(r"#\|\s*(export|default_exp)", source) and "nbdev_export(" not in source
              and any(isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.walk(tree(source)))
              and any(not isinstance(o, (ast.Import, ast.ImportFrom, ast.Expr)) for o in tree(source).body)]
-    assert not mixed, f"{notebook.name}: cells {mixed} import something and do something else: give the imports a cell of their own"
+    assert not mixed, f"{notebook.name}: cells {mixed} mix imports with other code: move the imports to their own cell"
 
 
 @each_runnable
 def test_stage_or_benchmark_is_committed_without_outputs(notebook):
     full = [i for i, c in enumerate(notebook.raw["cells"]) if c.get("outputs")]
-    assert not full, f"{notebook.name}: cells {full} have outputs; they belong in papermill_runs/"
+    assert not full, f"{notebook.name}: cells {full} have outputs; outputs belong in papermill_runs/"
 
 
 @each_notebook
-def test_notebook_opens_with_title_and_line(notebook):
+def test_notebook_opens_with_title_and_summary(notebook):
     first = notebook.raw["cells"][0]
-    assert first["cell_type"] == "markdown" and re.match(r"# .+\n+> .+", "".join(first["source"])), f"{notebook.name}: `# Title` and a `> line` come first"
+    assert first["cell_type"] == "markdown" and re.match(r"# .+\n+> .+", "".join(first["source"])), (
+        f"{notebook.name}: start with `# Title` and a `> summary` line")
 
 
 def test_export_is_in_sync(tmp_path):
-    "Exporting everything again, from nothing, gives the package as it is."
+    "A new export of all notebooks equals the package."
     for name in ("settings.ini", "pyproject.toml", "setup.py"): shutil.copy(ROOT/name, tmp_path)
     shutil.copytree(ROOT/"nbs", tmp_path/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     (tmp_path/"ai2text").mkdir()
@@ -224,53 +237,61 @@ def test_export_is_in_sync(tmp_path):
     assert done.returncode == 0, done.stderr
     names = lambda folder: {o.relative_to(folder).as_posix() for o in folder.rglob("*.py")}
     here, fresh = names(ROOT/"ai2text"), names(tmp_path/"ai2text")
-    assert here == fresh, f"only in the package: {here-fresh}; only in the notebooks: {fresh-here}; run nbdev_export, remove what has no notebook"
+    assert here == fresh, (
+        f"only in the package: {here-fresh}; only in the notebooks: {fresh-here}; run nbdev_export, remove modules without a notebook")
     _, different, failed = filecmp.cmpfiles(ROOT/"ai2text", tmp_path/"ai2text", sorted(here), shallow=False)
-    assert not different+failed, f"{different+failed} are not what the notebooks export: run nbdev_export"
+    assert not different+failed, f"{different+failed} differ from the notebooks: run nbdev_export"
     assert (tmp_path/"pyproject.toml").read_text() == (ROOT/"pyproject.toml").read_text()
 
 
-# What a machine needs
+# Requirements
 
 def not_required(sources, *keys):
-    "The imports of `sources` (where, code) that no requirement in settings.ini brings by name."
+    "The imports of `sources` (where, code) without a requirement in settings.ini."
     known = {canonicalize_name(o.name) for o in requirements(*keys)}
     homes = importlib.metadata.packages_distributions()
     own = {"ai2text", *(o.stem for o in (ROOT/"tests").glob("*.py"))}
-    return {f"{where}: {name}" for where, code in sources for name in imports(code) if (top := name.split(".")[0]) not in own | sys.stdlib_module_names
+    return {f"{where}: {name}" for where, code in sources for name in imports(code)
+            if (top := name.split(".")[0]) not in own | sys.stdlib_module_names
             and not {canonicalize_name(o) for o in homes.get(top, [top])} & known}
 
 
 def test_every_import_is_required():
     python = {folder: [(o.name, o.read_text(encoding="utf-8")) for o in (ROOT/folder).rglob("*.py")] for folder in ("ai2text", "tests")}
     cells = [(o.name, source) for o in NOTEBOOKS for _, source, _ in o.code]
-    assert not (missing := not_required(python["ai2text"], "requirements", "cluster_requirements", "hub_requirements")), f"settings.ini's requirements lack {sorted(missing)}"
-    assert not (missing := not_required(python["tests"] + cells, "requirements", "cluster_requirements", "hub_requirements", "dev_requirements", "bench_requirements")), f"settings.ini lacks {sorted(missing)}"
+    library = "requirements", "cluster_requirements", "hub_requirements"
+    assert not (missing := not_required(python["ai2text"], *library)), f"settings.ini's requirements lack {sorted(missing)}"
+    missing = not_required(python["tests"] + cells, *library, "dev_requirements", "bench_requirements")
+    assert not missing, f"settings.ini lacks {sorted(missing)}"
 
 
 def pins():
-    "The lines of constraints.txt, by name: two where Python 3.10 has an older version."
+    "The pins of constraints.txt by name; two if Python 3.10 has an older version."
     found = {}
     for line in (ROOT/"constraints.txt").read_text().splitlines():
         if not line or line.startswith("#"): continue
-        assert re.fullmatch(r'[A-Za-z0-9._-]+==[^ ;@]+( ; python_version (<|>=) "3\.\d+")?', line), f"constraints.txt: {line!r} is no plain pin"
+        assert re.fullmatch(r'[A-Za-z0-9._-]+==[^ ;@]+( ; python_version '
+                            r'(<|>=) "3\.\d+")?', line), f"constraints.txt: {line!r} is not a plain pin"
         pin = Requirement(line)
         found.setdefault(canonicalize_name(pin.name), []).append(pin)
     return found
 
 
-@pytest.mark.parametrize("requirement", requirements("requirements", "cluster_requirements", "hub_requirements", "dev_requirements"), ids=lambda o: o.name)
-def test_requirement_is_pinned_and_installed_so(requirement):
+@pytest.mark.parametrize("requirement", requirements("requirements", "cluster_requirements", "hub_requirements", "dev_requirements"),
+                         ids=lambda o: o.name)
+def test_requirement_is_pinned_and_installed(requirement):
     found = pins().get(canonicalize_name(requirement.name), [])
     assert found, f"constraints.txt does not pin {requirement.name}"
     here = lambda o: not o.marker or o.marker.evaluate()
     for pin in found:
         version = next(iter(pin.specifier)).version
         assert requirement.specifier.contains(version), f"{pin} is outside of settings.ini's {requirement}"
-        if here(requirement) and here(pin): assert pin.specifier.contains(installed := importlib.metadata.version(requirement.name)), f"{installed} is installed, not {pin}; run make setup"
+        if here(requirement) and here(pin):
+            assert pin.specifier.contains(installed := importlib.metadata.version(requirement.name)), (
+                f"{installed} is installed, not {pin}; run make setup")
 
 
-def test_torch_and_torchaudio_are_a_pair():
+def test_torch_and_torchaudio_have_one_version():
     assert pins()["torch"][0].specifier == pins()["torchaudio"][0].specifier
 
 
@@ -282,7 +303,7 @@ def test_import_is_light():
     assert not HEAVY & set(loaded.split()), "import ai2text loads heavy packages"
 
 
-@pytest.mark.skipif(not any(o.module == "pipeline.cli" for o in LIBRARY), reason="no command line yet")
+@pytest.mark.skipif(not any(o.module == "pipeline.cli" for o in LIBRARY), reason="no command line")
 def test_help_is_light():
     loaded = run_python("""
 import contextlib, io, sys
@@ -296,33 +317,36 @@ print(*{o.split('.')[0] for o in sys.modules})""")
     assert not HEAVY & set(loaded.split()), "ai2text --help loads heavy packages"
 
 
-# Nothing of a machine
+# Repository
 
 MACHINE = re.compile(r"(?<![\w.:/~$}-])/(?:home|Users|root|work|mnt|workspace)/[\w.-]+")
 
 
 def test_no_machine_paths():
     found = [f"{name}: {hit[0]}" for name, text in tracked() for hit in MACHINE.finditer(text)]
-    assert not found, f"paths of one machine: {found}"
+    assert not found, f"paths of one machine: {found}; use relative paths"
 
 
 def test_reports_are_small():
-    "What git keeps of a run stays readable: a report is under 1 MB."
+    "Reports in git are under 1 MB."
     big = [f"{o.name}: {o.stat().st_size} bytes" for o in (ROOT/"papermill_runs").rglob("*.ipynb") if o.stat().st_size >= 1_000_000]
     assert not big, f"reports of 1 MB and more: {big}"
 
 
 def test_sidebar_has_every_page():
-    "The site's pages are the front page, the tutorials and the library; stages and benchmarks are read as reports."
+    "The pages of the site: front page, tutorials and library; stages and benchmarks are reports."
     listed = re.findall(r"- (\S+)\.ipynb", (ROOT/"nbs/sidebar.yml").read_text(encoding="utf-8"))
     pages = [o.name for o in NOTEBOOKS if o.room not in ("stages", "benchmarks")]
-    assert sorted(listed) == sorted(pages), f"nbs/sidebar.yml: add {sorted(set(pages) - set(listed))}, remove {sorted(set(listed) - set(pages))}"
+    assert sorted(listed) == sorted(pages), (
+        f"nbs/sidebar.yml: add {sorted(set(pages) - set(listed))}, remove {sorted(set(listed) - set(pages))}")
 
 
 def test_readme_is_the_front_page():
     from nbconvert import MarkdownExporter
     text, resources = MarkdownExporter().from_filename(str(ROOT/"nbs/index.ipynb"))
-    assert not resources["outputs"], "a picture of the front page would need a file: link to one under nbs/images instead"
-    assert (ROOT/"README.md").read_text(encoding="utf-8").strip() == re.sub(r"\]\((images|tutorials)/", r"](nbs/\1/", text).strip(), "run: make README.md"
+    assert not resources["outputs"], "link pictures of the front page from nbs/images"
+    assert (ROOT/"README.md").read_text(encoding="utf-8").strip() == re.sub(r"\]\((images|tutorials)/", r"](nbs/\1/", text).strip(), (
+        "run: make README.md")
     links = re.findall(r"\]\(([^):]+)\)", text)
-    assert links and not (dead := [name for name in links if not (ROOT/"nbs"/name).is_file()]), f"nbs/index.ipynb links to {dead}, which are no files under nbs/"
+    assert links and not (dead := [name for name in links if not (ROOT/"nbs"/name).is_file()]), (
+        f"nbs/index.ipynb links to missing files under nbs/: {dead}")

@@ -1,4 +1,4 @@
-"Corpora as other people's tools lay them out: imported whole, speakers and splits kept, and through prepare and shards sample by sample."
+"Corpora in the layouts of other tools: imported completely with speakers and splits, and unchanged through prepare and shards."
 import io
 import itertools
 import json
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from ai2text.audio.io import piece_of, read_audio
+from ai2text.audio.io import segment_args, read_audio
 from ai2text.core.files import read_jsonl, sha256, write_jsonl
 from ai2text.core.layout import Layout
 from ai2text.core.params import ConfigError
@@ -51,7 +51,7 @@ def wav(wave)->bytes:
 
 
 def save(folder:Path, utts, name="{split}/{speaker}/{id}.wav"):
-    "A file for each utterance; its name is noted."
+    "Write a file for each utterance; sets `name`."
     for u in utts:
         u["name"] = name.format(**u)
         (folder/u["name"]).parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def save(folder:Path, utts, name="{split}/{speaker}/{id}.wav"):
 
 
 def save_long(folder:Path, utts, name="{split}/{speaker}.wav"):
-    "A recording for each speaker; where an utterance is in it (s) is noted."
+    "Write a recording for each speaker; sets `name`, `start` and `end` (s) of each utterance."
     for mine in [[u for u in utts if u["speaker"] == speaker] for speaker in SPEAKERS.values()]:
         parts = []
         for u in mine:
@@ -83,33 +83,33 @@ def tar(path:Path, members:dict):
 def of(utts, split): return [u for u in utts if u["split"] == split]
 
 
-# A layout writes utterances into a folder as its tool does; it returns the parameters, and what it says nothing of
+# A layout writes utterances into a folder as its tool does; it returns the parameters, and the fields that it lacks
 
-def by_datasets(folder, utts):
+def dataset_dict(folder, utts):
     datasets = pytest.importorskip("datasets")
     made = lambda mine: datasets.Dataset.from_list([dict(audio=dict(bytes=wav(u["wave"]), path=f"{u['id']}.wav"), id=7, transcription=u["text"], speaker_id=u["speaker"]) for u in mine]).cast_column("audio", datasets.Audio())
     return datasets.DatasetDict({dict(dev="validation").get(split, split): made(of(utts, split)) for split in SPLITS})
 
 
 def parquet(folder, utts):
-    for split, data in by_datasets(folder, utts).items(): data.to_parquet(folder/f"data/{split}-00000-of-00001.parquet")
+    for split, data in dataset_dict(folder, utts).items(): data.to_parquet(folder/f"data/{split}-00000-of-00001.parquet")
     return dict(source="huggingface")
 
 
 def saved_dataset(folder, utts):
-    by_datasets(folder, utts).save_to_disk(folder)
+    dataset_dict(folder, utts).save_to_disk(folder)
     return dict(source="huggingface")
 
 
 def classes(folder, utts):
-    "Speakers as classes, which a dataset holds as numbers."
+    "Speakers as class labels, stored as numbers."
     datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_list([dict(audio=dict(bytes=wav(u["wave"]), path=None), said=u["text"], who=u["speaker"], split=u["split"]) for u in utts]).cast_column("audio", datasets.Audio())
     data.class_encode_column("who").to_parquet(folder/"all.parquet")
     return dict(source="huggingface", columns=dict(text="said", speaker="who"))
 
 
-def by_lhotse(folder, utts):
+def lhotse_sets(folder, utts):
     lhotse = pytest.importorskip("lhotse")
     save_long(folder, utts)
     for split in SPLITS:
@@ -118,7 +118,7 @@ def by_lhotse(folder, utts):
 
 
 def lhotse_cuts(folder, utts):
-    for split, recordings, supervisions in by_lhotse(folder, utts):
+    for split, recordings, supervisions in lhotse_sets(folder, utts):
         from lhotse import CutSet
         cuts = CutSet.from_manifests(recordings=recordings, supervisions=supervisions)
         (cuts.trim_to_supervisions() if split == "dev" else cuts).to_file(folder/f"cuts_{split}.jsonl.gz")
@@ -126,14 +126,14 @@ def lhotse_cuts(folder, utts):
 
 
 def lhotse_manifests(folder, utts):
-    for split, recordings, supervisions in by_lhotse(folder, utts):
+    for split, recordings, supervisions in lhotse_sets(folder, utts):
         recordings.to_file(folder/f"talk_recordings_{split}.jsonl.gz")
         supervisions.to_file(folder/f"talk_supervisions_{split}.jsonl")
     return dict(source="lhotse")
 
 
 def kaldi_by_lhotse(folder, utts):
-    for split, recordings, supervisions in by_lhotse(folder, utts):
+    for split, recordings, supervisions in lhotse_sets(folder, utts):
         from lhotse.kaldi import export_to_kaldi
         export_to_kaldi(recordings, supervisions, folder/"data"/split)
     return dict(source="kaldi", transcripts="data")
@@ -182,7 +182,7 @@ def each_talk(folder, utts):
 
 def srt(folder, utts):
     for path, mine in each_talk(folder, utts): put(path.with_suffix(".srt"), "\n".join(f"{n}\n{clock(u['start'], ',')} --> {clock(u['end'], ',')}\n<i>{u['text']}</i>\n" for n, u in enumerate(mine, 1)))
-    return dict(source="folder"), "speaker" # the folders are those of splits
+    return dict(source="folder"), "speaker" # its folders are splits
 
 
 def vtt(folder, utts):
@@ -211,7 +211,7 @@ def fleurs(folder, utts):
 
 
 def kaldi_calls(folder, utts):
-    "A recording for each two utterances, one on each side; speakers by spk2utt, `eval` for test."
+    "Two utterances in the channels of each recording; speakers in spk2utt; `eval` for test."
     for split, name in dict(train="train", dev="dev", test="eval").items():
         one, two = of(utts, split)
         size = max(len(one["wave"]), len(two["wave"]))
@@ -277,7 +277,7 @@ def audio_folder(folder, utts):
 def windows(folder, utts):
     save(folder, utts)
     put(folder/"metadata.tsv", "clip\tsaid\tsecs\twho\n" + "".join(f"{u['name']}\t{u['text']}\t{len(u['wave'])/RATE}\t{u['speaker']}\n".replace("/", "\\") for u in utts))
-    return dict(source="csv", columns=dict(audio="clip", text="said", speaker="who")) # splits as the folders that it names
+    return dict(source="csv", columns=dict(audio="clip", text="said", speaker="who")) # splits from the folders in file names
 
 
 def speechbrain(folder, utts):
@@ -294,7 +294,7 @@ def validated(folder, utts):
 
 
 def vivos(folder, utts):
-    for u in utts: u["split"] = u["split"].replace("dev", "train") # it has no dev
+    for u in utts: u["split"] = u["split"].replace("dev", "train") # VIVOS has no dev
     save(folder, utts, "{split}/waves/{speaker}/{speaker}_{id}.wav")
     for split in ("train", "test"): put(folder/f"{split}/prompts.txt", "".join(f"{u['speaker']}_{u['id']} {u['text'].upper()}\n" for u in of(utts, split)))
     return dict(source="vivos")
@@ -317,7 +317,7 @@ each_layout = pytest.mark.parametrize("make", LAYOUTS, ids=lambda make: make.__n
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory): return tmp_path_factory.mktemp("layouts")
+def root(tmp_path_factory): return tmp_path_factory.mktemp("layouts")
 
 
 @pytest.fixture(scope="module")
@@ -325,48 +325,48 @@ def imported(): return {} # corpus -> its utterances by text
 
 
 @each_layout
-def test_layout_is_imported_whole(place, imported, make):
+def test_layout_is_imported_completely(root, imported, make):
     utts, name = utterances(), make.__name__
-    (place/name).mkdir()
-    said = make(place/name, utts)
-    params, unknown = said if isinstance(said, tuple) else (said, "")
-    assert make_corpus(CorpusConfig(path=name, processes=1, **params), name, Layout(place).corpus(name), place) == (len(utts), 0)
-    rows = {row["text_raw"].lower().strip("."): row for row in read_jsonl(Layout(place).corpus_manifest(name))}
+    (root/name).mkdir()
+    made = make(root/name, utts)
+    params, unknown = made if isinstance(made, tuple) else (made, "")
+    assert make_corpus(CorpusConfig(path=name, processes=1, **params), name, Layout(root).corpus(name), root) == (len(utts), 0)
+    rows = {row["text_raw"].lower().strip("."): row for row in read_jsonl(Layout(root).corpus_manifest(name))}
     assert len(rows) == len(utts)
     for u in utts:
         row = rows[u["text"]]
         for key in ("speaker", "split"): assert row[key] == ("" if key in unknown else u[key])
-        path = Layout(place).corpus(name)/row["audio_filepath"]
-        wave = read_audio(path, **piece_of(row))
+        path = Layout(root).corpus(name)/row["audio_filepath"]
+        wave = read_audio(path, **segment_args(row))
         assert np.array_equal(wave*32768, u["wave"]) and row["sha256"] == sha256(path)
     imported[name] = utts
 
 
-def test_layouts_go_through_prepare_and_shards(place, imported):
-    "All corpora that came in, as one set; what is in the shards is what was recorded, sample by sample."
-    layout, waves = Layout(place), {u["text"]: u["wave"] for utts in imported.values() for u in utts}
+def test_layouts_pass_prepare_and_shards_unchanged(root, imported):
+    "All imported corpora as one set; the shards have the recorded samples."
+    layout, waves = Layout(root), {u["text"]: u["wave"] for utts in imported.values() for u in utts}
     if not waves: pytest.skip("nothing was imported")
     stats = prepare(PrepareConfig(tokenizer="char", processes=1), layout.corpora, layout.prepared)
     assert stats["utterances"] == len(waves) == sum(row["utterances"] for row in stats["corpora"]) and stats["rejected"] == 0 and stats["caveats"] == []
-    heard = {}
+    decoded = {}
     for split in SPLITS:
         index = write_shards(read_jsonl(layout.manifest(split)), layout.split_shards(split), layout.split_index(split), ShardsConfig(shard_size=40, codec="wav", processes=1), audio_root=layout.prepared)
         assert index.rejected == [] and verify(layout.split_shards(split), index) == [] and index.seen == {}
         for batch in create_webdataset_loader(layout.split_shards(split), 8, 0, index=layout.split_index(split), shuffle=False):
-            for text, wave, length in zip(batch.transcripts, batch.audio.numpy(), batch.lengths.tolist()): heard[text] = wave[:length]
-    assert heard.keys() == waves.keys()
-    assert [text for text, wave in waves.items() if not np.array_equal(np.round(heard[text]*32768), wave)] == []
-    assert [r for split in SPLITS for r in read_jsonl(layout.manifest(split)) if r["corpus"] == "validated" and r["split"] != "train"] == [] # other corpora bring dev and test
+            for text, wave, length in zip(batch.transcripts, batch.audio.numpy(), batch.lengths.tolist()): decoded[text] = wave[:length]
+    assert decoded.keys() == waves.keys()
+    assert [text for text, wave in waves.items() if not np.array_equal(np.round(decoded[text]*32768), wave)] == []
+    assert [r for split in SPLITS for r in read_jsonl(layout.manifest(split)) if r["corpus"] == "validated" and r["split"] != "train"] == [] # other corpora have dev and test
 
 
-def test_every_source_has_a_layout():
+def test_every_source_has_a_layout_here():
     written = Path(__file__).read_text("utf-8")
     assert [source for source in IMPORTERS if source != "demo" and f'source="{source}"' not in written] == []
 
 
 # The Hub
 
-def test_hub_is_read_at_one_revision_and_survives_cuts(tmp_path, monkeypatch):
+def test_hub_is_read_at_one_revision_and_resumed_after_broken_connections(tmp_path, monkeypatch):
     utts = utterances()
     parquet(tmp_path/"hub", utts)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
@@ -376,14 +376,14 @@ def test_hub_is_read_at_one_revision_and_survives_cuts(tmp_path, monkeypatch):
     with serve_hub(tmp_path/"hub", "vi/talk", PIN) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         hub.cuts = 10_000
-        with pytest.raises(ConfigError, match=r"corpora.hub: hf://datasets/vi/talk@.*: cannot be read \(RemoteProtocolError.*nothing of it was kept, run the stage again"): made()
+        with pytest.raises(ConfigError, match=r"corpora.hub: hf://datasets/vi/talk@.*: cannot be read \(RemoteProtocolError.*nothing was kept; run the stage again"): made()
         assert os.listdir(layout.corpora) == []
         hub.cuts = 3
         assert made() == (len(utts), 0) and hub.cuts == 0
         whole = {p.relative_to(tmp_path): sha256(p) for p in layout.corpus("hub").rglob("*") if p.is_file()}
         assert {sha256(wav(u["wave"])) for u in utts} <= set(whole.values())
-        for wrong, says in {url.replace(PIN, "f"*40): "no such dataset, revision or folder", url.replace(PIN, "main"): "main is no pinned one", f"{url}/x": "no such dataset, revision or folder"}.items():
-            with pytest.raises(ConfigError, match=says): made(wrong)
+        for wrong, message in {url.replace(PIN, "f"*40): "no such dataset, revision or folder", url.replace(PIN, "main"): "main is not a commit", f"{url}/x": "no such dataset, revision or folder"}.items():
+            with pytest.raises(ConfigError, match=message): made(wrong)
         assert {p.relative_to(tmp_path): sha256(p) for p in layout.corpora.rglob("*") if p.is_file()} == whole
         (tmp_path/"pin.txt").write_text(url)
         assert made("pin.txt") == (len(utts), 0)
@@ -393,7 +393,7 @@ def test_hub_is_read_at_one_revision_and_survives_cuts(tmp_path, monkeypatch):
 
 # What is refused
 
-def test_nothing_from_a_list_is_run(tmp_path):
+def test_commands_in_a_list_are_rejected_and_not_run(tmp_path):
     utts = utterances()
     kaldi(tmp_path/"k", utts)
     put(tmp_path/"k/data/train/wav.scp", f"ann_0 touch {tmp_path}/run |\nann_1 train/ann/ann_1.wav\n")
@@ -401,7 +401,7 @@ def test_nothing_from_a_list_is_run(tmp_path):
     assert read_jsonl(tmp_path/"out/rejects.jsonl")[0]["reason"] == "command or archive" and not (tmp_path/"run").exists()
 
 
-def test_pieces_that_are_none_are_counted(tmp_path):
+def test_invalid_segments_are_counted_with_reasons(tmp_path):
     utts = utterances()
     nemo_offsets(tmp_path/"n", utts)
     rows = read_jsonl(tmp_path/"n/train_manifest.json")
@@ -411,9 +411,9 @@ def test_pieces_that_are_none_are_counted(tmp_path):
     assert [r["reason"] for r in sorted(read_jsonl(tmp_path/"out/rejects.jsonl"), key=lambda r: r["line"])] == ["outside of the recording", "outside of the recording", "no time", "no time", "piece of a recording"]
 
 
-# Beside every score
+# Overlap with train
 
-def test_every_score_says_what_it_shares_with_train():
+def test_every_score_notes_overlap_with_train():
     from ai2text.core.files import read_json, write_json
     from ai2text.serving.model_card import _measured
     from ai2text.testing.workspace import tiny_model, tiny_workspace
@@ -423,7 +423,7 @@ def test_every_score_says_what_it_shares_with_train():
     tiny_model("m", layout, "evaluate")
     assert read_json(layout.results("m")/"metrics.json")["seen"] == dict(speaker=1.) and read_json(layout.results("m-eval")/"eval.json")["seen"] == dict(text=0.5)
     (layout.root/"params.yaml").touch()
-    said = summary(layout.root)
-    for line in ("but the speakers of 100% of the utterances of dev are in train too", "but the texts of 50% of the utterances of test are in train too"): assert line in said
+    text = summary(layout.root)
+    for line in ("but the speakers of 100% of the utterances of dev are in train too", "but the texts of 50% of the utterances of test are in train too"): assert line in text
     speech = dict(utterances=1, minutes=1., corpora=["c"], synthetic=[], training_hours=1., training_corpora=["c"], caveats=["the texts of 50% of them are known"])
     assert "**The texts of 50% of them are known.**" in _measured(dict(wer=dict(full=dict(wer=0.1, wer_low=0.1, wer_high=0.1)), speech=speech, normaliser="n"))

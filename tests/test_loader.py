@@ -1,4 +1,4 @@
-"Every utterance exactly once: on any number of ranks, workers and shards, and through kills."
+"Each utterance exactly once, with any number of ranks, workers and shards, and after kills."
 import gc
 import json
 import math
@@ -34,7 +34,8 @@ def home(tmp_path_factory):
     rows = [dict(id=f"u{i}", audio_filepath=f"{i}.wav", text=f"câu {i}", speaker="s") for i in range(COUNT)]
     for i in range(COUNT): sf.write(home/f"{i}.wav", rng.integers(-9000, 9000, 800 + 160*(i*37 % 60)).astype(np.int16), 16_000)
     for shards in SHARDS:
-        index = write_shards(rows, home/f"{shards}", home/f"{shards}/index.json", ShardsConfig(shard_size=-(-COUNT//shards), processes=1), audio_root=home)
+        index = write_shards(rows, home/f"{shards}", home/f"{shards}/index.json", ShardsConfig(shard_size=-(-COUNT//shards), processes=1),
+                             audio_root=home)
         assert len(index.shards) == shards
     return home
 
@@ -46,9 +47,9 @@ def make(folder, **settings):
 # Ranks, workers, shards
 
 def rank_of(rank, world, home, results):
-    "One process of a group: two epochs of every case; after each step all ranks meet, so one step too many or too few would hang."
+    "One rank: two epochs of every case. All ranks synchronize after each step, so an extra or missing step would hang."
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{home}/meeting {world}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{home}/store {world}", rank=rank, world_size=world)
     for shards in SHARDS:
         for workers in (0, 1, 3):
             loader = make(home/f"{shards}", num_workers=workers, rank=rank, world=world)
@@ -68,7 +69,7 @@ def rank_of(rank, world, home, results):
 
 
 @pytest.mark.parametrize("world", [2, *too(1, 3)])
-def test_once_on_any_ranks_workers_and_shards(home, world):
+def test_each_utterance_is_read_once_for_any_ranks_workers_and_shards(home, world):
     results = fork.Queue()
     ranks = [fork.Process(target=rank_of, args=(r, world, home, results)) for r in range(world)]
     for process in ranks: process.start()
@@ -81,22 +82,22 @@ def test_once_on_any_ranks_workers_and_shards(home, world):
             ids = [i for epochs in gathered for i in epochs[epoch][1]]
             assert sorted(ids) == sorted(f"u{i}" for i in range(COUNT)), (shards, workers, epoch)
         assert gathered[0][0][1] != gathered[0][1][1], "epochs differ"
-    for shards in SHARDS: # the number of workers changes nothing
+    for shards in SHARDS: # equal for all numbers of workers
         assert len({json.dumps(gathered) for s, _, gathered in found if s == shards}) == 1
 
 
 def test_order_does_not_depend_on_ranks(home):
-    "Two ranks take turns at the micro-batches of one."
+    "Two ranks alternate between the micro-batches of one."
     one = [b.ids for b in make(home/"7", num_workers=0)]
     parts = [[b.ids for b in make(home/"7", num_workers=0, rank=r, world=2)] for r in range(2)]
     whole = len(one)//2*2
     assert [ids for pair in zip(*parts) for ids in pair][:whole] == one[:whole]
 
 
-# Killed
+# Interruption
 
 def consume(folder, workers, path, total, most=math.inf):
-    "Take batches up to `total`; after each, leave word of it and of the loader's state in one file. With `most`, wait there for the end."
+    "Take batches up to `total` and record each with the loader's state in one file. With `most`, block after that many."
     done = json.loads(path.read_text()) if path.exists() else dict(state=None, batches=[])
     loader = make(folder, num_workers=workers)
     if done["state"]: loader.load_state_dict(done["state"])
@@ -110,8 +111,8 @@ def consume(folder, workers, path, total, most=math.inf):
 
 
 @pytest.mark.parametrize("workers", [2, *too(0)])
-def test_killed_at_twenty_random_steps(home, tmp_path, workers):
-    "Twenty times SIGKILL in the middle of three epochs; then every batch is as if nothing had happened."
+def test_batches_are_unchanged_after_twenty_kills(home, tmp_path, workers):
+    "Twenty SIGKILLs at random steps within three epochs."
     total, rng = 3*len(make(home/"7", num_workers=0)) - 2, random.Random(workers)
     consume(home/"7", 0, tmp_path/"whole.json", total)
     path, kills = tmp_path/"killed.json", 0
@@ -127,27 +128,27 @@ def test_killed_at_twenty_random_steps(home, tmp_path, workers):
         kills += child.exitcode == -signal.SIGKILL
     consume(home/"7", workers, path, total)
     assert json.loads(path.read_text()) == json.loads((tmp_path/"whole.json").read_text())
-    assert kills > 15 # the last ones may have ended before
+    assert kills > 15 # the last ones may finish first
 
 
 # Resources
 
 @pytest.mark.slow
 def test_memory_is_flat_and_files_are_closed(home):
-    "Twenty epochs: what is held after the fifth is what is held after the last."
-    def held():
+    "Twenty epochs: memory and open files do not grow after the fifth."
+    def usage():
         gc.collect()
         with open("/proc/self/statm") as f: return int(f.read().split()[1])*os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))
     loader, after = make(home/"7", num_workers=2), []
     for _ in range(20):
         for _ in loader: pass
-        after.append(held())
+        after.append(usage())
     assert after[-1][0] - after[4][0] < 5e6, after
     assert after[-1][1] == after[4][1], after
 
 
 def test_reading_ahead_is_bounded_in_bytes(home):
-    "Room for one batch: no more than one is read ahead, whatever the workers."
+    "`prefetch_mb` for one batch: one is read ahead, with any number of workers."
     loader = make(home/"7", num_workers=3)
     largest = max(len(u)*int(loader.samples[u].max())*4 for u in loader.plan(0))
     for megabytes, expected in ((largest/1e6, 1), (2.5*largest/1e6, 2), (256, 6)):
@@ -160,9 +161,9 @@ def test_reading_ahead_is_bounded_in_bytes(home):
 
 
 def counted(function):
-    "A function, and the list of its first arguments."
+    "A function that records its first arguments, and the list of these."
     calls = []
-    def called(*arguments):
+    def recording(*arguments):
         calls.append(arguments[0])
         return function(*arguments)
-    return called, calls
+    return recording, calls

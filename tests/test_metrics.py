@@ -1,4 +1,4 @@
-"Error rates against another implementation, and significance against simulated systems."
+"Error rates against jiwer, and significance tests on simulated systems."
 import random
 import unicodedata
 from collections import Counter
@@ -17,32 +17,32 @@ from conftest import LIBRARY, STAGES
 
 
 def syllable(rng)->str:
-    "One that Vietnamese spelling can make."
+    "A random syllable of Vietnamese spelling."
     letters = rng.choice(["", *ONSETS]) + rng.choice(NUCLEI) + rng.choice(["", "", *FINALS])
     first = next(i for i, c in enumerate(letters) if c in VOWELS)
     return place_tone(letters[:first] + unicodedata.normalize("NFC", letters[first] + rng.choice(["", *TONES])) + letters[first+1:])
 
 
 def pairs(count:int, seed:int, none:float=0.05)->tuple[list, list]:
-    "References and hypotheses that differ by errors of all kinds; some hypotheses are empty."
+    "References and hypotheses with errors of all kinds; some hypotheses are empty."
     rng = random.Random(seed)
     vocabulary = [syllable(rng) for _ in range(300)]
     references, hypotheses = [], []
     for _ in range(count):
-        said = rng.choices(vocabulary, k=rng.randint(1, 15))
-        heard = [] if rng.random() < none else [w for word in said for w in {0: [], 1: [rng.choice(vocabulary)], 2: [word, rng.choice(vocabulary)],
+        ref = rng.choices(vocabulary, k=rng.randint(1, 15))
+        hyp = [] if rng.random() < none else [w for word in ref for w in {0: [], 1: [rng.choice(vocabulary)], 2: [word, rng.choice(vocabulary)],
                  3: [strip_tones(word)], 4: [strip_diacritics(word)]}.get(rng.randrange(12), [word])]
-        references.append(" ".join(said)); hypotheses.append(" ".join(heard))
+        references.append(" ".join(ref)); hypotheses.append(" ".join(hyp))
     return references, hypotheses
 
 
 def rows(references, hypotheses, speakers:int=10)->list:
-    said = [dict(id=str(i), text=text, speaker=f"s{i%speakers}", duration=1. + i%7, corpus="demo", dialect=None, snr_db=float(i%50)) for i, text in enumerate(references)]
-    return utterance_rows(said, {str(i): text for i, text in enumerate(hypotheses)}, keep=("corpus", "dialect", "snr_db"))
+    utterances = [dict(id=str(i), text=text, speaker=f"s{i%speakers}", duration=1. + i%7, corpus="demo", dialect=None, snr_db=float(i%50)) for i, text in enumerate(references)]
+    return utterance_rows(utterances, {str(i): text for i, text in enumerate(hypotheses)}, keep=("corpus", "dialect", "snr_db"))
 
 
 def test_rates_are_those_of_jiwer():
-    "Of each of 1,000 random pairs, and of all together; words and letters."
+    "Words and letters, of 1,000 random pairs one by one and together."
     references, hypotheses = pairs(1000, 0)
     assert 20 < hypotheses.count("") < 100
     for ref, hyp in zip(references, hypotheses):
@@ -55,18 +55,18 @@ def test_rates_are_those_of_jiwer():
     assert score_rows(rows(references, hypotheses)).wer == found.wer
 
 
-def test_rows_rebuild_their_alignment():
+def test_alignment_is_rebuilt_from_rows():
     for row in rows(*pairs(300, 1)): assert aligned(row) == align(row["reference"], row["hypothesis"])
 
 
-def test_every_substitution_is_of_one_kind():
-    "Tone, letters or both, and never two of them; together they are jiwer's substitutions."
+def test_each_substitution_has_one_kind():
+    "Tone, letters or both; their sum is jiwer's substitutions."
     references, hypotheses = pairs(500, 2)
     scored = rows(references, hypotheses)
     for _, a, b in (pair for row in scored for pair in aligned(row) if pair[0] == "substitute"):
-        (letters, tone), (letters_heard, tone_heard) = split_tone(a), split_tone(b)
-        assert [kind for kind, is_it in dict(tone=letters == letters_heard and tone != tone_heard, letters=letters != letters_heard and tone == tone_heard,
-                                             both=letters != letters_heard and tone != tone_heard).items() if is_it] == [missed(a, b)]
+        (letters, tone), (letters_hyp, tone_hyp) = split_tone(a), split_tone(b)
+        assert [kind for kind, is_it in dict(tone=letters == letters_hyp and tone != tone_hyp, letters=letters != letters_hyp and tone == tone_hyp,
+                                             both=letters != letters_hyp and tone != tone_hyp).items() if is_it] == [missed(a, b)]
     found, total = details(scored, Counter()), score_rows(scored)
     assert sum(found["syllables"][kind] for kind in ERROR_KINDS) == found["syllables"]["wrong"] == total.substitutions
     assert found["syllables"]["aligned"] == total.hits + total.substitutions
@@ -76,18 +76,18 @@ def test_every_substitution_is_of_one_kind():
     assert found["no_diacritics"]["wer"] < found["no_tones"]["wer"] < total.wer
 
 
-def test_groups_add_up():
+def test_groups_add_up_to_the_total():
     scored = rows(*pairs(300, 3))
     found, total = details(scored, Counter()), score_rows(scored)
     assert found["by_corpus"] == dict(demo=total.wer) and found["by_dialect"] == dict(unknown=total.wer)
     assert found["by_frequency"] == {"never": pytest.approx((total.substitutions + total.deletions)/total.words)}
     assert list(found["by_length"]) == ["1 to 2 s", "2 to 4 s", "4 to 8 s"] and len(found["by_snr"]) == 5
     assert found["speakers"]["count"] == 10 and found["speakers"]["best"] <= total.wer <= found["speakers"]["worst"]
-    assert found["raw"]["wer"] == total.wer                       # these were written as the normaliser would have it
+    assert found["raw"]["wer"] == total.wer                       # the texts are normalised already
 
 
 def cut(a:str, b:str)->list:
-    "Segments another way: the letters of both alignments are laid over the words and the gaps between them, and cut at each place where two clean words stand together."
+    "Segments by another method: errors are marked on words and gaps, and cut between two adjacent words without errors."
     words = sum(s != "I" for s in a)
     errors = np.zeros((2*words + 1, 2), dtype=int)                # gap, word, gap, ..., gap
     for side, signs in enumerate((a, b)):
@@ -106,7 +106,7 @@ def cut(a:str, b:str)->list:
     return found + ([tuple(now.tolist())] if now.any() else [])
 
 
-def test_segments_are_those_of_a_plain_search():
+def test_segments_agree_with_a_plain_search():
     rng = random.Random(4)
     for _ in range(2000):
         words = rng.randint(1, 12)
@@ -134,8 +134,8 @@ def test_matched_pairs_by_hand():
     assert found["z"] == pytest.approx(1.1619, abs=1e-4) and found["p"] == pytest.approx(.2453, abs=1e-4)
 
 
-def test_matched_pairs_of_equal_systems():
-    "p is about uniform, also when utterances are hard for both; a better system is found."
+def test_p_is_uniform_for_equal_systems():
+    "Also when utterances are hard for both; a better system is significant."
     rng = np.random.default_rng(0)
     found = []
     for _ in range(200):
@@ -146,14 +146,14 @@ def test_matched_pairs_of_equal_systems():
     assert matched_pairs(simulated(.07, rng), simulated(.1, rng))["p"] < .01
 
 
-def test_paired_bootstrap():
-    "The interval holds 0 for equal systems, in about 95 of 100 cases, and not for a clearly better one."
+def test_paired_bootstrap_covers_the_difference():
+    "The interval contains 0 for equal systems in about 95 of 100 cases, and not for a clearly better one."
     rng = np.random.default_rng(1)
-    held = 0
+    covered = 0
     for trial in range(100):
         found = paired_difference(simulated(.1, rng, 240), simulated(.1, rng, 240), samples=300, seed=trial)
-        held += found["difference_low"] <= 0 <= found["difference_high"]
-    assert 85 <= held <= 99
+        covered += found["difference_low"] <= 0 <= found["difference_high"]
+    assert 85 <= covered <= 99
     better = paired_difference(simulated(.05, rng), simulated(.1, rng))
     assert better["difference_high"] < 0 and better["a_better"] > .99 and (better["unit"], better["units"]) == ("speaker", 12)
     assert better["difference"] == pytest.approx(-.05, abs=.02)
@@ -161,8 +161,8 @@ def test_paired_bootstrap():
     assert paired_difference(same, same[::-1]) | dict(unit="", units=0) == dict(difference=0., difference_low=0., difference_high=0., a_better=.5, unit="", units=0, samples=10_000)
 
 
-def test_pairs_are_closer_than_intervals():
-    "Both systems stumble over the same utterances; drawn together the difference is clear, drawn apart it is not."
+def test_paired_intervals_are_narrower():
+    "The errors of both systems are correlated; a paired difference is significant where separate intervals overlap."
     rng = np.random.default_rng(2)
     hard = np.repeat(rng.choice([.2, 1., 3.], 25), 12)
     a, b = simulated(.10, rng, 300, hard), simulated(.13, rng, 300, hard)
@@ -171,13 +171,13 @@ def test_pairs_are_closer_than_intervals():
     assert found["difference_high"] - found["difference_low"] < sum(x["difference_high"] - x["difference_low"] for x in apart)
 
 
-def test_training_knows_nothing_of_it():
-    "What only evaluation needs is in no run's fingerprint: an edit of a figure trains nothing again."
+def test_training_does_not_import_evaluation_details():
+    "So their edits change no fingerprint of a run."
     assert not {"evaluate", "scorecard", "tones", "variants"} & {path.stem for path in import_closure("training.run", "models.conformer")}
 
 
-def test_nothing_that_scores_can_reach_text_for_readers():
-    "Digits in one of two texts that are compared would be errors that nobody made; the service and transcribe alone may write them."
+def test_scoring_does_not_import_inverse_text_normalisation():
+    "Digits in only one of two compared texts would be counted as errors; only the service and transcribe write them."
     scoring = [f"{o.room}.{o.path.stem[3:]}" for o in LIBRARY if o.room in ("text", "corpora", "data", "models", "training", "evaluation")]
     stages = [o.path for o in STAGES if o.path.stem in ("prepare", "pseudo", "shards", "init", "train", "evaluate")]
     assert len(scoring) > 40 and len(stages) == 6

@@ -1,4 +1,4 @@
-"One reading of a text, from prepare to the last score: an abbreviation and a reading of the user's own, which no default knows."
+"A project's own abbreviation and reading are used by prepare, shards, the language model, hotwords and scores."
 import json
 
 import pytest
@@ -18,8 +18,7 @@ from ai2text.evaluation.score_files import score_files
 from ai2text.evaluation.score_split import score_model, split_loader
 from ai2text.pipeline.cli import main
 from ai2text.testing.workspace import tiny_workspace
-from ai2text.text.normalise import Normaliser
-from ai2text.text.normalise import NORMALISER, normaliser_name
+from ai2text.text.normalise import NORMALISER, Normaliser, normaliser_name
 from ai2text.text.tokenizer import CharTokenizer, load_tokenizer
 from ai2text.evaluation.variants import read_variants
 
@@ -28,7 +27,7 @@ WRITTEN, SPOKEN = "Chị Lan đến CTXH lúc HT45 mở cửa", "chị lan đế
 
 @pytest.fixture(scope="module")
 def layout():
-    "A prepared and sharded workspace in which the longest utterance of each split says `WRITTEN`, with a number of its own behind it."
+    "A prepared and sharded workspace in which the longest utterance of each split is `WRITTEN`, followed by a different number."
     layout = Layout(tiny_workspace("corpus"))
     (layout.root/"short.tsv").write_text("CTXH\tcông tác xã hội\n", "utf-8")
     (layout.root/"mine.tsv").write_text("HT45\thầm thứ bốn lăm\n", "utf-8")
@@ -47,8 +46,8 @@ def layout():
 def normaliser(layout): return Normaliser.load(layout.prepared/"normaliser.json")
 
 
-def test_prepare_writes_it_down(layout, normaliser):
-    "In the manifests, the statistics, the tokenizer and the index."
+def test_prepare_records_the_normaliser(layout, normaliser):
+    "In the manifests, statistics, tokenizer and index."
     assert normaliser(WRITTEN) == SPOKEN != NORMALISER(WRITTEN)
     assert {r["text"] for split in SPLITS for r in read_jsonl(layout.manifest(split)) if r["id"].startswith("mine")} == {f"{SPOKEN} {n}" for n in ("hai", "ba", "bốn")}
     name = normaliser_name(normaliser)
@@ -58,7 +57,7 @@ def test_prepare_writes_it_down(layout, normaliser):
     assert read_json(layout.prepared/"stats.json")["readings"]["abbreviation"]["utterances"] >= 3
 
 
-def test_shards_language_model_and_hotwords(layout, normaliser, tmp_path):
+def test_shards_language_model_and_hotwords_use_the_normaliser_of_their_folder(layout, normaliser, tmp_path):
     (tmp_path/"t.json").write_text(json.dumps({"a": WRITTEN}), "utf-8")
     (tmp_path/"a.wav").write_bytes(next(layout.corpus("demo").rglob("*.wav")).read_bytes())
     (tmp_path/"text.txt").write_text(WRITTEN + "\n", "utf-8")
@@ -72,14 +71,14 @@ def test_shards_language_model_and_hotwords(layout, normaliser, tmp_path):
     with pytest.raises(ConfigError, match="which has other tables; make it again with `ai2text lm --normaliser"): Decoder(CharTokenizer(), tmp_path/"lm")
 
 
-class Parrot:
-    "Says what is spoken."
+class Perfect:
+    "A model without errors."
     def transcribe(self, batch): return [Hypothesis(text) for text in batch.transcripts]
 
 
-def test_scores_read_alike(layout, normaliser, tmp_path, capsys):
-    "A correct hypothesis is no error, whichever way the reference is written."
-    score, rows = score_model(Parrot(), split_loader(layout, "test"), read_jsonl(layout.manifest("test")), normaliser=normaliser, variants=read_variants())
+def test_a_correct_hypothesis_scores_zero_in_every_form_of_the_reference(layout, normaliser, tmp_path, capsys):
+    manifest = read_jsonl(layout.manifest("test"))
+    score, rows = score_model(Perfect(), split_loader(layout, "test"), manifest, normaliser=normaliser, variants=read_variants())
     assert (score.wer, score.wer_variants, score.normaliser) == (0, 0, normaliser_name(normaliser))
     raw = [dict(id=r["id"], text=r["reference_raw"]) for r in rows]
     write_jsonl(tmp_path/"ref.jsonl", raw)
@@ -93,11 +92,13 @@ def test_scores_read_alike(layout, normaliser, tmp_path, capsys):
 
 
 def test_shards_of_another_normaliser_are_refused(layout, normaliser):
-    "An index whose transcripts were read otherwise than the tokenizer's, and of another version."
+    "An index made with other tables than the tokenizer, and one of another version."
     path = layout.split_index("dev")
     whole = path.read_text("utf-8")
     try:
-        for name, told in ((normaliser_name(NORMALISER), "which has other tables"), ("vi-0 12", f"this is read with {normaliser_name(normaliser)}")):
+        others = {normaliser_name(NORMALISER): "which has other tables", "vi-0 12": f"the normaliser here is {normaliser_name(normaliser)}"}
+        for name, message in others.items():
             path.write_text(whole.replace(normaliser_name(normaliser), name), "utf-8")
-            with pytest.raises(ConfigError, match=f"dev.json: made with normaliser {name}, .*{told}; write the shards again with `dvc repro`"): split_loader(layout, "dev")
+            message = f"dev.json: made with normaliser {name}, .*{message}; write the shards again with `dvc repro`"
+            with pytest.raises(ConfigError, match=message): split_loader(layout, "dev")
     finally: path.write_text(whole, "utf-8")

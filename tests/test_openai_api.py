@@ -1,4 +1,4 @@
-"OpenAI's interface, as its own package and as curl use it: a server with worker processes, and everything that goes wrong."
+"OpenAI's routes, used by its package and by curl, on a server with worker processes; and their errors."
 import asyncio
 import contextlib
 import io
@@ -26,11 +26,11 @@ from aiohttp import web
 
 from ai2text.audio.decoders import AudioError
 from ai2text.audio.io import Recording, read_blocks
-from ai2text.audio.segment import pieces
+from ai2text.audio.segment import split_at_silence
 from ai2text.decoding.itn import for_readers, written
 from ai2text.decoding.transcript import FORMATS, Transcript
 from ai2text.protocols.transcriptions import add_routes
-from ai2text.serving.client import _hear, _start, recognise
+from ai2text.serving.client import _recognise_item, _start, recognise
 from ai2text.serving.recogniser import Recogniser
 from ai2text.testing.recordings import of_kind
 from ai2text.testing.toy_bundle import WORDS, toy_bundle, whistle
@@ -40,7 +40,7 @@ MOST, LONGEST = 8 << 20, 1200.  # bytes of a file and seconds of a recording, at
 
 
 class Files:
-    "A service of recordings: their pieces in worker processes, the results in order."
+    "A service for files: segments in worker processes, results in order."
     models = {"toy": 1_700_000_000}
 
     def __init__(self, bundle):
@@ -49,19 +49,19 @@ class Files:
     def first_and_rest(self, path):
         with Recording(path) as r:
             if r.seconds > LONGEST: raise AudioError(str(path), f"longer than {LONGEST/60:g} minutes, which is the most", "too long")
-        return pieces(read_blocks(path))
+        return split_at_silence(read_blocks(path))
 
-    async def recognise(self, path, language="vi", prompt="", said=None):
+    async def recognise(self, path, language="vi", prompt="", on_text=None):
         loop, found, coming = asyncio.get_running_loop(), Transcript(path.name), await asyncio.to_thread(self.first_and_rest, path)
         self.running += 1
         try:
             while (piece := await asyncio.to_thread(next, coming, None)) is not None:
                 await asyncio.sleep(self.delay)
-                text, words = (await loop.run_in_executor(self.pool, _hear, (0, piece[0], piece[1], None)))[3]
+                text, words = (await loop.run_in_executor(self.pool, _recognise_item, (0, piece[0], piece[1], None)))[3]
                 found.duration += len(piece[1])/RATE
                 found.lines.append(text)
                 found.words += words
-                if said: said(text)
+                if on_text: on_text(text)
         except asyncio.CancelledError: self.cancelled += 1; raise
         finally: self.running -= 1
         return found
@@ -100,12 +100,12 @@ def server(toy, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(request):
-    "After each request no file of it is left, and no work."
+    "After each test no upload and no work is left."
     yield
     if "server" not in request.fixturenames: return
     here = request.getfixturevalue("server")
     here.service.delay = 0.
-    until(lambda: not os.listdir(here.uploads) and not here.service.running and not here.routes.inside)
+    until(lambda: not os.listdir(here.uploads) and not here.service.running and not here.routes.open_requests)
 
 
 def until(true, limit=60):
@@ -117,7 +117,7 @@ def until(true, limit=60):
 
 @pytest.fixture(scope="module")
 def talk(tmp_path_factory):
-    "A minute of whistles in pieces, as FLAC."
+    "A minute of tones with pauses, as FLAC."
     rng, waves = np.random.default_rng(0), []
     for _ in range(15): waves += [whistle(" ".join(rng.choice(list(WORDS), 6)), pause=0.12)[0], np.zeros(round(rng.uniform(0.3, 1.5)*RATE), np.float32)]
     path = tmp_path_factory.mktemp("talk")/"talk.flac"
@@ -130,7 +130,7 @@ def client(server): return openai.OpenAI(base_url=server.url, api_key=TOKEN, max
 
 
 def silent_film():
-    "An MP4 with a picture and no sound."
+    "An MP4 with video and no audio."
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as box:
         stream = box.add_stream("mpeg4", rate=10)
@@ -142,10 +142,10 @@ def silent_film():
 
 # OpenAI's package
 
-def test_every_form_is_what_the_recogniser_says(client, toy, talk):
-    (heard, error), = recognise(Recogniser(toy), [talk], processes=1)
-    wanted = for_readers(heard)
-    assert not error and len(heard.words) == 90 and len(wanted.lines) > 2
+def test_every_response_format_has_the_transcript(client, toy, talk):
+    (found, error), = recognise(Recogniser(toy), [talk], processes=1)
+    wanted = for_readers(found)
+    assert not error and len(found.words) == 90 and len(wanted.lines) > 2
     ask = lambda **how: client.audio.transcriptions.create(model="whisper-1", file=talk, **how)
     assert ask().text == wanted.text
     assert ask(language="vi", temperature=0.2, prompt="một hai").text == wanted.text
@@ -167,7 +167,7 @@ def test_text_streams_while_the_rest_is_recognised(server, client, talk):
     *deltas, done = events
     assert [e.type for e in deltas] == ["transcript.text.delta"]*len(deltas) and done.type == "transcript.text.done" and len(deltas) > 2
     assert "".join(e.delta for e in deltas) == done.text == client.audio.transcriptions.create(model="toy", file=talk).text
-    assert came[0] == 1  # the first text came before the last piece was heard
+    assert came[0] == 1  # the first text arrived before the last segment was recognised
 
 
 @pytest.mark.parametrize("name", ["iphone.m4a", "browser.webm", "telegram.oga", "meeting.mp4", "a.mp3", "a.wav"])
@@ -184,7 +184,7 @@ def test_models(client):
     with pytest.raises(openai.NotFoundError, match="gpt-4o-transcribe.*is not served here; there is toy"): client.models.retrieve("gpt-4o-transcribe")
 
 
-def test_many_at_once_get_their_own_text(server):
+def test_concurrent_requests_get_their_own_text(server):
     texts = [" ".join(np.random.default_rng(n).choice(list(WORDS), 4)) for n in range(10)]
     async def main():
         client = openai.AsyncOpenAI(base_url=server.url, api_key=TOKEN, max_retries=0, timeout=120)
@@ -208,40 +208,40 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_bad_file_is_named(client, kind, stream):
-    data, status, code, says = BAD[kind]
-    with pytest.raises(openai.APIStatusError, match=says) as e:
+def test_bad_file_has_a_status_and_code(client, kind, stream):
+    data, status, code, message = BAD[kind]
+    with pytest.raises(openai.APIStatusError, match=message) as e:
         found = client.audio.transcriptions.create(model="toy", file=("recording.m4a", data() if callable(data) else data), stream=stream)
         if stream: list(found)
     assert (e.value.status_code, e.value.code) == (status, code)
     assert "/" not in e.value.body["message"].replace("multipart/form-data", "")  # no path of the server
 
 
-def test_a_long_recording_is_refused_before_it_is_heard(client, tmp_path):
+def test_long_recording_is_refused_before_recognition(client, tmp_path):
     with sf.SoundFile(tmp_path/"long.flac", "w", 8000, 1, "PCM_16") as file:
         for _ in range(21): file.write(np.zeros(60*8000, np.int16))
     with pytest.raises(openai.APIStatusError, match="longer than 20 minutes") as e: client.audio.transcriptions.create(model="toy", file=tmp_path/"long.flac")
     assert (e.value.status_code, e.value.code) == (413, "audio_too_long")
 
 
-@pytest.mark.parametrize("how, kind, code, says", [
+@pytest.mark.parametrize("how, kind, code, message", [
     (dict(response_format="docx"), openai.BadRequestError, "invalid_value", "response_format 'docx': choose from json"),
     (dict(language="en"), openai.BadRequestError, "unsupported_language", "language 'en': the model understands Vietnamese"),
     (dict(model="whisper-large-v3"), openai.NotFoundError, "model_not_found", "give one of toy, whisper-1"),
     (dict(temperature=3), openai.BadRequestError, "invalid_value", "temperature '3'"),
     (dict(response_format="verbose_json", timestamp_granularities=["letter"]), openai.BadRequestError, "invalid_value", "choose from segment, word"),
     (dict(response_format="srt", stream=True), openai.BadRequestError, "invalid_value", "stream: gives text alone")])
-def test_a_wrong_field_is_named(client, talk, how, kind, code, says):
-    with pytest.raises(kind, match=re.escape(says)) as e: client.audio.transcriptions.create(**dict(model="toy", file=talk) | how)
+def test_wrong_field_is_named(client, talk, how, kind, code, message):
+    with pytest.raises(kind, match=re.escape(message)) as e: client.audio.transcriptions.create(**dict(model="toy", file=talk) | how)
     assert e.value.code == code
 
 
-def test_a_wrong_key_is_refused(server, talk):
+def test_wrong_key_is_refused(server, talk):
     with pytest.raises(openai.AuthenticationError, match="Bearer TOKEN"): openai.OpenAI(base_url=server.url, api_key="sk-wrong", max_retries=0).audio.transcriptions.create(model="toy", file=talk)
 
 
-def test_a_full_disk_is_told(client):
-    "The limit of a process for its files stands for a disk: the write fails as on one that is full."
+def test_full_disk_is_status_507(client):
+    "The file size limit of the process stands for a full disk."
     sf.write(file := io.BytesIO(), np.zeros(20*RATE), RATE, format="WAV")
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
@@ -280,7 +280,7 @@ def test_curl(server, client, talk):
 
 
 @CURL
-def test_curl_asks_before_it_sends_what_is_too_large(server, tmp_path):
+def test_too_large_upload_of_curl_is_refused_before_its_body(server, tmp_path):
     with (tmp_path/"huge.wav").open("wb") as file: file.truncate(2 << 30)
     began = time.monotonic()
     status, body = curl(server, f"{server.url}/audio/transcriptions", "-H", "Expect: 100-continue", "-F", f"file=@{tmp_path/'huge.wav'}", "-F", "model=toy", "-w", "\n%{size_upload}\n%{http_code}")
@@ -290,7 +290,7 @@ def test_curl_asks_before_it_sends_what_is_too_large(server, tmp_path):
 
 
 @pytest.mark.parametrize("headers, named", [({}, "a\1.wav"), ({"Content-Encoding": "gzip"}, "a.wav"), ({}, "a"*9000 + ".wav")], ids=["control character", "no gzip", "long name"])
-def test_a_form_that_is_none_is_no_fault_of_ours(server, talk, headers, named):
+def test_malformed_form_is_status_400(server, talk, headers, named):
     form = f'--x\r\nContent-Disposition: form-data; name="file"; filename="{named}"\r\n\r\n'.encode() + Path(talk).read_bytes() + b"\r\n--x--\r\n"
     asked = urllib.request.Request(f"{server.url}/audio/transcriptions", form, {"Authorization": f"Bearer {TOKEN}", "Content-Type": "multipart/form-data; boundary=x"} | headers)
     with pytest.raises(urllib.error.HTTPError) as e: urllib.request.urlopen(asked, timeout=60)
@@ -299,18 +299,18 @@ def test_a_form_that_is_none_is_no_fault_of_ours(server, talk, headers, named):
 
 @CURL
 @pytest.mark.parametrize("stream", ["false", "true"])
-def test_a_client_that_vanishes_while_it_waits(server, talk, stream, caplog):
+def test_client_that_disconnects_while_waiting_is_cancelled(server, talk, stream, caplog):
     server.service.delay, before = 1., server.service.cancelled
     process = subprocess.Popen(["curl", "-sN", f"{server.url}/audio/transcriptions", "-H", f"Authorization: Bearer {TOKEN}", "-F", f"file=@{talk}", "-F", "model=toy", "-F", f"stream={stream}"], stdout=subprocess.DEVNULL)
     until(lambda: server.service.running)
     process.kill()
     process.wait()
-    until(lambda: server.service.cancelled == before + 1 and not server.routes.inside)
+    until(lambda: server.service.cancelled == before + 1 and not server.routes.open_requests)
     time.sleep(0.2) # aiohttp logs after the handler
     assert not caplog.text
 
 
-def test_a_client_that_vanishes_while_it_sends(server, caplog):
+def test_client_that_disconnects_while_uploading_leaves_no_file(server, caplog):
     for closing in ("close", "reset"):
         with contextlib.closing(socket.create_connection(("127.0.0.1", server.port))) as s:
             s.sendall(f"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000000\r\n\r\n"

@@ -1,4 +1,4 @@
-"The whole pipeline, small: what it makes, and what a second run, a kill, and a parameter changed and changed back make it do."
+"The whole pipeline on tiny data: its results, a second run, kills, and a parameter changed and changed back."
 import json
 import os
 import signal
@@ -12,14 +12,14 @@ from workspace import SMALL, M, Workspace
 
 @pytest.fixture(scope="module")
 def workspace(pipeline, tmp_path_factory):
-    "A copy of a workspace in which the pipeline ran once."
+    "A copy of a workspace after one run of the pipeline."
     return Workspace.copy(pipeline, tmp_path_factory.mktemp("pipeline"))
 
 
-def test_second_run_does_nothing_in_another_folder_too(workspace): assert workspace.repro() == set()
+def test_second_run_in_another_folder_runs_no_stage(workspace): assert workspace.repro() == set()
 
 
-def test_results_are_there_and_dvc_reads_them(workspace):
+def test_dvc_reads_the_results(workspace):
     log, metrics = workspace.log(), json.loads(workspace.metrics())
     assert log["finished"] and len(log["history"]) == 3 and metrics["steps"] == 60
     assert "WER on test" in workspace.run("ai2text", "summary")
@@ -33,12 +33,12 @@ def test_results_are_there_and_dvc_reads_them(workspace):
     assert {"wer_60", "wer_40", "wer_30", "memory_bytes"} == json.loads((workspace.root/f"results/{M}/ttq.json").read_text()).keys()
 
 
-KILLED = {"dvc without SHELL": 11, "dvc": 12, "group": 13} # what is killed -> a seed of its own
+KILLED = {"dvc without SHELL": 11, "dvc": 12, "group": 13} # process to kill -> a seed of its own
 
 
 @pytest.mark.parametrize("what", ["dvc without SHELL", *too("dvc", "group")])
-def test_killed_training_goes_on_and_what_was_trained_before_is_not_trained_again(workspace, what):
-    "One trainer; it resumes; the log counts what was lost. With the old seed all returns without training, the report to the byte."
+def test_killed_training_resumes_and_an_old_seed_is_not_trained_again(workspace, what):
+    "The log counts the attempts. With the old seed results and report return without training, byte for byte."
     before = workspace.metrics(), workspace.report(f"train-{M}").read_bytes()
     stamps = {path: Path(path, "result.json").stat().st_mtime_ns for path in workspace.runs()}
     workspace.change(dict(train=dict(seed=KILLED[what])))
@@ -48,12 +48,12 @@ def test_killed_training_goes_on_and_what_was_trained_before_is_not_trained_agai
     if what == "group": os.killpg(alive.pid, signal.SIGKILL)
     else: os.kill(alive.pid, signal.SIGKILL)
     alive.wait()
-    assert not (killed/"result.json").exists(), "training was over before it could be killed"
+    assert not (killed/"result.json").exists(), "training ended before it was killed"
     assert workspace.repro(f"train@{M}") == {f"train@{M}"}
     log = workspace.log()
     entries = [json.loads(line) for line in (killed/"ttq_log.jsonl").read_text().splitlines()]
     resumed = [e["step"] for e in entries if e["kind"] == "resume"]
-    assert log["finished"] and log["totals"]["lives"] == 2 and len(resumed) == 2 and resumed[1] >= saved > 0
+    assert log["finished"] and log["totals"]["attempts"] == 2 and len(resumed) == 2 and resumed[1] >= saved > 0
     assert log["totals"]["down_hours"] > 0 and log["totals"]["elapsed_hours"] > 0
     assert [h["step"] for h in log["history"] if not h.get("repeated")] == [20, 40, 60]
     assert b'"skipped": 0' in workspace.metrics() and workspace.metrics() != before[0]
@@ -65,8 +65,8 @@ def test_killed_training_goes_on_and_what_was_trained_before_is_not_trained_agai
 
 
 @pytest.mark.slow
-def test_a_whisper_alone_goes_all_the_way(workspace, tmp_path):
-    "No model streams and none is asked to: compare recommends it, export writes a bundle of its kind, and what the bundle hears is there."
+def test_pipeline_with_a_whisper_alone(workspace, tmp_path):
+    "Without a streaming model, compare recommends the Whisper and export writes a bundle of its kind."
     w = Workspace.copy(workspace.root, tmp_path/"whisper")
     w.change(dict(models={M: None, "base": dict(family="whisper", size="demo", d_model=32, layers=1, heads=2, ff=64)}, compare=dict(latency=0.)))
     assert "export.model: 'conformer_ctc' is none of the models; write one of base" in w.run("dvc", "repro", ok=False, stderr=True)

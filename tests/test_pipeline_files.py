@@ -1,4 +1,4 @@
-"dvc.yaml, params.yaml, the notebooks of the stages and the modules beneath must tell the same story."
+"dvc.yaml, params.yaml, the stage notebooks and the modules are consistent."
 import dataclasses
 import json
 import re
@@ -32,7 +32,7 @@ def options(stage:dict, kind:str)->dict:
 
 
 def items(name:str)->list:
-    "The items a stage runs once for, as options of the runner."
+    "The items of a stage, as options of the runner."
     return [{SINGULAR[EACH[name]]: key} for key in PARAMS[EACH[name]]] if name in EACH else [{}]
 
 
@@ -40,15 +40,15 @@ def test_every_stage_is_in_the_pipeline(): assert set(PIPELINE) == set(STAGES)
 
 
 @pytest.mark.parametrize("name", PIPELINE)
-def test_command(name):
+def test_command_of_a_stage(name):
     assert DVC[name].get("foreach") == ("${%s}" % EACH[name] if name in EACH else None)
     option = f" --{SINGULAR[EACH[name]]} ${{key}}" if name in EACH else ""
     assert PIPELINE[name]["cmd"] == f"exec python -m ai2text.pipeline.cli stage {name}{option}"
 
 
 @pytest.mark.parametrize("name", PIPELINE)
-def test_a_stage_depends_on_its_code_by_its_identity(name):
-    "One file of identity/ stands for notebook, modules and defaults; a module among the dependencies would run the stage again for a sentence."
+def test_stage_depends_on_its_code_by_its_identity(name):
+    "One file of identity/ stands for notebook, modules and defaults; a module as a dependency would rerun the stage after an edited comment."
     of_model = EACH.get(name) == "models"
     for stages, folder in ((PIPELINE, "identity"), (COMPARE, "../identity")):
         if name not in stages: continue
@@ -58,36 +58,35 @@ def test_a_stage_depends_on_its_code_by_its_identity(name):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_identities_are_those_of_the_code(name):
+def test_identities_are_up_to_date(name):
     for family in FAMILIES if name in FAMILY_STAGES else ("",):
         path = ROOT/f"identity/{name}{family and '-'}{family}.json"
-        assert path.is_file() and json.loads(path.read_text()) == stage_identity(name, notebook(name), family), f"{path.relative_to(ROOT)} is not of this code: run `ai2text identity`"
-    assert {p.stem.split("-")[0] for p in (ROOT/"identity").iterdir()} == set(STAGES), "identity/ has files of no stage: run `ai2text identity`"
+        assert path.is_file() and json.loads(path.read_text()) == stage_identity(name, notebook(name), family), f"{path.relative_to(ROOT)} is out of date: run `ai2text identity`"
+    assert {p.stem.split("-")[0] for p in (ROOT/"identity").iterdir()} == set(STAGES), "identity/ has files of unknown stages: run `ai2text identity`"
 
 
-def test_identities_are_made_first():
-    "The stage that writes them depends on all code, so that no edit is missed."
+def test_identity_stage_depends_on_all_code():
     stage = DVC["identity"]
     assert stage["deps"] == ["ai2text", "nbs/stages"] and options(stage, "outs") == dict(identity=dict(cache=False))
 
 
-def test_other_weights_in_a_folder_are_seen():
-    "A folder of released weights is no dependency: its files' hashes are written at each `dvc repro`, and kept where the folder is missing."
+def test_changed_initial_weights_are_detected():
+    "The hashes of a folder of weights are written at each `dvc repro`, and kept if the folder is missing."
     stage = DVC["starts"]
     assert stage["always_changed"] and options(stage, "outs") == dict(starts=dict(cache=False, persist=True)) and "starts/${key}.json" in PIPELINE["init"]["deps"]
     assert {p.stem for p in (ROOT/"starts").iterdir()} == set(PARAMS["models"])
 
 
 @pytest.mark.parametrize("name", PIPELINE)
-def test_parameters_fit(name):
-    "params.yaml, dataclass and notebook have the same names, and every value is in range."
+def test_parameters_of_a_stage_are_valid(name):
+    "params.yaml, dataclass and notebook have the same names, and all values are in range."
     for item in items(name): stage_parameters(name, PARAMS, list(inspect_notebook(notebook(name))), **item)
     depends = dict(corpus=["corpora.${key}"], pseudo=["pseudo.${key}"], prepare=["prepare", "corpora", "pseudo"], init=["init", "models.${key}"], train=["train", "hardware", "milestones.${train.milestones}", "models.${key}"], evaluate=["stream", "models.${key}"],
                    compare=["compare", "models"], export=["export", "stream", "corpora"], plan=["plans.${key}"])
     assert PIPELINE[name]["params"] == depends.get(name, [name])
 
 
-def test_every_list_of_milestones_is_sound():
+def test_every_list_of_milestones_is_valid():
     from ai2text.ttq.log import read_milestones
     plan = [(m.wer, m.budget_hours) for m in read_milestones(PARAMS["milestones"]["plan"], "milestones.plan")]
     assert plan == [(0.30, 4), (0.20, 12), (0.15, 48), (0.10, 120)]
@@ -95,20 +94,19 @@ def test_every_list_of_milestones_is_sound():
 
 
 @pytest.mark.parametrize("file", ["params.yaml", "compare/params.yaml"])
-def test_a_parameter_is_described_as_in_its_section(file):
-    "One description: what params.yaml says of a key is the help of its dataclass, behind it or above."
+def test_comment_of_a_parameter_is_the_help_of_its_field(file):
     section, lines = "", (ROOT/file).read_text("utf-8").splitlines()
     for above, line in zip(["", *lines], lines):
         if found := re.match(r"(\w+):", line): section = dict(corpora="corpus").get(found[1], found[1])
         found = re.match(r" +(\w+): +(?!#|\{\w)\S", line) # a recipe in one line has the keys of the one above it
         if not found or section not in SECTIONS or line.lstrip().startswith("#"): continue
         field = next(f for f in dataclasses.fields(SECTIONS[section]) if f.name == found[1])
-        says = line.partition(" # ")[2] or above.strip().removeprefix("# ")
-        assert says == field.metadata["help"], f"{file}: {section}.{field.name}: write # {field.metadata['help']}"
+        comment = line.partition(" # ")[2] or above.strip().removeprefix("# ")
+        assert comment == field.metadata["help"], f"{file}: {section}.{field.name}: write # {field.metadata['help']}"
 
 
-def test_dvc_fills_a_list_and_empties_it(tmp_path):
-    "A comment behind an empty list makes DVC write a broken file the second time; above it, it does not."
+def test_dvc_sets_and_clears_a_list(tmp_path):
+    "A comment behind an empty list makes DVC write a broken file the second time; a comment above it does not."
     shutil.copy(ROOT/"params.yaml", tmp_path)
     for value in ("[missed, confirmed]", "[]", "[hopeless]", "[]"):
         apply_overrides(str(tmp_path/"params.yaml"), [f"train.stop_when={value}"])
@@ -117,18 +115,18 @@ def test_dvc_fills_a_list_and_empties_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", PIPELINE)
-def test_outputs(name):
-    "The report is kept in git; nothing survives from one run to the next inside of DVC."
+def test_outputs_of_a_stage(name):
+    "The report is kept in git; no output persists between runs."
     outs = options(PIPELINE[name], "outs")
     report = f"papermill_runs/{name}{'-${key}' * (name in EACH)}.ipynb"
     assert outs[report] == dict(cache=False)
     for kind in ("outs", "metrics", "plots"):
         for path, given in options(PIPELINE[name], kind).items():
-            assert "persist" not in given, f"dvc.yaml, {name}, {path}: a run in progress lives in .runs"
+            assert "persist" not in given, f"dvc.yaml, {name}, {path}: an unfinished run belongs in .runs"
             assert path.startswith(("data/", "models/")) or given["cache"] is False, f"dvc.yaml, {name}, {path}: is small, so it belongs in git"
 
 
-def test_dvc_reads_it():
+def test_dvc_lists_the_stages():
     "No overlapping outputs, no cycles, and the stages of each corpus and model."
     listed = subprocess.run([sys.executable, "-m", "dvc", "stage", "list", "--name-only"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert set(listed) == {"identity", "starts"} | {n for name in PIPELINE for n in ([f"{name}@{key}" for key in PARAMS[EACH[name]]] if name in EACH else [name])}

@@ -1,4 +1,4 @@
-"A model's transcripts from the teacher to the batches of a student: in train alone, weighed, and never from a model that is trained on them."
+"Pseudo-labels from the teacher to the batches of a student: in train alone, weighted, and never from a model that is trained on them."
 import json
 import math
 import shutil
@@ -29,19 +29,19 @@ WORDS = "ba bốn năm sáu bảy tám chín mười một hai".split()
 
 
 class Teacher(torch.nn.Module):
-    "Writes a number for each utterance, and is half sure of every other one."
+    "Transcribes each utterance as a number; half of the transcripts have confidence 0.5."
     tokenizer = CharTokenizer()
     def __init__(self):
         super().__init__()
         self.at = torch.nn.Parameter(torch.zeros(1))
     def transcribe(self, batch):
-        def said(wave): return " ".join(WORDS[int(d)] for d in str(int(1e6*wave.abs().max())))
-        return [Hypothesis(f"Số {said(w)}.", score=math.log(0.9 if n % 2 else 0.5)) for w,n in zip(batch.audio, batch.lengths.tolist())]
+        def digits(wave): return " ".join(WORDS[int(d)] for d in str(int(1e6*wave.abs().max())))
+        return [Hypothesis(f"Số {digits(w)}.", score=math.log(0.9 if n % 2 else 0.5)) for w,n in zip(batch.audio, batch.lengths.tolist())]
 
 
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory):
-    "The demo, and its recordings of train a little less loud, as if nobody had transcribed them."
+    "The demo, and its train recordings at other levels as an unlabelled corpus."
     layout = Layout(tiny_workspace("corpus"))
     (layout.root/"raw").mkdir()
     for i, row in enumerate(read_jsonl(layout.corpus_manifest("demo"))):
@@ -54,7 +54,7 @@ def layout(tmp_path_factory):
 
 
 @pytest.mark.parametrize("splits", ["source", "speaker"])
-def test_only_train_has_them_and_they_are_weighed(layout, splits):
+def test_pseudo_labels_are_in_train_alone_and_weighted(layout, splits):
     prepare(PrepareConfig(tokenizer="char", processes=1, splits=splits, dev_share=0.2, test_share=0.2, max_reject_share=0.5), layout.corpora, layout.prepared, ["demo", "mine"])
     kept = {row["id"] for row in read_jsonl(layout.corpus_manifest("mine"))}
     for split in ("train", "dev", "test"):
@@ -63,14 +63,14 @@ def test_only_train_has_them_and_they_are_weighed(layout, splits):
     mine = {row["id"] for row in read_jsonl(layout.manifest("train")) if row["corpus"] == "mine"}
     assert mine and mine <= kept
     loader = create_webdataset_loader(layout.split_shards("train"), 8, 0, index=layout.split_index("train"), weights=dict(mine=0.5))
-    heard = [id for _ in range(2) for batch in loader for id in batch.ids]
-    assert {heard.count(id) for id in mine} == {1} and {heard.count(id) for id in heard if id not in mine} == {2}
+    seen = [id for _ in range(2) for batch in loader for id in batch.ids]
+    assert {seen.count(id) for id in mine} == {1} and {seen.count(id) for id in seen if id not in mine} == {2}
     batch = next(iter(loader))
-    assert all(text.written == f"Số {text.removeprefix('số ')}." for text, id in zip(batch.transcripts, batch.ids) if id in mine), "a student that writes learns how the teacher wrote"
+    assert all(text.written == f"Số {text.removeprefix('số ')}." for text, id in zip(batch.transcripts, batch.ids) if id in mine), "a student with written output learns the teacher's written form"
 
 
-def test_a_recording_of_people_keeps_their_transcript(layout):
-    "A teacher that was given what people have transcribed adds nothing, and nothing of theirs is doubted."
+def test_human_transcripts_take_precedence(layout):
+    "Pseudo-labels of recordings with human transcripts are all rejected, and the human transcripts kept."
     if layout.corpus("mine").exists(): shutil.rmtree(layout.corpus("mine"))
     cfg = PrepareConfig(tokenizer="char", processes=1, max_reject_share=0.9)
     prepare(cfg, layout.corpora, layout.prepared, ["demo"])
@@ -81,8 +81,8 @@ def test_a_recording_of_people_keeps_their_transcript(layout):
     assert all(reject["corpus"] == "again" for reject in read_jsonl(layout.prepared/"rejects.jsonl")) and sum(map(len, people)) > 20
 
 
-def test_dvc_runs_a_teacher_before_prepare_and_refuses_a_circle(tmp_path):
-    "The graph alone, with no stage run."
+def test_dvc_runs_pseudo_before_prepare_and_refuses_a_cycle(tmp_path):
+    "The graph alone; no stage runs."
     for name in ("params.yaml", "dvc.yaml"): shutil.copy(ROOT/name, tmp_path)
     def dvc(*command): return subprocess.run([sys.executable, "-m", "dvc", *command], cwd=tmp_path, capture_output=True, text=True)
     def graph(teacher):
@@ -97,12 +97,12 @@ def test_dvc_runs_a_teacher_before_prepare_and_refuses_a_circle(tmp_path):
     assert f"{names['pseudo@mine']}-->{names['prepare']}" in done.stdout
     done = graph("models/conformer_ctc")
     assert done.returncode and "both a dependency and an output in stages" in done.stderr and "pseudo@mine" in done.stderr, done.stderr
-    with pytest.raises(ConfigError, match="is trained by this pipeline, on what it would write here: a circle"):
+    with pytest.raises(ConfigError, match="is trained by this pipeline, on the labels that it would write: a cycle"):
         make_pseudo(section("pseudo", dict(path="raw", teacher="models/conformer_ctc")), "mine", tmp_path/"data/corpus/mine", tmp_path, ["conformer_ctc"])
 
 
-def test_the_stage_runs_with_the_params_of_the_project(tmp_path):
-    "Through the runner, from params.yaml to the report; a key with a typo is named, whichever stage runs."
+def test_pseudo_stage_runs_from_params_and_names_a_typo(tmp_path):
+    "Through the stage runner, from params.yaml to the report; any stage names a key with a typo."
     model = build_model(dict(family="conformer", size="tiny"), CharTokenizer())
     torch.nn.init.normal_(model.head.weight)
     save_model(tmp_path/"teachers/m", model, beside=lambda part: model.tokenizer.save(part/"tokenizer"), family="conformer")

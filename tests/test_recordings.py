@@ -1,4 +1,4 @@
-"A user's recordings under DVC: what a changed clip runs again, how all comes back, and what a corpus more or less does."
+"Recordings under DVC: the stages that a changed clip or corpus runs, and the return to an earlier commit."
 import json
 import os
 import shutil
@@ -14,7 +14,7 @@ STAGES = "corpus@demo", "corpus@mine", "prepare"
 
 
 def clip(path, number, loud=1.):
-    "A recording of four words, and its transcript; an old file is replaced, not written into, for it may be a link to DVC's cache."
+    "A recording of four words, and its transcript; an old file is replaced, not written into, because it may be a link to DVC's cache."
     text = " ".join("một hai ba bốn năm sáu".split()[(number + k*(1 + number//6)) % 6] for k in range(4))
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix in (".wav", ".txt"): path.with_suffix(suffix).unlink(missing_ok=True)
@@ -22,7 +22,7 @@ def clip(path, number, loud=1.):
     path.with_suffix(".txt").write_text(text, encoding="utf-8")
 
 
-# What a stage does, without the notebook around it, which has tests of its own: a fifth of the time.
+# The work of a stage without its notebook, which has its own tests: a fifth of the time.
 RUNNER = """
 import sys
 from pathlib import Path
@@ -55,7 +55,7 @@ def workspace(tmp_path, monkeypatch):
 
 
 def commit(w, message): w.run("git", "add", "-A"), w.run("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", message)
-def seen(w): return sorted(w.run("git", "status", "--short", "-uall").split()[1::2])
+def changed_files(w): return sorted(w.run("git", "status", "--short", "-uall").split()[1::2])
 
 
 def dvc(what, *arguments, **more):
@@ -67,39 +67,37 @@ def repro(): return sorted(stage.addressing for stage in dvc("reproduce", ["prep
 def outdated(): return sorted(dvc("status", [*STAGES, "data/raw/mine.dvc"]))
 
 
-def test_a_clip_changed_removed_and_back_and_a_corpus_less_and_more(workspace):
+def test_a_changed_clip_or_corpus_runs_its_own_stages_and_a_checkout_runs_none(workspace):
     w, raw = workspace, workspace.root/"data/raw/mine"
     for i in range(40): clip(raw/f"speaker{i % 8}/u{i:02}", i)
     dvc("add", ["data/raw/mine"])
     assert repro() == [*STAGES]
-    assert "data/raw/mine.dvc" in seen(w) and not [name for name in seen(w) if name.startswith("data/") and name != "data/raw/mine.dvc"]
+    assert [name for name in changed_files(w) if name.startswith("data/")] == ["data/raw/mine.dvc"]
     commit(w, "one")
     assert not outdated() and repro() == []
     files = [w.root/"data/corpus/mine/manifest.jsonl", w.root/"data/prepared/train.jsonl", raw/"speaker1/u01.wav"]
     before = [path.read_bytes() for path in files]
 
-    # One clip is quieter: its corpus, and what follows; not the demo, which is older than it
+    # One clip is quieter: its corpus and what follows run; the demo does not
     clip(raw/"speaker1/u01", 1, loud=0.5)
     assert outdated() == ["corpus@mine", "data/raw/mine.dvc"]
     assert repro() == ["corpus@mine", "prepare"]
-    assert {"data/raw/mine.dvc", "dvc.lock"} <= set(seen(w)) and not outdated() # DVC has noted the new content by itself
+    assert {"data/raw/mine.dvc", "dvc.lock"} <= set(changed_files(w)) and not outdated() # DVC records the new content by itself
     after = files[0].read_bytes()
     assert after != before[0] and len(after.splitlines()) == 40
     commit(w, "two")
 
-    # One clip is gone
+    # One clip is removed
     for suffix in (".wav", ".txt"): (raw/"speaker2/u02").with_suffix(suffix).unlink()
     assert outdated() == ["corpus@mine", "data/raw/mine.dvc"]
 
-    # Back to the first commit: everything returns, and nothing runs
+    # Back to the first commit: everything is restored, and nothing runs
     w.run("git", "checkout", "-q", "HEAD~1")
     dvc("checkout", [*STAGES, "data/raw/mine.dvc"], force=True)
     assert [path.read_bytes() for path in files] == before and (raw/"speaker2/u02.wav").is_file()
     assert not outdated() and repro() == []
 
-
-
-    # Without the corpus: its folder has to go too; what the demo has is not imported again, nor when the corpus is back
+    # Without the corpus its folder must be removed too; the demo is not imported again, also when the corpus returns
     mine = dict(source="folder", path="data/raw/mine")
     w.change(dict(corpora=dict(mine=None)))
     assert "data/corpus/mine" in w.run("dvc", "repro", "prepare", ok=False, stderr=True)

@@ -1,4 +1,4 @@
-"Bundles released by git tag: fetched on another machine, checked, and refused when they are not what was released."
+"Bundles released by git tag: fetched on another machine, checked, and refused when they differ from the release."
 import json
 import os
 import subprocess
@@ -35,7 +35,7 @@ def run(folder, *command):
 
 
 def project(folder, url, bundles):
-    "A repository that released a bundle for each version, pushed to the S3 server; each bundle understands a word less."
+    "A repository with a released bundle per version, pushed to the S3 server; the bundles differ in the words they recognise."
     folder.mkdir()
     run(folder, "git", "init", "-q", "-b", "main")
     (folder/".dvc").mkdir()
@@ -82,14 +82,14 @@ def local_config(repo, **values):
     (repo/".dvc/config.local").write_text("['remote \"far\"']\n" + "".join(f"    {k} = {v}\n" for k, v in values.items()))
 
 
-def test_each_release_on_another_machine(far, clone, here, capsys):
+def test_releases_are_fetched_and_checked(far, clone, here, capsys):
     newest = content(far.home/"models/export")
     assert get("recogniser@v1.0.0", str(clone)) == Path("recogniser-v1.0.0")
     assert "recogniser-v1.0.0: recogniser v1.0.0, fetched and checked" in capsys.readouterr().err
     assert get("recogniser", str(clone)) == Path("recogniser-v1.1.0") and content("recogniser-v1.1.0") == newest
     first = content("recogniser-v1.0.0")
     assert first["model.onnx"] != newest["model.onnx"] and check_bundle("recogniser-v1.0.0").config["name"] == "toy"
-    assert content(get("recogniser@v1.0.0", f"file://{far.home}", here/"a/b")) == first # by an address, without a clone
+    assert content(get("recogniser@v1.0.0", f"file://{far.home}", here/"a/b")) == first # by URL, without a clone
     assert content(get("HEAD~1", str(clone), here/"c")) == first
     assert bundles(here) == ["recogniser-v1.0.0", "recogniser-v1.1.0"]
 
@@ -105,7 +105,7 @@ def test_each_release_on_another_machine(far, clone, here, capsys):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_had(far, clone, here):
+def test_missing_releases_and_remotes_are_errors(far, clone, here):
     def refused(text, tag="recogniser", repo=clone, **more):
         with pytest.raises(BundleError, match=text): get(tag, str(repo), **more)
         assert not bundles(here) and not [p for p in here.iterdir() if p.name.startswith(".")]
@@ -124,8 +124,8 @@ def test_what_cannot_be_had(far, clone, here):
 
 
 @pytest.mark.slow
-def test_a_remote_that_lies(far, clone, here):
-    "Other bytes, an other bundle whose sums agree among themselves, another list of files, nothing: none of it passes for the release."
+def test_a_corrupt_remote_is_refused(far, clone, here):
+    "Other bytes, another consistent bundle, another list of files, a missing object: none is accepted as the release."
     def lock(rev): return YAML(typ="safe").load(run(far.home, "git", "show", f"{rev}:dvc.lock"))["stages"]["export"]["outs"][0]["md5"]
     def key(md5): return f"dvc/files/md5/{md5[:2]}/{md5[2:]}"
     def read(md5): return far.s3.get_object(Bucket="bucket", Key=key(md5))["Body"].read()
@@ -151,8 +151,8 @@ def test_a_remote_that_lies(far, clone, here):
 
 
 @pytest.mark.slow
-def test_a_line_that_breaks(far, clone, here):
-    "Either the whole bundle, or an error and nothing."
+def test_a_broken_connection_leaves_a_whole_bundle_or_nothing(far, clone, here):
+    "A bundle is fetched completely, or not at all."
     with bad_line(far.url, Faults(every=3000, most=1)) as line:
         local_config(clone, endpointurl=line.url)
         get("recogniser", str(clone))

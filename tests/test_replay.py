@@ -1,8 +1,8 @@
-"""Every library notebook's tests again, on the exported module.
+"""The tests of every library notebook, run on the exported module.
 
-nbdev_test runs a notebook's own definitions, so an import that is missing in an exported cell passes it and breaks
-the package. Here the exported cells are not run: their names come from the module. So the coverage is the package's.
-Ruff finds such imports in seconds (F821), so this runs with all else, in `make test-all`."""
+nbdev_test runs the definitions in the notebook, so an import missing from an exported cell goes unnoticed. Here exported
+cells are not run; their names come from the module. Coverage is therefore that of the package. Ruff finds such imports
+in seconds (F821), so this test is slow and runs in `make test-all`."""
 import importlib
 import os
 import re
@@ -17,7 +17,7 @@ from conftest import LIBRARY, ROOT
 pytestmark = pytest.mark.slow
 
 DIRECTIVE = re.compile(r"^\s*#\|\s*(.+)$", flags=re.M)
-# set in a namespace by Python or by IPython, not by the module's author
+# names that Python or IPython set in a namespace
 OWN = {"__name__", "__doc__", "__package__", "__loader__", "__spec__", "__file__", "__cached__", "__builtins__"}
 
 
@@ -34,15 +34,15 @@ def skipped(source, flags, config_flags=frozenset({"slow", "cuda"})):
                 or (config_flags - flags) & found.keys() or "nbdev_export(" in source)
 
 
-def test_cells_are_chosen_as_nbdev_does():
+def test_cells_are_selected_like_nbdev_test():
     assert directives("#| export\n#|eval: false\nx = 1") == {"export": "", "eval": "false"}
     assert skipped("#| export\nx = 1", set()) and skipped("#|eval: false\nx", set()) and skipped("#| slow\nx", set())
     assert not skipped("#| slow\nx", {"slow"}) and not skipped("#| hide\nx = '#| export'", set())
 
 
 @pytest.fixture
-def leaves_nothing(monkeypatch):
-    "What a notebook puts into the process, its stand-ins for modules too, is gone for the next test."
+def restored(monkeypatch):
+    "Restore the process after a notebook: modules, environment, path and folder."
     modules, environment = set(sys.modules), dict(os.environ)
     monkeypatch.chdir(ROOT/"nbs")
     monkeypatch.setenv("IN_TEST", "1")
@@ -55,7 +55,7 @@ def leaves_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("notebook", LIBRARY, ids=lambda o: o.name)
-def test_notebook_on_exported_module(notebook, flags, leaves_nothing, monkeypatch):
+def test_notebook_on_exported_module(notebook, flags, restored, monkeypatch):
     module = importlib.import_module(f"ai2text.{notebook.module}")
     shell = CaptureShell(notebook.path, mpl_format="png")
     monkeypatch.setitem(sys.modules, "__main__", shell.user_module)

@@ -1,6 +1,6 @@
-"""A run that is killed at random moments, or asked to stop, ends as one that was left alone, bit for bit.
+"""A run that is killed at random moments, or stopped, ends bit for bit like an uninterrupted one.
 
-The processes are real ones. Importing torch takes longer than the run, so one process imports it and forks each trainer: it does nothing but wait and kill."""
+The trainers are real processes, forked from one that has imported torch, since the import takes longer than the run."""
 import csv, math, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -28,7 +28,7 @@ class Model(nn.Module):
         return Loss((guess - batch.audio.square().sum(1)).square().sum(), torch.tensor(float(len(batch))), {})
 
 class Loader:
-    "Twelve uneven batches an epoch; says where it stands."
+    "Twelve uneven batches an epoch, with a state."
     epoch = next = 0
 
     def __iter__(self):
@@ -47,7 +47,7 @@ def measure(model):
     return dict(val_wer=float(model(collate([torch.rand(16, generator=draw).numpy() for _ in range(8)], ["a"]*8, ["a"]*8)).sum))
 
 def train(folder, dtype="fp32", pause=0., observers=(), wer=None, every=7, go_on=False):
-    "The run under test: everything on that a checkpoint must hold. `wer(step)` in place of a measurement."
+    "The run under test, with everything that a checkpoint must hold. `wer(step)` replaces the measurement."
     torch.manual_seed(0)
     model = Model()
     trainer = TrainerOptimized(model, torch.optim.AdamW(model.parameters(), lr=0.01), None, 4, 5, amp_dtype=dtype, schedule=WarmupConstantDecay(5),
@@ -57,23 +57,24 @@ def train(folder, dtype="fp32", pause=0., observers=(), wer=None, every=7, go_on
         def __iter__(self):
             for batch in super().__iter__(): time.sleep(pause); yield batch
     evaluate = (lambda model: dict(val_wer=wer(trainer.state.step))) if wer else measure
-    return trainer.fit(Slow(), Budget(STEPS), observers, folder, evaluate=evaluate, evaluate_every=Every(steps=every), checkpoint_every=Every(steps=3), go_on=go_on)
+    return trainer.fit(Slow(), Budget(STEPS), observers, folder, evaluate=evaluate, evaluate_every=Every(steps=every),
+                       checkpoint_every=Every(steps=3), go_on=go_on)
 
 def fork(folder, dtype)->int:
-    "A child that trains and leaves."
+    "Train in a child process."
     if child := os.fork(): return child
     try: train(folder, dtype); os._exit(0)
     except BaseException as e: print(repr(e), file=sys.stderr, flush=True); os._exit(1)
 
 def kill_at_random(top, dtype):
-    "One run left alone, one killed again and again."
+    "One uninterrupted run, and one killed repeatedly."
     warm = nn.Parameter(torch.zeros(1))
     warm.grad = torch.zeros(1)
     torch.optim.AdamW([warm]).step() # its first call imports for a second; no backward here, autograd's threads do not survive a fork
     began = time.monotonic()
     assert os.waitpid(fork(top/"whole", dtype), 0)[1] == 0
     took, draw, kills = time.monotonic() - began, random.Random(0), 0
-    while kills < 5: # a machine that has become faster since: once more, with shorter lives
+    while kills < 5: # too few kills on a machine that became faster: again, with shorter attempts
         shutil.rmtree(top/"killed", ignore_errors=True)
         kills = 0
         while not (top/"killed/result.json").exists():
@@ -87,54 +88,56 @@ def kill_at_random(top, dtype):
         took /= 2
 
 def same_end(a:Path, b:Path):
-    "Weights, averages and curve, clocks apart."
+    "Weights, averages, optimizer and curve are equal, except for times."
     def ends(folder):
         path = latest(folder/"checkpoints")
         rows = [{k: v for k,v in row.items() if k != "hours"} for row in csv.DictReader(open(folder/"learning_curve.csv"))]
         state = load_checkpoint(path)[1]
         moments = [v.tolist() for s in state["optimizer"]["state"].values() for v in s.values()]
-        return path.name, (path/"model.safetensors").read_bytes(), (path/"ema.safetensors").read_bytes(), rows, moments, state["scaler"], state["run"]["loader"]
+        weights = [(path/f"{name}.safetensors").read_bytes() for name in ("model", "ema")]
+        return path.name, weights, rows, moments, state["scaler"], state["run"]["loader"]
     for x,y in zip(ends(a), ends(b)): assert x == y
     assert not list((b/"checkpoints").glob(".*"))
 
 def start(*args):
-    return subprocess.Popen([sys.executable, __file__, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, __file__, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 @pytest.mark.parametrize("dtype", ["fp16", *too("fp32")])
-def test_kill_anywhere(tmp_path, dtype):
+def test_a_killed_run_resumes_exactly(tmp_path, dtype):
     err = (p := start("kill", tmp_path, dtype)).communicate(timeout=300)[1]
     assert p.returncode == 0, err
     same_end(tmp_path/"whole", tmp_path/"killed")
 
-def test_asked_to_stop(tmp_path):
+def test_a_signal_saves_the_run(tmp_path):
     p = start("train", tmp_path/"run", "fp32", 0.05)
     while not latest(tmp_path/"run/checkpoints") and p.poll() is None: time.sleep(0.01)
     p.send_signal(signal.SIGTERM)
     time.sleep(0.01)
-    p.send_signal(signal.SIGINT) # impatience does no harm
+    p.send_signal(signal.SIGINT) # a second signal changes nothing
     err = p.communicate(timeout=300)[1]
     path = latest(tmp_path/"run/checkpoints")
     assert p.returncode == 3 and f"saved as {path}, run it again to go on" in err, err
     step = int(path.name[5:])
     assert 3 <= step < STEPS
     seconds = train(tmp_path/"run")["seconds"]
-    assert seconds["lost"] < 0.01 # it had said how long it lived
+    assert seconds["lost"] < 0.01 # the time was recorded
     train(tmp_path/"whole")
     same_end(tmp_path/"whole", tmp_path/"run")
 
-def test_best_weights_are_kept(tmp_path):
+def test_the_best_weights_are_kept(tmp_path):
     result = train(tmp_path)
     assert math.isclose(result["best"]["value"], min(float(r["val_wer"]) for r in csv.DictReader(open(tmp_path/"learning_curve.csv"))))
     assert (tmp_path/"checkpoints/best/model.safetensors").exists()
 
 class StopAt:
-    "Has seen enough at a step, then and whenever it looks again."
+    "Request a stop at a step, and after every resume from there."
     def __init__(self, step): self.step = step
     def on_start(self, trainer): self.on_step(trainer)
     def on_step(self, trainer):
-        if trainer.state.step >= self.step: trainer.enough("enough")
+        if trainer.state.step >= self.step: trainer.request_stop("enough")
 
-def test_stopped_goes_on_as_if_it_had_not(tmp_path):
+def test_a_stopped_run_resumes_exactly(tmp_path):
     result = train(tmp_path/"stopped", observers=[StopAt(35)])
     assert (result["stopped"], result["step"]) == ("enough", 35)
     assert train(tmp_path/"stopped") == result, "a stopped run is finished"
@@ -144,14 +147,14 @@ def test_stopped_goes_on_as_if_it_had_not(tmp_path):
     assert train(tmp_path/"stopped", go_on=True)["stopped"] == ""
     same_end(tmp_path/"whole", tmp_path/"stopped")
 
-def test_stopped_before_what_a_killed_process_had_found(tmp_path):
-    "The best weights may be of a step that the run does not come to again; the result says which."
-    class Die:
+def test_best_weights_of_a_later_step_survive_a_kill(tmp_path):
+    "The best weights may be of a step after the last checkpoint; the result names the step."
+    class Fail:
         def on_evaluate(self, trainer, row):
             if row["step"] == 14: raise ZeroDivisionError
-    falls = lambda step: 1/step if step%7 == 0 else 1.
-    with pytest.raises(ZeroDivisionError): train(tmp_path, observers=[Die()], wer=falls)
-    result = train(tmp_path, observers=[StopAt(1)], wer=falls)
+    falling = lambda step: 1/step if step%7 == 0 else 1.
+    with pytest.raises(ZeroDivisionError): train(tmp_path, observers=[Fail()], wer=falling)
+    result = train(tmp_path, observers=[StopAt(1)], wer=falling)
     assert result["step"] == 12 and result["best"] == dict(step=14, value=1/14)
     assert load_checkpoint(tmp_path/"checkpoints/best")[0]["model"]
 
@@ -159,7 +162,7 @@ def test_stopped_before_what_a_killed_process_had_found(tmp_path):
     ("confirmed", lambda step: .9*step**-.6, dict(wer=.15, budget_hours=1)),
     ("missed", lambda step: .9, dict(wer=.15, budget_hours=1e-6)),
     ("hopeless", lambda step: .8*step**-.1, dict(wer=.2, budget_hours=1))])
-def test_policies(tmp_path, reason, wer, milestone):
+def test_a_policy_stops_the_run(tmp_path, reason, wer, milestone):
     def watched(when, **more):
         tracker = TTQTracker([milestone], tmp_path/"ttq_log.json", announce=print)
         return train(tmp_path, observers=[TTQObserver(tracker), StopWhen(tracker, when)], wer=wer, every=2, **more)

@@ -1,4 +1,4 @@
-"Shards from a real S3 server: as whom, through DVC at any revision, over lines that break."
+"Shards from a real S3 server: credentials, DVC at any revision, connections that break."
 import hashlib
 import os
 import random
@@ -21,7 +21,7 @@ from ai2text.data.shards import write_shards
 
 
 def make_shards(folder, count=60, shard_size=10, tone=5):
-    "Shards of short tones, with index.json beside them; samples of each id."
+    "Write shards of short tones with index.json; returns the samples of each id."
     sounds = folder.with_name(f"{folder.name} sounds")
     sounds.mkdir(parents=True)
     waves = {f"u{i}": (np.sin(np.arange(1600 + 160*(i*37 % 60))/(tone + i))*8000).astype(np.int16) for i in range(count)}
@@ -32,7 +32,7 @@ def make_shards(folder, count=60, shard_size=10, tone=5):
 
 
 def epoch(loader, waves):
-    "Ids of one epoch; the samples of each are compared."
+    "The ids of one epoch; the samples of each are compared."
     ids = []
     for batch in loader:
         for wave, length, name in zip(batch.audio, batch.lengths, batch.ids):
@@ -41,11 +41,11 @@ def epoch(loader, waves):
     return ids
 
 
-# Where, and as whom
+# Credentials
 
 @pytest.fixture
 def no_aws(monkeypatch):
-    "None of the machine's own AWS settings."
+    "Without the AWS settings of this machine."
     for name in [n for n in os.environ if n.startswith("AWS_")]: monkeypatch.delenv(name)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"): monkeypatch.setenv(name, os.devnull)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -58,16 +58,16 @@ def read(url="s3://bucket/a", server=Server()):
     with S3Stream(url, server) as stream: return stream.read()
 
 
-def test_standard_variables(store, no_aws):
+def test_credentials_come_from_the_standard_variables(store, no_aws):
     (store.folder/"bucket/a").write_bytes(b"here")
     no_aws.setenv("AWS_ENDPOINT_URL", store.url)
-    with pytest.raises(ShardError, match="s3://bucket/a: no keys; set AWS_ACCESS_KEY_ID"): read()
+    with pytest.raises(ShardError, match="s3://bucket/a: no credentials; set AWS_ACCESS_KEY_ID"): read()
     for name, value in (("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", SECRET)): no_aws.setenv(name, value)
     _client.cache_clear()
     assert read() == b"here"
 
 
-def test_profile(store, no_aws, tmp_path):
+def test_credentials_come_from_a_profile(store, no_aws, tmp_path):
     (store.folder/"bucket/a").write_bytes(b"here")
     (tmp_path/"config").write_text(f"[profile dev]\nendpoint_url = {store.url}\nregion = us-west-2\n")
     (tmp_path/"credentials").write_text(f"[dev]\naws_access_key_id = {KEY}\naws_secret_access_key = {SECRET}\n")
@@ -76,22 +76,23 @@ def test_profile(store, no_aws, tmp_path):
     assert read(server=Server(profile="dev")) == b"here"
 
 
-def test_wrong_keys_are_refused_at_once(store):
+def test_wrong_credentials_fail_at_once(store):
     (store.folder/"bucket/a").write_bytes(b"here")
     for wrong in (dict(key="nobody"), dict(secret="wrong")):
         with pytest.raises(ShardError, match="s3://bucket/a: An error occurred"): read(server=store.server._replace(**wrong))
 
 
-# Whole shards, and nothing but them
+# Complete shards
 
-def test_many_cuts_and_stalls(store, tmp_path):
-    "100 broken connections and 5 silences, in as many epochs as it takes: nothing lost, nothing twice, nothing wrong."
+def test_an_epoch_is_complete_over_cuts_and_stalls(store, tmp_path):
+    "100 broken connections and 5 stalls, over several epochs: no sample is missing, repeated or wrong."
     waves = make_shards(tmp_path/"shards")
     shutil.copytree(tmp_path/"shards", store.folder/"bucket/shards")
     cuts = stalls = epochs = 0
     while cuts < 100 or stalls < 5:
         with bad_line(store.url, Faults(every=15_000, stalls=0.06, seed=epochs)) as line:
-            loader = create_webdataset_loader("s3://bucket/shards", 8, 2, batch_seconds=4, seed=epochs, cache=Cache(tmp_path/f"cache {epochs}"),
+            loader = create_webdataset_loader("s3://bucket/shards", 8, 2, batch_seconds=4, seed=epochs,
+                                              cache=Cache(tmp_path/f"cache {epochs}"),
                                               server=store.server._replace(endpoint=line.url, timeout=0.2, tries=20))
             assert sorted(epoch(loader, waves)) == sorted(waves)
             assert loader.report()["skipped"] == []
@@ -99,7 +100,7 @@ def test_many_cuts_and_stalls(store, tmp_path):
     assert epochs > 1
 
 
-def test_webdataset_over_a_bad_line(store, tmp_path):
+def test_webdataset_reads_complete_shards_over_a_bad_connection(store, tmp_path):
     waves = make_shards(tmp_path/"shards")
     shutil.copytree(tmp_path/"shards", store.folder/"bucket/shards")
     names = sorted(p.name for p in (tmp_path/"shards").glob("*.tar"))
@@ -111,43 +112,48 @@ def test_webdataset_over_a_bad_line(store, tmp_path):
 
 
 def test_readers_share_a_cache(store, tmp_path):
-    "Four loaders at once, of two ranks each: every shard crosses the line once."
+    "Four concurrent loaders of two ranks download every shard once."
     waves = make_shards(tmp_path/"shards")
     shutil.copytree(tmp_path/"shards", store.folder/"bucket/shards")
     index = load_index(tmp_path/"shards/index.json")
     with bad_line(store.url, Faults(delay=0.01)) as line:
         server = store.server._replace(endpoint=line.url)
-        make = lambda rank: create_webdataset_loader("s3://bucket/shards", 8, 1, index=index, cache=Cache(tmp_path/"cache"), server=server, rank=rank, world=2)
+        make = lambda rank: create_webdataset_loader("s3://bucket/shards", 8, 1, index=index, cache=Cache(tmp_path/"cache"), server=server,
+                                                     rank=rank, world=2)
         with ThreadPoolExecutor(4) as pool: parts = list(pool.map(lambda rank: epoch(make(rank), waves), [0, 1, 0, 1]))
         assert line.requests.value == len(index.shards) == 6
     for first in (0, 2): assert sorted(parts[first] + parts[first + 1]) == sorted(waves)
 
 
-def test_an_object_that_is_not_in_the_index(store, tmp_path):
+def test_an_object_that_differs_from_the_index_is_an_error(store, tmp_path):
     make_shards(tmp_path/"shards")
     make_shards(tmp_path/"other", tone=9)
     shutil.copytree(tmp_path/"other", store.folder/"bucket/shards")
-    loader = create_webdataset_loader("s3://bucket/shards", 8, 1, index=tmp_path/"shards/index.json", server=store.server, cache=Cache(tmp_path/"cache"))
-    with pytest.raises(ShardError, match=r"s3://bucket/shards/shard-00000\d.tar: has SHA-256 .* as its index says"): list(loader)
-    assert not [p.name for p in (tmp_path/"cache").iterdir() if p.name != ".lock" and p.suffix != ".part"] # a fetch may still be under way
-    with pytest.raises(ShardError, match="s3://bucket/nothing/index.json: .*NoSuchKey"): create_webdataset_loader("s3://bucket/nothing", 8, server=store.server)
+    loader = create_webdataset_loader("s3://bucket/shards", 8, 1, index=tmp_path/"shards/index.json", server=store.server,
+                                      cache=Cache(tmp_path/"cache"))
+    with pytest.raises(ShardError, match=r"s3://bucket/shards/shard-00000\d.tar: has SHA-256 .* of its index"): list(loader)
+    assert not [p.name for p in (tmp_path/"cache").iterdir() if p.name != ".lock" and p.suffix != ".part"] # a download may be running
+    with pytest.raises(ShardError, match="s3://bucket/nothing/index.json: .*NoSuchKey"):
+        create_webdataset_loader("s3://bucket/nothing", 8, server=store.server)
 
 
 # DVC
 
-def test_any_revision_of_what_dvc_tracks(store, tmp_path):
-    "Two commits of one folder of shards: the clone has neither, and reads either, from the remote."
-    from dvc.repo import Repo # a second to import
+def test_any_revision_is_read_from_the_remote(store, tmp_path):
+    "Two commits of one folder of shards; neither is in the workspace."
+    from dvc.repo import Repo # 1 s to import
     home = tmp_path/"repo"
     home.mkdir()
-    def git(*words): subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *words], cwd=home, capture_output=True, check=True)
+    def git(*words): subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *words], cwd=home, capture_output=True,
+                                    check=True)
     def commit(name):
         with Repo(str(home)) as repo: repo.add([str(home/"data/shards")])
         git("add", "."), git("commit", "-qm", name), git("tag", name)
         with Repo(str(home)) as repo: repo.push()
     git("init", "-q")
     with Repo.init(str(home)): pass
-    (home/".dvc/config").write_text(f"[core]\n    remote = far\n['remote \"far\"']\n    url = s3://bucket/dvc\n    endpointurl = {store.url}\n")
+    (home/".dvc/config").write_text(f"[core]\n    remote = far\n['remote \"far\"']\n    url = s3://bucket/dvc\n    "
+                                    f"endpointurl = {store.url}\n")
     (home/".dvc/config.local").write_text(f"['remote \"far\"']\n    access_key_id = {KEY}\n    secret_access_key = {SECRET}\n")
     first = make_shards(home/"data/shards", 30)
     commit("one")
@@ -167,14 +173,15 @@ def test_any_revision_of_what_dvc_tracks(store, tmp_path):
     assert len(list((tmp_path/"cache").glob("[0-9a-f]*"))) == 7
     assert sorted(epoch(load("HEAD", index=home/"data/shards/index.json"), second)) == sorted(second)
     with pytest.raises(ShardError, match="the state is of data"): load("one").load_state_dict(state)
-    with pytest.raises(ShardError, match="not here, and DVC does not give it at three: unknown Git revision"): load("three")
-    with pytest.raises(ShardError, match="nothing/index.json: not here, and DVC does not give it"): create_webdataset_loader(home/"data/nothing", 8)
+    with pytest.raises(ShardError, match="not found here, and DVC cannot open it at three: unknown Git revision"): load("three")
+    with pytest.raises(ShardError, match="nothing/index.json: not found here, and DVC does not track index.json"):
+        create_webdataset_loader(home/"data/nothing", 8)
 
 
 # The cache
 
-def test_a_small_cache_and_many_readers(store, tmp_path):
-    "Eight threads read six objects at random, from a cache with room for two and a half; it is never over."
+def test_a_small_cache_stays_within_its_limit(store, tmp_path):
+    "Eight threads read six objects at random, through a cache for two and a half."
     contents = {f"{i}": random.Random(i).randbytes(200_000) for i in range(6)}
     for name, data in contents.items(): (store.folder/"bucket"/name).write_bytes(data)
     cache = Cache(tmp_path/"cache", gb=0.0005)
@@ -182,11 +189,12 @@ def test_a_small_cache_and_many_readers(store, tmp_path):
         rng = random.Random(seed)
         for _ in range(25):
             name = rng.choice(list(contents))
-            with open(cache.open(f"s3://bucket/{name}", hashlib.sha256(contents[name]).hexdigest(), 200_000, store.server), "rb") as f: assert f.read() == contents[name]
+            with open(cache.open(f"s3://bucket/{name}", hashlib.sha256(contents[name]).hexdigest(), 200_000, store.server), "rb") as f:
+                assert f.read() == contents[name]
             held = 0
             for path in Path(cache.folder).iterdir():
                 try: held += path.stat().st_size
                 except FileNotFoundError: pass
-            assert held <= 600_000 # a listing is not one moment: an object may be seen that has gone since
+            assert held <= 600_000 # the listing is not atomic: it may include an object removed since
     with ThreadPoolExecutor(8) as pool: list(pool.map(work, range(8)))
     assert sum(p.stat().st_size for p in cache.folder.iterdir()) <= 500_000

@@ -1,7 +1,7 @@
-"""No key is tracked: neither in a file that git has or would take, nor in any commit that it can still reach.
+"""No credentials are tracked: neither in files that git has or would add, nor in any reachable commit.
 
-A scanner of our own, since the leaks to fear here are S3 keys in cells of notebooks, in their outputs and in commands for DVC. detect-secrets 1.5.0 found 2 of 8 such keys and 8 of the 20 planted below, knows no history,
-and took 28 s (this: 5 s); with its search for entropy it finds hashes, cell ids and pictures.
+The likely leaks here are S3 keys in notebook cells, their outputs and DVC commands. detect-secrets 1.5.0 found 2 of 8 such keys and 8 of the 20
+planted below, does not scan the history, and took 28 s (this: 5 s); its entropy search reports hashes, cell ids and pictures.
 """
 import re
 import shutil
@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from workspace import environment
 
-# What it is, a word that is in each of its kind, what it looks like; for the last, files of such names alone.
+# Kind, a word that every match contains, pattern; optionally a pattern of file names.
 RULES = [
     ("AWS key id", b"AKIA", rb"\bAKIA[0-9A-Z]{16}\b"),
     ("AWS key id of a session", b"ASIA", rb"\bASIA[0-9A-Z]{16}\b"),
@@ -21,7 +21,9 @@ RULES = [
     ("S3 secret in code", b"secret", rb"(?i)secret(?:_access)?_?key(?:\\?[\"'])?\s*[=:]\s*\\?[\"'][^\s\"'\\$<>{}()]{6,}\\?[\"']"),
     ("S3 secret of a shell", b"secret", rb"\bAWS_SECRET_ACCESS_KEY=[\"']?[^\s\"'\\$<>{}(),`]{6,}(?=[\s\"'\\`]|\Z)"),
     ("S3 secret of a shell", b"remote modify", rb"remote modify[^\n]* (?:secret_access_key|password)[ =][\"']?[^\s\"'\\$<>{}(),`]{6,}"),
-    ("password of a setting", b"", rb"(?i)^[ \t]*(?:export[ \t]+)?[\w.-]*(?:access_key_id|access_key|account_key|secret|token|password|connection_string)[ \t]*[=:][ \t]*(?!\$)[^\s#]+",
+    ("password of a setting", b"",
+     rb"(?i)^[ \t]*(?:export[ \t]+)?[\w.-]*(?:access_key_id|access_key|account_key|secret|token|password|connection_string)"
+     rb"[ \t]*[=:][ \t]*(?!\$)[^\s#]+",
          r"(^|/)\.dvc/|(^|/)(\.env[^/]*|\.netrc|\.pypirc|credentials|config|config\.local|rclone\.conf)$"),
     ("private key", b"PRIVATE KEY", rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----"),
     ("GitHub token", b"gh", rb"\bgh[pousr]_[A-Za-z0-9]{30,}"),
@@ -35,7 +37,7 @@ RULES = [
     ("password in a URL", b"://", rb"\b[a-z][a-z0-9+.-]*://[^\s/:@\"'<>{}$*]+:[^\s/:@\"'<>{}$*]{3,}@"),
 ]
 NEVER = re.compile(r"(^|/)(config\.local|\.env|\.netrc|\.pypirc|credentials|id_(rsa|dsa|ecdsa|ed25519))$|\.(pem|key|p12|pfx|jks|ppk)$")
-# The keys of the S3 server that tests start on this machine, and that the documentation gives to MinIO on localhost: they open nothing else.
+# Credentials of the local S3 server of tests and documentation (MinIO on localhost).
 ALLOWED = re.compile(rb"(?:[=: ][ \t]*\\?[\"']?|://)(?:minio|minio123|minio:minio123@)\\?[\"']?$")
 
 
@@ -43,46 +45,51 @@ def git(folder, *words)->bytes: return subprocess.run(["git", *words], cwd=folde
 
 
 def keys(name:str, data:bytes)->list:
-    "The kinds of key that a text has, each with its line; what was found is never shown."
-    found, low = [f"{name}: a file of this name holds keys"] if NEVER.search(name) else [], data.lower()
+    "The kinds of keys in a text, with their lines; the keys themselves are not shown."
+    found, low = [f"{name}: a file of this name contains keys"] if NEVER.search(name) else [], data.lower()
     for kind, word, pattern, *files in RULES:
         if word.lower() not in low or files and not re.search(files[0], name): continue
-        found += [f"{name}, line {data.count(10, 0, hit.start()) + 1}: {kind}" for hit in re.finditer(pattern, data, re.MULTILINE) if not ALLOWED.search(hit[0].strip())]
+        hits = [hit for hit in re.finditer(pattern, data, re.MULTILINE) if not ALLOWED.search(hit[0].strip())]
+        found += [f"{name}, line {data.count(10, 0, hit.start()) + 1}: {kind}" for hit in hits]
     return found
 
 
 def in_tree(folder)->list:
-    "Keys in the files that git has or would take."
+    "Keys in files that git has or would add."
     names = git(folder, "ls-files", "-z", "-co", "--exclude-standard").decode("utf-8", "surrogateescape").split("\0")
-    return [k for name in dict.fromkeys(filter(None, names)) if (path := Path(folder)/name).is_file() and not path.is_symlink() for k in keys(name, path.read_bytes())]
+    paths = {name: Path(folder)/name for name in names if name}
+    return [k for name, path in paths.items() if path.is_file() and not path.is_symlink() for k in keys(name, path.read_bytes())]
 
 
 def in_history(folder)->list:
-    "Keys in every change, message and tag that git can reach from a branch, a tag or a stash, however old; a shallow clone has what it has."
+    "Keys in all changes, messages and tags reachable from a branch, tag or stash; in a shallow clone, of its commits."
     found = keys("tag", git(folder, "for-each-ref", "--format=%(contents)", "refs/tags"))
-    for commit in git(folder, "-c", "core.quotePath=false", "log", "--all", "-p", "-U0", "-m", "--text", "--no-renames", "--format=%x1ecommit%x1e%h%n%B").split(b"\x1ecommit\x1e")[1:]:
+    log = git(folder, "-c", "core.quotePath=false", "log", "--all", "-p", "-U0", "-m", "--text", "--no-renames",
+              "--format=%x1ecommit%x1e%h%n%B")
+    for commit in log.split(b"\x1ecommit\x1e")[1:]:
         message, *changes = re.split(rb"(?m)^diff --git a/.* b/(.*)\n", commit)
         for name, text in [(b"message", message), *zip(changes[::2], changes[1::2])]:
-            found += [f"{message.split()[0].decode()} {k}" for k in keys(name.decode("utf-8", "surrogateescape"), re.sub(rb"(?m)^[+-]", b"", text))]
+            text = re.sub(rb"(?m)^[+-]", b"", text)
+            found += [f"{message.split()[0].decode()} {k}" for k in keys(name.decode("utf-8", "surrogateescape"), text)]
     return found
 
 
-MEND = "revoke them, then take them out: keys belong in the environment, a profile, or .dvc/config.local (`dvc remote modify --local`)"
+FIX = "revoke and remove them; keys belong in the environment, a profile, or .dvc/config.local (`dvc remote modify --local`)"
 
 
 def test_no_key_is_tracked():
-    assert not (found := in_tree(ROOT)), f"keys in {found}: {MEND}"
+    assert not (found := in_tree(ROOT)), f"keys in {found}: {FIX}"
 
 
 def test_no_key_is_in_the_history():
-    assert not (found := in_history(ROOT)), f"keys in {found}: {MEND}; the commits need `git filter-repo`"
+    assert not (found := in_history(ROOT)), f"keys in {found}: {FIX}; the commits need `git filter-repo`"
 
 
-# The scan itself
+# The scanner
 
 @pytest.fixture
 def repository(tmp_path):
-    "A git repository with one commit, and the project's own settings of DVC and of what git ignores."
+    "A git repository with one commit and the project's settings of DVC and git."
     for name in (".gitignore", ".dvc/config", ".dvc/.gitignore"):
         (tmp_path/name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT/name, tmp_path/name)
@@ -96,7 +103,7 @@ def commit(folder):
     git(folder, "-c", "user.name=n", "-c", "user.email=e@x.invalid", "commit", "-q", "--allow-empty", "-m", "a change")
 
 
-# Made here from parts, or this file itself would be found.
+# Concatenated, so that this file is not reported itself.
 LONG = "Ab1Cd2Ef3Gh4Ij5Kl6Mn7Op8Qr9St0Uv1Wx2Yz3A"
 PLANTED = {
     "AWS key id": ("a.py", "key = 'AK" + "IAABCDEFGHIJ234567'"),
@@ -124,7 +131,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("kind", PLANTED)
 def test_a_planted_key_is_found(kind, repository):
-    "In the tree, in the index, and in the history after it is gone; what is said names place and kind, not the key."
+    "In the tree, in the index, and in the history after its removal; the report has place and kind, not the key."
     name, text = PLANTED[kind]
     assert in_tree(repository) == in_history(repository) == []
     path = repository/name
@@ -145,8 +152,7 @@ def test_a_key_in_a_message_or_a_tag_is_found(repository):
     assert [o.split(",")[0] for o in in_history(repository)] == ["tag"]
 
 
-def test_development_keys_and_names_are_none(repository):
-    "The keys of the local server, variables, and placeholders."
+def test_development_credentials_variables_and_placeholders_are_allowed(repository):
     (repository/"README.md").write_text("""
         AWS_ACCESS_KEY_ID=minio AWS_SECRET_ACCESS_KEY=minio123 dvc push
         export AWS_SECRET_ACCESS_KEY="$SECRET"
@@ -158,9 +164,10 @@ def test_development_keys_and_names_are_none(repository):
     assert in_tree(repository) == []
 
 
-def test_a_key_for_dvc_goes_where_git_does_not_look(repository):
-    "`dvc remote modify --local` leaves nothing to track; without --local the key is found."
-    def modify(*how): subprocess.run(["dvc", "remote", "modify", *how, "s3", "secret_access_key", "not-minio"], cwd=repository, check=True, capture_output=True, env=environment())
+def test_dvc_remote_modify_local_is_not_tracked(repository):
+    "With `--local` git ignores the key; without it the key is found."
+    def modify(*how): subprocess.run(["dvc", "remote", "modify", *how, "s3", "secret_access_key", "not-minio"], cwd=repository, check=True,
+                                     capture_output=True, env=environment())
     modify("--local")
     assert "not-minio" in (repository/".dvc/config.local").read_text()
     assert git(repository, "status", "--porcelain") == b"" and in_tree(repository) == []

@@ -1,4 +1,4 @@
-"A service as a process: foreign clients, signals, floods, hangs, and what is kept on its way back to training."
+"The service as a process: clients of others, signals, invalid and idle clients, dead workers, and saved recordings as a corpus."
 import asyncio
 import json
 import os
@@ -35,14 +35,14 @@ TOKEN = "a token of the service's tests"
 def bundle(tmp_path): return toy_bundle(tmp_path/"bundle")
 
 
-def of(service):
-    "The process that hears the only stream of a service."
+def worker_pid(service):
+    "The worker process of a service's only stream."
     (stream,) = service.streams
     return stream.speech.worker.process.pid
 
 
-def test_foreign_client_works_as_it_is(bundle, tmp_path):
-    "sherpa-onnx's own client, at 16 chunks as well: what it hears last is the whole text."
+def test_sherpa_client_gets_the_whole_text(bundle, tmp_path):
+    "sherpa-onnx's own client, unchanged, with two chunk sizes."
     sf.write(tmp_path/"talk.wav", whistle("hai một ba")[0], SAMPLE_RATE)
     client = Path(sys.executable).with_name("sherpa-onnx-online-websocket-client")
     async def main(folder):
@@ -56,8 +56,8 @@ def test_foreign_client_works_as_it_is(bundle, tmp_path):
         assert "hai một ba" in out, out
 
 
-def test_foreign_python_client(bundle):
-    "As sherpa-onnx's examples in Python do it, with their library: samples in frames, Done, results until Done!."
+def test_websockets_client_gets_the_whole_text(bundle):
+    "As in sherpa-onnx's Python examples, with their library: samples in frames, Done, results until Done!."
     import websockets
     wave = whistle("sáu hai")[0]
     async def main():
@@ -74,37 +74,39 @@ def test_foreign_python_client(bundle):
     assert asyncio.run(main()) == "sáu hai"
 
 
-def test_the_last_chunk_is_heard(bundle):
-    "Whatever the runtime is doing when a client says Done: the last result speaks for all of its audio."
+def test_last_result_covers_all_audio(bundle):
+    "For any length of the last chunk."
     waves = [np.concatenate([np.zeros(641*i % 5120, np.float32), whistle("ba một")[0]]) for i in range(32)]
     async def main():
         async with running(bundle) as service: return await asyncio.gather(*(send(service, frames(w), pace=0.01) for w in waves))
-    for wave, heard in zip(waves, asyncio.run(main()), strict=True):
-        assert heard.text == "ba một" and abs(heard.results[-1]["decoded"] - len(wave)/SAMPLE_RATE) < 0.001
+    for wave, client in zip(waves, asyncio.run(main()), strict=True):
+        assert client.text == "ba một" and abs(client.results[-1]["decoded"] - len(wave)/SAMPLE_RATE) < 0.001
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_signals_leave_nothing(bundle, number):
-    "A service that is killed, and one that is asked to stop; its streams learn of the latter."
+def test_signal_ends_all_processes(bundle, number):
+    "SIGTERM also closes the streams with a reason."
     async def main():
         with served(bundle, workers=2) as target:
             _, *below = target.pids()
-            client = asyncio.create_task(send(target, frames(whistle("một")[0]), done=False))
+            task = asyncio.create_task(send(target, frames(whistle("một")[0]), done=False))
             await wait_for_metric(target, "streams_open", 1)
             os.kill(target.pid, number)
-            told = await client
+            client = await task
             while any(Path(f"/proc/{p}").exists() for p in below): await asyncio.sleep(0.02)
         assert len(below) == 2
-        assert told.code == 1006 if number == signal.SIGKILL else (told.code, told.reason, told.text) == (1012, "the service stops; connect again", "một")
+        if number == signal.SIGKILL: assert client.code == 1006
+        else: assert (client.code, client.reason, client.text) == (1012, "the service stops; connect again", "một")
     asyncio.run(asyncio.wait_for(main(), 120))
 
 
-def test_a_signal_is_obeyed_while_models_load(bundle):
-    "A worker that does not come up stands for a large model: the service does not wait for it to end."
-    process = subprocess.Popen([sys.executable, "-m", "ai2text.pipeline.cli", "serve", str(bundle), "--port", "0", "--workers", "1"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+def test_signal_ends_a_service_whose_model_is_loading(bundle):
+    "A stopped worker stands for a large model."
+    command = [sys.executable, "-m", "ai2text.pipeline.cli", "serve", str(bundle), "--port", "0", "--workers", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     below = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     try:
-        while not (found := below.read_text().split()) or b"engine" not in Path(f"/proc/{found[0]}/cmdline").read_bytes(): pass # a moment later it would be ready
+        while not (found := below.read_text().split()) or b"engine" not in Path(f"/proc/{found[0]}/cmdline").read_bytes(): pass # busy, or it would be ready
         os.kill(int(found[0]), signal.SIGSTOP)
         os.kill(process.pid, signal.SIGTERM)
         out, _ = process.communicate(timeout=45) # less than `START_SECONDS`
@@ -113,8 +115,8 @@ def test_a_signal_is_obeyed_while_models_load(bundle):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_killed_worker(bundle, count):
-    "Ten streams of which some lose their worker in the middle of a word: nothing is lost of any, with another worker at hand or without."
+def test_killed_worker_loses_no_word(bundle, count):
+    "Ten streams of which some lose their worker in the middle of a word, with another worker or without."
     wave = np.concatenate([whistle("ba một")[0], np.zeros(SAMPLE_RATE*3, np.float32), whistle("hai sáu năm")[0]])
     async def main():
         async with running(bundle, workers=count) as service:
@@ -123,9 +125,9 @@ def test_killed_worker(bundle, count):
             await wait_for_metric(service, "streams_open", 10)
             while min((s.received for s in service.streams), default=0) < len(wave) - SAMPLE_RATE: await asyncio.sleep(0.01)
             os.kill(old[0], signal.SIGKILL)
-            heard = await asyncio.gather(*streams)
-            assert {h.code for h in heard} == {1000} and {h.text for h in heard} == {"ba một hai sáu năm"}
-            assert all(abs(h.results[-1]["decoded"] - len(wave)/SAMPLE_RATE) < 0.001 for h in heard)
+            received = await asyncio.gather(*streams)
+            assert {h.code for h in received} == {1000} and {h.text for h in received} == {"ba một hai sáu năm"}
+            assert all(abs(h.results[-1]["decoded"] - len(wave)/SAMPLE_RATE) < 0.001 for h in received)
             assert await wait_for_metric(service, "runtime_restarts", 1) < float("inf")
             while len(service.workers.pids) < count or Path(f"/proc/{old[0]}").exists(): await asyncio.sleep(0.02)
             assert old[0] not in service.workers.pids
@@ -133,8 +135,8 @@ def test_killed_worker(bundle, count):
     asyncio.run(asyncio.wait_for(main(), 180))
 
 
-def test_workers_that_die_together_count_once(bundle):
-    "As when memory runs out: none of the dead is given the streams of another, which it might be blamed for."
+def test_workers_killed_together_count_as_one_move(bundle):
+    "As when memory runs out: no stream is moved to a worker that is dead too."
     wave = np.concatenate([whistle("ba một hai sáu năm")[0]]*2)
     async def main():
         async with running(bundle, workers=MOST_MOVES + 2) as service:
@@ -144,32 +146,32 @@ def test_workers_that_die_together_count_once(bundle):
             for pid in service.workers.pids: os.kill(pid, signal.SIGKILL)
             while service.workers.restarts < service.workers.count: await asyncio.sleep(0.01)
             moves = [s.speech.moves for s in service.streams]
-            heard = await asyncio.gather(*streams)
-            assert {h.code for h in heard} == {1000} and {h.text for h in heard} == {"ba một hai sáu năm ba một hai sáu năm"} and moves == [1]*10
+            received = await asyncio.gather(*streams)
+            assert {h.code for h in received} == {1000} and {h.text for h in received} == {"ba một hai sáu năm ba một hai sáu năm"} and moves == [1]*10
     asyncio.run(asyncio.wait_for(main(), 180))
 
 
-def test_stream_that_kills_workers_is_told(bundle):
-    "After so many workers have died under it, and a good stream goes on."
+def test_stream_that_kills_workers_is_closed(bundle):
+    "After `MOST_MOVES` moves; another stream is not affected."
     async def main():
         async with running(bundle, workers=2) as service:
-            client = asyncio.create_task(send(service, frames(whistle("một")[0]), done=False))
+            task = asyncio.create_task(send(service, frames(whistle("một")[0]), done=False))
             while not service.streams or not next(iter(service.streams)).received: await asyncio.sleep(0.02)
             (stream,) = service.streams
-            while not client.done():
+            while not task.done():
                 if stream.speech.worker:
                     os.kill((worker := stream.speech.worker).process.pid, signal.SIGKILL)
-                    while stream.speech.worker is worker and not client.done(): await asyncio.sleep(0.01)
+                    while stream.speech.worker is worker and not task.done(): await asyncio.sleep(0.01)
                 else: await asyncio.sleep(0.01)
-            told = await client
-            assert (told.code, told.reason) == (1012, "the recogniser was restarted; connect again") and stream.speech.moves == MOST_MOVES + 1
+            client = await task
+            assert (client.code, client.reason) == (1012, "the recogniser was restarted; connect again") and stream.speech.moves == MOST_MOVES + 1
             await service.workers.ready.wait()
             assert (await send(service, frames(whistle("ba")[0]))).text == "ba"
     asyncio.run(asyncio.wait_for(main(), 120))
 
 
-def test_whole_utterances(bundle):
-    "The other kind of engine behind the same door: utterances found by their loudness, words with times, partial results that keep what they showed."
+def test_windowed_engine(bundle):
+    "Full context for a streaming bundle: utterances found by loudness, word times, partial results whose words stay."
     first, second = whistle("một hai", seconds=0.4), whistle("ba sáu năm", seconds=0.4)
     pause = np.zeros(round(1.5*SAMPLE_RATE), np.float32)
     wave, later = np.concatenate([first[0], pause, second[0]]), (len(first[0]) + len(pause))/SAMPLE_RATE
@@ -178,9 +180,9 @@ def test_whole_utterances(bundle):
         async with running(bundle, windowed=True, vad="loudness", every=0.1, silence_after_words=0.6) as service:
             assert "whole utterances" in service.about()
             live, fast = await asyncio.gather(send(service, frames(wave), pace=0.1), send(service, frames(wave)))
-            for heard in (live, fast):
-                finals = [r for r in heard.results if r["is_final"]]
-                assert [r["text"] for r in finals] == ["một hai", "ba sáu năm"] and finals[-1]["is_eof"] and heard.code == 1000
+            for received in (live, fast):
+                finals = [r for r in received.results if r["is_final"]]
+                assert [r["text"] for r in finals] == ["một hai", "ba sáu năm"] and finals[-1]["is_eof"] and received.code == 1000
                 words = [w for r in finals for w in r["words"]]
                 assert [w["word"] for w in words] == [w for w, *_ in spans]
                 assert max(abs(w["start"] - a) + abs(w["end"] - b) for w, (_, a, b) in zip(words, spans, strict=True)) < 0.16
@@ -189,23 +191,23 @@ def test_whole_utterances(bundle):
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
-def test_phrases_of_a_request(bundle):
+def test_hotwords_of_a_request(bundle):
     async def main():
         async with running(bundle, workers=1) as service:
             there = type("There", (), dict(websocket=service.websocket + "?hotwords=ba%20một%20:1.5&hotwords=năm"))
             assert (await send(there, frames(whistle("ba một")[0]))).text == "ba một"
-            for phrase, sign, says in (("☃", "☃", "cannot be said"), ("ba%20:0", ":0", "is no score"), ("ba%20%230.3", "#0.3", "threshold of a keyword spotter")):
+            for phrase, sign, reason in (("☃", "☃", "tokens lack"), ("ba%20:0", ":0", "is not a score"), ("ba%20%230.3", "#0.3", "threshold of a keyword spotter")):
                 there.websocket = f"{service.websocket}?hotwords={phrase}"
                 refused = await send(there, frames(whistle("ba")[0]))
-                assert refused.code == 1008 and sign in refused.reason and says in refused.reason
+                assert refused.code == 1008 and sign in refused.reason and reason in refused.reason
     asyncio.run(main())
 
 
-def test_vanishing_and_strange_clients(bundle):
+def test_disconnected_and_unauthorised_clients(bundle):
     async def main():
         async with running(bundle, token=TOKEN) as service:
             async with aiohttp.ClientSession() as session:
-                sockets = [await session.ws_connect(service.websocket, headers=bearer(service)) for _ in range(10)] # named, or Python would close them
+                sockets = [await session.ws_connect(service.websocket, headers=bearer(service)) for _ in range(10)] # referenced, or Python would close them
                 for ws in sockets: await ws.send_bytes(bytes(6400))
                 assert await metric(service, "streams_open") == 10
             assert await wait_for_metric(service, "streams_open", 0) < float("inf")
@@ -213,43 +215,44 @@ def test_vanishing_and_strange_clients(bundle):
     asyncio.run(main())
 
 
-def test_lies_are_refused_beside_a_good_stream(bundle):
+def test_invalid_frames_are_refused_beside_a_valid_stream(bundle):
     wave, good = whistle("ba một")[0], next(frames(whistle("ba")[0]))
-    lies = [(1007, random.Random(1).randbytes(4000)), (1007, (32767*np.sin(np.arange(1600))).astype("<f4").tobytes()), (1007, np.full(9, np.nan, "<f4").tobytes()), (1007, good[:-2]),
-            (1003, '{"audio": [0.1]}'), (1009, bytes(FRAME_BYTES + 4))]
+    invalid = [(1007, random.Random(1).randbytes(4000)), (1007, (32767*np.sin(np.arange(1600))).astype("<f4").tobytes()), (1007, np.full(9, np.nan, "<f4").tobytes()), (1007, good[:-2]),
+               (1003, '{"audio": [0.1]}'), (1009, bytes(FRAME_BYTES + 4))]
     async def main():
         async with running(bundle) as service:
-            honest, *told = await asyncio.gather(send(service, frames(wave)), *(send(service, [good, lie], done=False) for _, lie in lies), send(service, [bytes(5*FRAME_BYTES)], done=False))
-            assert [t.code for t in told[:-1]] == [code for code, _ in lies] and all(t.reason for t in told[:-1])
-            assert told[-1].code in (1009, 1006) # the rest of a frame far too big is not even read: words may be lost with the connection
-            assert honest.text == "ba một" and service.workers.restarts == 0
+            refused = (send(service, [good, frame], done=False) for _, frame in invalid)
+            valid, *clients, large = await asyncio.gather(send(service, frames(wave)), *refused, send(service, [bytes(5*FRAME_BYTES)], done=False))
+            assert [c.code for c in clients] == [code for code, _ in invalid] and all(c.reason for c in clients)
+            assert large.code in (1009, 1006) # its rest is not read, so the close frame may be lost with the connection
+            assert valid.text == "ba một" and service.workers.restarts == 0
     asyncio.run(main())
 
 
 @pytest.mark.slow
-def test_back_pressure(bundle):
-    "While the worker stands still, little is taken; when it goes on, all arrives. Five minutes are in memory at no time."
+def test_back_pressure_bounds_memory(bundle):
+    "While the worker is stopped, little is read; when it continues, everything arrives."
     wave, times = whistle("hai ba")[0], 120
     def pieces(worker):
         for i in range(times):
             if i == 5: os.kill(worker(), signal.SIGSTOP)
             yield from frames(wave, 8000)
     async def main():
-        async with running(bundle, longest=1000., workers=1) as service: # one utterance: a cut could go through a word
-            client = asyncio.create_task(send(service, pieces(lambda: of(service))))
+        async with running(bundle, longest=1000., workers=1) as service: # one utterance, so that no word is split
+            client = asyncio.create_task(send(service, pieces(lambda: worker_pid(service))))
             while not service.streams: await asyncio.sleep(0.05)
             (stream,) = service.streams
-            pid = of(service)
+            pid = worker_pid(service)
             def waiting(): return (stream.received - stream.decoded)/SAMPLE_RATE
             taken = -1
             while not Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T" or stream.received != taken:
                 taken = stream.received
-                await asyncio.sleep(1) # in which nothing more is taken, once it stands still
+                await asyncio.sleep(1) # in which nothing more is read, once it is stopped
             assert taken < 60*len(wave) and waiting() < MAX_AHEAD + 1 and not client.done()
             os.kill(pid, signal.SIGCONT)
-            heard = await client
-            assert heard.code == 1000 and abs(heard.results[-1]["decoded"] - times*len(wave)/SAMPLE_RATE) < 1
-            assert heard.text.split().count("hai") == heard.text.split().count("ba") == times
+            received = await client
+            assert received.code == 1000 and abs(received.results[-1]["decoded"] - times*len(wave)/SAMPLE_RATE) < 1
+            assert received.text.split().count("hai") == received.text.split().count("ba") == times
         with served(bundle) as target:
             memory = []
             def minutes():
@@ -262,20 +265,20 @@ def test_back_pressure(bundle):
 
 
 def test_hanging_worker_is_replaced(bundle):
-    "One that stands still is found out, killed and replaced; its stream goes on."
+    "A stopped worker is killed and replaced; its stream continues."
     async def main():
         async with running(bundle, workers=1, patience=3.) as service:
             old = []
             def pieces():
                 yield from frames(whistle("một")[0])
-                old.append(of(service))
+                old.append(worker_pid(service))
                 os.kill(old[0], signal.SIGSTOP)
                 yield from frames(whistle("ba")[0])
-            heard = await asyncio.wait_for(send(service, pieces(), pace=0.05), 60)
-            assert (heard.code, heard.text) == (1000, "một ba")
+            received = await asyncio.wait_for(send(service, pieces(), pace=0.05), 60)
+            assert (received.code, received.text) == (1000, "một ba")
             while Path(f"/proc/{old[0]}").exists() or len(service.workers.pids) < len(service.workers.tasks): await asyncio.sleep(0.02)
             assert old[0] not in (new := service.workers.pids)
-            await asyncio.sleep(4) # idle for longer than its patience: it is asked, and answers
+            await asyncio.sleep(4) # idle for longer than `patience`: it is pinged and answers
             assert service.workers.pids == new and service.workers.restarts == 1
     asyncio.run(main())
 
@@ -300,41 +303,42 @@ def test_limits(bundle):
     asyncio.run(main())
 
 
-def test_pages_of_other_sites(bundle):
-    "Those that are named may speak; others may not."
+def test_pages_of_other_sites_need_an_allowed_origin(bundle):
     async def main():
         async with running(bundle, workers=1, origins=["https://a.vn"]) as service, aiohttp.ClientSession() as session:
             with pytest.raises(aiohttp.WSServerHandshakeError, match="403"): await send(service, [], headers={"Origin": "https://b.vn"})
             assert (await send(service, frames(whistle("ba")[0]), headers={"Origin": "https://a.vn"})).text == "ba"
-            async with session.get(service.url + "/v1/models", headers={"Origin": "https://a.vn"}) as answer: assert (answer.status, answer.headers["Access-Control-Allow-Origin"], (await answer.json())["data"][0]["id"]) == (200, "https://a.vn", "toy")
+            async with session.get(service.url + "/v1/models", headers={"Origin": "https://a.vn"}) as answer:
+                assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (200, "https://a.vn")
+                assert (await answer.json())["data"][0]["id"] == "toy"
     asyncio.run(main())
 
 
 @pytest.mark.parametrize("kind", ["chunk_ctc", "ctc", "whisper"])
 def test_every_kind(tmp_path, kind):
-    "The same protocol, the same words, a file through OpenAI's route, and a worker that is killed in the middle of an utterance."
+    "The protocol, a file through OpenAI's route, and a worker killed in the middle of an utterance."
     folder, wave = toy_bundle(tmp_path/kind, kind=kind), whistle("một hai ba", seconds=0.4)[0]
     async def main():
         async with running(folder, workers=1, vad="loudness", every=0.2) as service, aiohttp.ClientSession() as session:
             about = service.about()
             assert f"kind {kind}" in about and ("whole utterances" in about) == (kind != "chunk_ctc")
-            heard = await send(service, frames(wave))
-            assert (heard.code, heard.text, heard.results[-1]["is_eof"]) == (1000, "một hai ba", True) and len(heard.results[-1]["words"]) == 3
+            received = await send(service, frames(wave))
+            assert (received.code, received.text, received.results[-1]["is_eof"]) == (1000, "một hai ba", True) and len(received.results[-1]["words"]) == 3
             form = aiohttp.FormData(dict(model="whisper-1"))
             sf.write(tmp_path/"talk.wav", wave, SAMPLE_RATE)
             form.add_field("file", (tmp_path/"talk.wav").read_bytes(), filename="talk.wav")
             async with session.post(service.url + "/v1/audio/transcriptions", data=form) as answer: assert (await answer.json())["text"] == written("một hai ba", sentence=True)
             def pieces():
                 for n, piece in enumerate(frames(wave)):
-                    if n == 8: os.kill(of(service), signal.SIGKILL)
+                    if n == 8: os.kill(worker_pid(service), signal.SIGKILL)
                     yield piece
             again = await send(service, pieces(), pace=0.05)
             assert (again.code, again.text) == (1000, "một hai ba") and await wait_for_metric(service, "runtime_restarts", 1) < float("inf")
     asyncio.run(asyncio.wait_for(main(), 180))
 
 
-def test_a_file_that_nobody_waits_for_is_read_no_further(tmp_path, monkeypatch):
-    "Hours without a word are one step for a thread, which no cancelling ends: it must end itself, or the service does not stop."
+def test_reading_a_file_stops_when_its_request_is_cancelled(tmp_path, monkeypatch):
+    "The reader is a thread, which cannot be cancelled: it must end by itself, or the service does not stop."
     read, most = [], 4000
     def silence(path, notes):
         for _ in range(most): yield read.append(1) or np.zeros(SAMPLE_RATE, np.float32)
@@ -350,8 +354,8 @@ def test_a_file_that_nobody_waits_for_is_read_no_further(tmp_path, monkeypatch):
     assert 0 < len(read) < most
 
 
-def test_a_bundle_put_in_the_place_of_another_is_not_taken_for_it(bundle, tmp_path):
-    "Neither by a worker that starts again, nor for files, which are heard by a graph that is loaded late; and it is no fault of the client."
+def test_replaced_bundle_is_refused(bundle, tmp_path):
+    "By a restarted worker, and for files, whose graph is loaded on first use; the client gets status 500."
     lines, wave = [], whistle("ba một")[0]
     sf.write(tmp_path/"talk.wav", wave, SAMPLE_RATE)
     async def main():
@@ -367,8 +371,8 @@ def test_a_bundle_put_in_the_place_of_another_is_not_taken_for_it(bundle, tmp_pa
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
-def test_what_a_client_that_leaves_has_said_is_kept(tmp_path):
-    "Done is the last that the service hears of it; the result comes when nobody is there to read it."
+def test_recording_of_a_disconnected_client_is_saved(tmp_path):
+    "The client leaves after Done, before its result."
     async def main():
         async with running(toy_bundle(tmp_path/"bundle", kind="ctc"), workers=1, keep=tmp_path/"kept", vad="loudness") as service:
             pid, = service.workers.pids
@@ -388,8 +392,7 @@ def test_what_a_client_that_leaves_has_said_is_kept(tmp_path):
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
-def test_unknown_kind_and_trained_on(bundle):
-    "A bundle that no engine runs is refused in words; what the model was trained on is said to everybody."
+def test_health_has_the_training_data_and_unknown_kinds_are_refused(bundle):
     async def main():
         async with running(bundle, workers=1) as service, aiohttp.ClientSession() as session, session.get(service.url + "/health") as answer: return await answer.json()
     about = asyncio.run(main())
@@ -400,11 +403,12 @@ def test_unknown_kind_and_trained_on(bundle):
     with pytest.raises(ConfigError, match="oracle"): asyncio.run(main())
 
 
-def test_tampered_bundle_and_wrong_settings(bundle, tmp_path):
-    "No runtime is started for files that are not what they were."
+def test_corrupt_bundle_and_wrong_settings_are_errors_at_start(bundle, tmp_path):
     def run(*arguments, **environment):
-        code = "import sys; from ai2text.pipeline.cli import arguments; from ai2text.serving.server import serve; import argparse; p = argparse.ArgumentParser(); arguments(p, serve, 'bundle'); serve(**vars(p.parse_args()))"
-        done = subprocess.run([sys.executable, "-c", code, str(bundle), "--port", "0", *arguments], capture_output=True, text=True, env=os.environ | environment, timeout=60)
+        code = "import argparse; from ai2text.pipeline.cli import arguments; from ai2text.serving.server import serve; " \
+            "p = argparse.ArgumentParser(); arguments(p, serve, 'bundle'); serve(**vars(p.parse_args()))"
+        command = [sys.executable, "-c", code, str(bundle), "--port", "0", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=60)
         return done.returncode, done.stdout, done.stderr.strip().splitlines()[-1] if done.stderr else ""
     code, out, error = run("--help")
     assert code == 0 and "--token-file" in out and "--no-int8" in out and "folder for recordings" in out
@@ -416,18 +420,18 @@ def test_tampered_bundle_and_wrong_settings(bundle, tmp_path):
     data[len(data)//2] ^= 1
     (bundle/"model.onnx").write_bytes(data)
     code, out, error = run()
-    assert code and not out and re.search(r"model\.onnx: its content is not what SHA256SUMS says", error), error
+    assert code and not out and re.search(r"model\.onnx: its content does not match SHA256SUMS", error), error
 
 
-def test_feedback_goes_back_to_training(bundle, tmp_path):
-    "Stream, keep, correct, import: two segments, of which one is corrected, and their very samples."
+def test_corrected_recordings_are_imported_as_a_corpus(bundle, tmp_path):
+    "Stream, save, correct, import: two segments, of which one is corrected, with their samples."
     first, second = whistle("một hai")[0], whistle("ba")[0]
     rest = np.zeros(2*SAMPLE_RATE, np.float32)
     async def main():
         async with running(bundle, token=TOKEN, keep=str(tmp_path/"kept")) as service:
-            heard = await send(service, frames(np.concatenate([first, rest, second])))
-            ids = list(dict.fromkeys(r["id"] for r in heard.results if r["text"]))
-            assert heard.text == "một hai ba" and len(ids) == 2
+            received = await send(service, frames(np.concatenate([first, rest, second])))
+            ids = list(dict.fromkeys(r["id"] for r in received.results if r["text"]))
+            assert received.text == "một hai ba" and len(ids) == 2
             assert await metric(service, 'segments_total{what="kept"}') == 2
             async with aiohttp.ClientSession() as session:
                 mine = {"Authorization": f"Bearer {TOKEN}"}
@@ -450,7 +454,7 @@ def test_feedback_goes_back_to_training(bundle, tmp_path):
     shutil.rmtree(tmp_path/"kept")
 
 
-def test_page_asks_nothing_from_elsewhere(bundle):
+def test_page_loads_nothing_from_other_hosts(bundle):
     async def main():
         async with running(bundle) as service, aiohttp.ClientSession() as session, session.get(service.url) as answer:
             return await answer.text(), answer.headers

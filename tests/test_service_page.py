@@ -1,4 +1,4 @@
-"The page in a real browser: a microphone, a recording, a correction, a token; nothing from elsewhere."
+"The web page in a real browser: microphone, file, correction, token; no requests to other hosts."
 import asyncio
 import contextlib
 import json
@@ -27,11 +27,11 @@ def browser():
 
 @contextlib.asynccontextmanager
 async def opened(tmp_path, words="một hai", scheme="light", kind="streaming_ctc", **settings):
-    "A service, and its page in a browser whose microphone hears `words` once."
+    "A service, and its page in a browser whose fake microphone plays `words` once."
     from playwright.async_api import async_playwright
     sf.write(tmp_path/"microphone.wav", np.concatenate([np.zeros(8000), whistle(words, seconds=0.4)[0], np.zeros(48_000)]), 16_000, subtype="PCM_16")
     flags = [*FLAGS, "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream", f"--use-file-for-fake-audio-capture={tmp_path/'microphone.wav'}%noloop"]
-    detector = {} if kind == "streaming_ctc" else dict(vad="loudness") # whistles are no speech
+    detector = {} if kind == "streaming_ctc" else dict(vad="loudness") # Silero does not take tones for speech
     async with running(toy_bundle(tmp_path/"bundle", kind=kind), **detector, **settings) as service, async_playwright() as playwright:
         context = await playwright.chromium.launch_persistent_context(tmp_path/"profile", executable_path=CHROMIUM, headless=True, args=flags, color_scheme=scheme, permissions=["microphone"])
         try:
@@ -43,18 +43,18 @@ async def opened(tmp_path, words="một hai", scheme="light", kind="streaming_ct
             await page.goto(service.url)
             yield service, page, errors
             foreign = [url for url in requests if not url.startswith((service.url, "blob:", "data:"))]
-            assert not foreign, f"the page asked elsewhere: {foreign}"
+            assert not foreign, f"requests to other hosts: {foreign}"
         finally: await context.close()
 
 
 async def state(page, words):
-    "Wait until the page says something."
+    "Wait for the page's status."
     from playwright.async_api import expect
     await expect(page.locator("#state")).to_have_text(re.compile(re.escape(words)), timeout=30_000)
 
 
 async def shows(page, words):
-    "Wait until the text does."
+    "Wait for the transcript."
     from playwright.async_api import expect
     await expect(page.get_by_role("log")).to_contain_text(words, ignore_case=True, timeout=30_000)
 
@@ -65,21 +65,21 @@ def test_microphone(tmp_path, kind):
         async with opened(tmp_path, "một hai ba", kind=kind, **({} if kind == "streaming_ctc" else dict(every=0.2))) as (service, page, errors):
             await page.get_by_role("button", name="Start microphone").click()
             await state(page, "Listening")
-            await shows(page, "một") # while it still listens
+            await shows(page, "một") # before the microphone stops
             assert await page.get_by_role("button", name="Stop").get_attribute("aria-pressed") == "true"
             await shows(page, "ba")
             await page.get_by_role("button", name="Stop").click()
             await state(page, "Done.")
             assert (await page.get_by_role("log").inner_text()).split() == ["Một", "hai", "ba."]
             assert re.fullmatch(r"confidence \d+%, [\d.]+ to [\d.]+ s", await page.locator("#text p").first.get_attribute("title"))
-            assert "do not expect words" in await page.locator("#model").inner_text() # what the model was trained on
+            assert "do not expect words" in await page.locator("#model").inner_text() # training data of the model
             assert await page.get_by_role("button", name="Start microphone").get_attribute("aria-pressed") == "false"
             assert not errors
     asyncio.run(main())
 
 
 def test_file_correction_and_token(tmp_path):
-    "A recording of another rate and two channels, with a token; what was kept is corrected."
+    "A stereo recording of another rate, with a token; the saved segment is corrected."
     wave = np.repeat(whistle("ba một")[0], 3) # 48 kHz
     sf.write(tmp_path/"talk.flac", np.stack([wave, wave*0.5], 1), 48_000)
     (tmp_path/"letter.txt").write_text("no audio")
@@ -107,8 +107,8 @@ def test_file_correction_and_token(tmp_path):
     asyncio.run(main())
 
 
-def test_dropped_and_restarted(tmp_path):
-    "A file that is dropped; a worker that dies while the page speaks is not noticed."
+def test_dropped_file_and_killed_worker(tmp_path):
+    "A worker killed during a microphone stream loses no word."
     sf.write(tmp_path/"talk.wav", whistle("hai")[0], 16_000)
     async def main():
         async with opened(tmp_path) as (service, page, errors):

@@ -1,4 +1,4 @@
-"Shards written by the program: killed at random moments, by a cluster, by a cluster that loses a worker. The bytes are always the same."
+"Shards have the same bytes after kills at random moments, from a cluster, and from a cluster that loses a worker."
 import json
 import os
 import random
@@ -23,7 +23,7 @@ OPTIONS = dict(shard_size=10, codec="flac")
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    "A folder of 200 recordings, some to be resampled and some unreadable, and their transcripts."
+    "A folder of 200 recordings, some at another rate and some unreadable, and their transcripts."
     folder, draw = tmp_path_factory.mktemp("recordings"), np.random.default_rng(0)
     for i in range(200):
         rate = 44_100 if i%20 == 0 else 16_000
@@ -36,7 +36,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
-    "What every run must end with."
+    "The expected digests of every run."
     out = tmp_path_factory.mktemp("whole")
     assert len(create_shards(*corpus, out, processes=1, **OPTIONS)) == 198
     assert verify(out) == []
@@ -46,20 +46,20 @@ def whole(corpus, tmp_path_factory):
 def digests(folder): return {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*") if p.is_file()}
 
 
-# Killed at any moment
+# Interruption
 
 def kill_and_resume(command, out_dir, kills, seed=0):
-    "Kill a writer of shards and all its processes at random moments of its writing. Only whole shards may be left, and the next run must end as one that was left alone."
-    draw, told = random.Random(seed), []
+    "Kill a shard writer with its processes at random moments. Only complete shards may remain, and the next run must give the same bytes."
+    draw, outcomes = random.Random(seed), []
 
     def run(seconds=None):
-        "Seconds that it wrote, or None if it was killed after so many."
+        "Seconds of writing, or None if killed after `seconds`."
         with subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             while process.poll() is None and not out_dir.exists(): time.sleep(0.002)
-            began = time.monotonic()
+            started = time.monotonic()
             try: assert process.wait(seconds) == 0
             except subprocess.TimeoutExpired: return os.killpg(process.pid, signal.SIGKILL)
-            return time.monotonic() - began
+            return time.monotonic() - started
 
     writing, whole = run(), digests(out_dir)
     for i in range(kills):
@@ -67,21 +67,22 @@ def kill_and_resume(command, out_dir, kills, seed=0):
         moment = (i + draw.random())/kills
         ended = run(moment*writing) is not None
         left = {name: digest for name, digest in digests(out_dir).items() if name.startswith("shard-")}
-        assert left.items() <= whole.items(), f"a run killed after {moment:.0%} of its writing left a shard that is not whole"
+        assert left.items() <= whole.items(), f"a run killed after {moment:.0%} of its writing left an incomplete shard"
         run()
-        assert digests(out_dir) == whole, f"resumed after a kill at {moment:.0%} of its writing, the run ended with other bytes"
-        told.append(dict(moment=moment, shards=len(left), ended=ended))
-    return told
+        assert digests(out_dir) == whole, f"resumed after a kill at {moment:.0%} of its writing, the run gave other bytes"
+        outcomes.append(dict(moment=moment, shards=len(left), ended=ended))
+    return outcomes
 
 
 def command(corpus, out):
     options = dict(audio_dir=corpus[0], transcript_file=corpus[1], output_dir=out, processes=2, **OPTIONS)
-    return [sys.executable, "-m", "ai2text.pipeline.cli", "shards", *(str(o) for k, v in options.items() for o in ("--" + k.replace("_", "-"), v))]
+    return [sys.executable, "-m", "ai2text.pipeline.cli", "shards",
+            *(str(o) for k, v in options.items() for o in ("--" + k.replace("_", "-"), v))]
 
 
-def test_killed_at_any_moment(corpus, whole, tmp_path):
-    told = kill_and_resume(command(corpus, tmp_path/"out"), tmp_path/"out", kills=5)
-    assert not all(o["ended"] for o in told), f"no run was killed in time: {told}"
+def test_a_killed_writer_resumes_to_the_same_bytes(corpus, whole, tmp_path):
+    outcomes = kill_and_resume(command(corpus, tmp_path/"out"), tmp_path/"out", kills=5)
+    assert not all(o["ended"] for o in outcomes), f"no run was killed in time: {outcomes}"
     assert digests(tmp_path/"out") == whole
 
 
@@ -89,13 +90,16 @@ def test_killed_at_any_moment(corpus, whole, tmp_path):
 
 @pytest.fixture
 def scheduler(tmp_path):
-    "A Dask scheduler with two worker processes on this machine: its address, and the workers."
+    "A local Dask scheduler with two worker processes: its address, and the workers."
     pytest.importorskip("distributed")
     port = free_port()
     address = f"tcp://127.0.0.1:{port}"
-    quiet = dict(env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    started = [subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard"], **quiet)]
-    started += [subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_worker", address, "--host", "127.0.0.1", "--nthreads", "1", "--no-dashboard", "--no-nanny",
+    quiet = dict(env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                 start_new_session=True)
+    started = [subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port),
+                                 "--no-dashboard"], **quiet)]
+    started += [subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_worker", address, "--host", "127.0.0.1", "--nthreads", "1",
+                                  "--no-dashboard", "--no-nanny",
                                   "--local-directory", tmp_path/f"worker {i}"], **quiet) for i in range(2)]
     try:
         from distributed import Client
@@ -108,22 +112,23 @@ def scheduler(tmp_path):
 
 
 @pytest.mark.slow
-def test_cluster_gives_the_same_bytes(corpus, whole, scheduler, tmp_path):
+def test_a_cluster_gives_the_same_bytes_also_when_a_worker_is_killed(corpus, whole, scheduler, tmp_path):
     address, workers = scheduler
     create_shards(*corpus, tmp_path/"out", scheduler=address, **OPTIONS)
     assert digests(tmp_path/"out") == whole
-    # once more, and as soon as the first shards are there one worker dies
+    # again, with one worker killed after the first shards
     done = []
     run = threading.Thread(target=lambda: done.append(create_shards(*corpus, tmp_path/"again", scheduler=address, **OPTIONS)))
     run.start()
     while run.is_alive() and len(list((tmp_path/"again").glob("shard-*.tar"))) < 2: time.sleep(0.005)
     os.killpg(workers[0].pid, signal.SIGKILL)
-    assert len(list((tmp_path/"again").glob("shard-*.tar"))) < 20, "the run was over before the worker died"
+    assert len(list((tmp_path/"again").glob("shard-*.tar"))) < 20, "the run finished before the worker was killed"
     run.join(60)
     assert done and digests(tmp_path/"again") == whole
 
 
 @pytest.mark.slow
-def test_cluster_that_does_not_answer(corpus, tmp_path):
+def test_an_unreachable_scheduler_is_an_error(corpus, tmp_path):
     pytest.importorskip("distributed")
-    with pytest.raises(ConfigError, match="scheduler nowhere: does not answer"): create_shards(*corpus, tmp_path/"out", scheduler="nowhere", **OPTIONS)
+    with pytest.raises(ConfigError, match="scheduler nowhere: does not answer"):
+        create_shards(*corpus, tmp_path/"out", scheduler="nowhere", **OPTIONS)

@@ -1,4 +1,4 @@
-"The site of reports in a real browser: nothing from elsewhere, nothing broken, nothing that runs."
+"The site of reports and the documentation in a real browser: no requests to other hosts, no broken links or pictures, no scripts."
 import json
 import os
 import re
@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from ai2text.pipeline.docs import docs
 from ai2text.pipeline.site import GENERATOR, site
 from conftest import ROOT
 
@@ -40,40 +41,55 @@ def built(tmp_path_factory):
 
 
 def visit(browser, files, width=1200, scheme="light"):
-    "What the browser sees of each page; nothing asked elsewhere, nothing complained of."
+    "Load each page; fails on requests to other hosts and on messages of the browser."
     context = browser.new_context(viewport=dict(width=width, height=900), color_scheme=scheme, offline=True)
-    tab, requests, complaints, seen = context.new_page(), [], [], {}
+    tab, requests, messages, seen = context.new_page(), [], [], {}
     tab.set_default_timeout(120_000)
     tab.on("request", lambda r: requests.append(r.url))
-    tab.on("console", lambda m: complaints.append(f"{tab.url}: {m.text}"))
-    tab.on("pageerror", lambda e: complaints.append(f"{tab.url}: {e}"))
+    tab.on("console", lambda m: messages.append(f"{tab.url}: {m.text}"))
+    tab.on("pageerror", lambda e: messages.append(f"{tab.url}: {e}"))
     for file in files:
         tab.goto(file.as_uri())
         seen[file] = tab.evaluate(LOOK)
     context.close()
     foreign = [url for url in requests if not url.startswith(("file:", "data:"))]
-    assert not foreign, f"pages asked elsewhere: {foreign}"
-    assert not complaints, f"the browser complained: {complaints}"
+    assert not foreign, f"requests to other hosts: {foreign}"
+    assert not messages, f"messages of the browser: {messages}"
     return seen
 
 
-def test_every_page_in_a_browser(built, browser):
+def test_every_page_has_working_links_and_pictures(built, browser):
     files = sorted(built.rglob("*.html"))
     seen = visit(browser, files)
     for file, page in seen.items():
         assert page["title"] and page["wide"] <= 0 and not page["broken"] and not page["dead"], (file, page)
-        assert set(page["links"]) <= {f.as_uri() for f in files}, f"{file}: a link leads nowhere"
+        assert set(page["links"]) <= {f.as_uri() for f in files}, f"{file}: dead link"
     reports = [p.relative_to(ROOT).with_suffix(".html") for folder in ("papermill_runs", "compare/papermill_runs") for p in (ROOT/folder).rglob("*.ipynb")]
-    assert sorted(seen[built/"index.html"]["links"]) == sorted((built/r).as_uri() for r in reports) and len(reports) > 15, "the front page has each report once"
+    assert sorted(seen[built/"index.html"]["links"]) == sorted((built/r).as_uri() for r in reports) and len(reports) > 15, "the front page links each report once"
     assert sum(page["images"] for page in seen.values()) >= 40
 
 
-def test_phone_and_dark(built, browser):
+def test_documentation_has_working_links_and_pictures(tmp_path, browser):
+    "Front page, tutorials and library notebooks, also on a phone."
+    front = docs(ROOT, tmp_path/"docs")
+    files = sorted(front.parent.rglob("*.html"))
+    listed = re.findall(r"- (\S+)\.ipynb", (ROOT/"nbs/sidebar.yml").read_text(encoding="utf-8"))
+    assert sorted(f.relative_to(front.parent).with_suffix("").as_posix() for f in files) == sorted(listed)
+    seen = visit(browser, files)
+    for file, page in seen.items():
+        assert page["title"] and page["wide"] <= 0 and not page["broken"] and not page["dead"], (file, page)
+        assert set(page["links"]) <= {f.as_uri() for f in files}, f"{file}: dead link"
+    assert {f.as_uri() for f in files} - {front.as_uri()} <= set(seen[front]["links"]) and seen[front]["images"] >= 3
+    some = [front, front.parent/"serving/00_bundle.html", front.parent/"tutorials/plan.html"]
+    for page in visit(browser, some, width=390, scheme="dark").values(): assert page["wide"] <= 0, page
+
+
+def test_pages_fit_a_phone(built, browser):
     files = [built/"index.html", *sorted((built/"papermill_runs").rglob("*.html"))[:6]]
     for page in visit(browser, files, width=390, scheme="dark").values(): assert page["wide"] <= 0, page
 
 
-def test_front_page_says_what_the_files_say(built):
+def test_front_page_has_the_figures_of_the_result_files(built):
     text = (built/"index.html").read_text("utf-8")
     for folder in (ROOT, ROOT/"compare"):
         found = json.loads((folder/"comparison/compare.json").read_text())
@@ -86,7 +102,7 @@ def test_front_page_says_what_the_files_say(built):
 
 @pytest.fixture
 def workspace(tmp_path):
-    "A project with one report, whose text is hostile wherever a report can have text."
+    "A project with one report that has hostile text in every place for text."
     root = tmp_path/"project"
     data = lambda **kinds: dict(output_type="display_data", metadata={}, data={k.replace("_", "/"): v for k, v in kinds.items()})
     outputs = [data(text_html=f"<table><tr><td>{HOSTILE}</td></tr></table>"), data(text_markdown=HOSTILE), data(application_javascript="document.title = 'owned'"), data(text_plain=HOSTILE),
@@ -101,27 +117,27 @@ def workspace(tmp_path):
     return root
 
 
-def test_hostile_report_does_nothing(workspace, browser):
+def test_hostile_report_runs_and_loads_nothing(workspace, browser):
     index = site(workspace)
     for page in visit(browser, [index, index.parent/"papermill_runs/train-m.html"]).values():
         assert "owned" not in page["title"] and not page["broken"] and not page["dead"] and all(h.endswith(".html") for h in page["links"]), page
         assert "failed" in page["text"]
 
 
-def test_policy_stops_what_cleaning_would_miss(workspace, browser):
-    "The same text put into a page as it is: the policy alone."
+def test_policy_blocks_unsanitised_content(workspace, browser):
+    "The same text without sanitising: the policy alone."
     bad = site(workspace).parent/"bad.html"
     bad.write_text((bad.parent/"index.html").read_text("utf-8").replace("<main>", f"<main>{HOSTILE.replace('<meta', '<xmeta')}"), "utf-8")
     context = browser.new_context(offline=True)
-    tab, told = context.new_page(), []
-    tab.on("console", lambda m: told.append(m.text))
+    tab, messages = context.new_page(), []
+    tab.on("console", lambda m: messages.append(m.text))
     tab.goto(bad.as_uri())
     assert tab.title() == "ai2text: reports"
-    assert sum("Content Security Policy" in line for line in told) >= 5, told
+    assert sum("Content Security Policy" in line for line in messages) >= 5, messages
     context.close()
 
 
-def test_same_files_same_bytes(workspace, tmp_path):
+def test_same_files_give_the_same_bytes(workspace, tmp_path):
     first = site(workspace)
     shutil.copytree(workspace, tmp_path/"elsewhere", ignore=shutil.ignore_patterns("_site"))
     again = site(tmp_path/"elsewhere", tmp_path/"pages")
@@ -129,4 +145,4 @@ def test_same_files_same_bytes(workspace, tmp_path):
     assert f'content="{GENERATOR}"' in again.read_text("utf-8") and str(tmp_path) not in again.read_text("utf-8")
     (workspace/"papermill_runs/train-m.ipynb").write_text("{")
     with pytest.raises(ValueError, match="train-m.ipynb: cannot be read as JSON"): site(workspace)
-    assert first.read_bytes() == again.read_bytes(), "an error leaves the old site"
+    assert first.read_bytes() == again.read_bytes(), "an error leaves the old site unchanged"

@@ -1,4 +1,4 @@
-"The stage runner as a process: exit status, signals, the death of its parent and its own."
+"The stage runner as a process: exit status, signals, and the death of its parent or of itself."
 import json
 import os
 import shutil
@@ -19,7 +19,7 @@ from conftest import too
 
 PACKAGE = Path(ai2text.__file__).parent
 RUN = ["-m", "ai2text.pipeline.cli", "stage", "shards"] # whatever its notebook here does
-# Counts its interrupts, takes a second to save after the first, and then raises as a trainer does.
+# Counts its interrupts, takes a second to save after the first, then raises, as the trainer does.
 TRAIN = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
@@ -34,14 +34,14 @@ Path("saved").write_text(str(len(interrupts)))
 raise KeyboardInterrupt
 """
 
-# A stage whose work is done by two processes.
-BOIL = """
+# A stage with two ranks.
+RANKS = """
 import os, time
 from pathlib import Path
-def boil(ranks):
+def work(ranks):
     pids = ranks.gather(os.getpid())
     if ranks.main:
-        print("boiling")
+        print("working")
         Path("started.part").write_text(" ".join(map(str, pids)))
         os.rename("started.part", "started")
     try:
@@ -69,7 +69,7 @@ def environment()->dict:
 
 
 def as_in_a_terminal():
-    "Signals end a program, also where these tests run under `nohup` or behind `&`, which have them ignored."
+    "Restore default signal handlers, which `nohup` and `&` disable."
     for signum in (signal.SIGINT, signal.SIGHUP): signal.signal(signum, signal.SIG_DFL)
 
 
@@ -97,7 +97,7 @@ def started(root:Path)->list[int]:
 def failure(root:Path)->str: return nbformat.read(root/"papermill_runs/shards.ipynb", 4).cells[0].source
 
 
-def test_output_is_live_and_report_repeats(tmp_path):
+def test_output_is_live_and_a_second_report_is_equal(tmp_path):
     root = project(tmp_path, "import sys\nprint('seed', config['seed'])\nprint(50 * config['seed'], '%', file=sys.stderr)")
     first, second = (start(root).communicate() for _ in range(2))
     assert first == second
@@ -108,14 +108,14 @@ def test_output_is_live_and_report_repeats(tmp_path):
     assert (root/"papermill_runs/shards.ipynb").read_text() == report
 
 
-def test_wrong_parameter_is_one_line(tmp_path):
+def test_wrong_parameter_is_reported_in_one_line(tmp_path):
     process = start(project(tmp_path, "1", seed="two"))
     out, err = process.communicate()
     assert (process.returncode, out) == (2, "")
     assert err == "ai2text stage: params.yaml: shards.seed: 'two' is a str; write a int\n"
 
 
-def test_failure_keeps_the_report(tmp_path):
+def test_failed_stage_writes_its_report(tmp_path):
     root = project(tmp_path, "print('before')", "raise KeyError('tea')", "print('after')")
     process = start(root)
     out, err = process.communicate()
@@ -124,7 +124,7 @@ def test_failure_keeps_the_report(tmp_path):
     assert "KeyError: 'tea'" in failure(root)
 
 
-def test_dead_kernel_is_a_failure(tmp_path):
+def test_killed_kernel_fails_the_stage(tmp_path):
     root = project(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     process = start(root)
     assert process.wait(120) == 1
@@ -156,7 +156,7 @@ def test_swallowed_interrupt_stops_the_stage(tmp_path, cells):
     assert (root/"saved").exists() and not (root/"next").exists()
 
 
-def test_death_of_the_parent_is_an_interrupt(tmp_path):
+def test_death_of_the_parent_interrupts_the_kernel(tmp_path):
     root = project(tmp_path, TRAIN)
     parent = start(root, sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, *{RUN}])")
     pids = started(root)
@@ -168,9 +168,9 @@ def test_death_of_the_parent_is_an_interrupt(tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["in its imports", *too("before its first line")])
-def test_an_orphan_begins_nothing(tmp_path, moment):
+def test_orphaned_runner_starts_no_stage(tmp_path, moment):
     root = project(tmp_path, TRAIN)
-    (root/"papermill.py").write_text("import os, pathlib, time\npathlib.Path('importing').write_text(str(os.getpid()))\ntime.sleep(600)") # found first, and slow
+    (root/"papermill.py").write_text("import os, pathlib, time\npathlib.Path('importing').write_text(str(os.getpid()))\ntime.sleep(600)") # shadows papermill, slowly
     command = [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, *{RUN}])"]
     if moment == "before its first line": command = ["sh", "-c", f"DVC_STAGE=shards {sys.executable} {' '.join(RUN)} & echo $! > importing"]
     parent = start(root, *command)
@@ -190,10 +190,10 @@ def test_kernel_ends_with_a_killed_runner(tmp_path):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, *too(signal.SIGKILL)])
-def test_processes_of_a_stage_end_with_it(tmp_path, signum):
-    "Asked to stop, a stage asks its ranks; killed, it leaves none."
-    root = project(tmp_path, "from ai2text.core.distributed import launch\nlaunch('boiling:boil', {}, 2, threads=1)")
-    (root/"boiling.py").write_text(BOIL)
+def test_ranks_of_a_stage_end_with_it(tmp_path, signum):
+    "SIGTERM interrupts the ranks, SIGKILL leaves none."
+    root = project(tmp_path, "from ai2text.core.distributed import launch\nlaunch('worker:work', {}, 2, threads=1)")
+    (root/"worker.py").write_text(RANKS)
     process = start(root)
     wait_for((root/"started").exists, seconds=180)
     pids = started(root)
@@ -202,10 +202,10 @@ def test_processes_of_a_stage_end_with_it(tmp_path, signum):
     wait_for(lambda: not any(map(alive, pids)))
     if signum == signal.SIGKILL: return
     assert all((root/f"saved-{rank}").exists() for rank in (0, 1))
-    assert process.stderr.read().startswith("boiling\n") and "interrupted by SIGTERM" in failure(root)
+    assert process.stderr.read().startswith("working\n") and "interrupted by SIGTERM" in failure(root)
 
 
-def test_dvc_killed_without_a_shell_variable(tmp_path):
+def test_killed_dvc_interrupts_its_stage(tmp_path):
     root = project(tmp_path, TRAIN)
     (root/"dvc.yaml").write_text(f"stages:\n  shards:\n    cmd: exec python {' '.join(RUN)}\n")
     dvc = [sys.executable, "-m", "dvc"]
@@ -219,7 +219,7 @@ def test_dvc_killed_without_a_shell_variable(tmp_path):
     assert (root/"saved").read_text() == "1"
 
 
-def test_a_copy_of_the_project_runs_its_own_code(tmp_path):
+def test_copy_of_a_project_runs_its_own_code(tmp_path):
     root = project(tmp_path, "import ai2text\nprint(ai2text.__version__)")
     shutil.copytree(PACKAGE, root/"ai2text", ignore=shutil.ignore_patterns("__pycache__", "demo"))
     (root/"ai2text/__init__.py").write_text('__version__ = "of the copy"\n')

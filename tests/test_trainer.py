@@ -1,6 +1,6 @@
-"""One window is one batch, two ranks are one, and whatever goes wrong on one goes wrong on both.
+"""The trainer: accumulation, memory, precision, operations of a step, and data-parallel training with failures on one rank.
 
-The ranks are real processes. Importing torch takes longer than their runs, so one process imports it and forks all of them."""
+Ranks are real processes, forked from one that has imported torch, since the import takes longer than their runs."""
 import json, math, os, random, signal, subprocess, sys, time
 from collections import Counter
 from pathlib import Path
@@ -15,7 +15,9 @@ from ai2text.training.budget import Budget, Every, WarmupConstantDecay
 from ai2text.training.checkpoint import latest, load_batches, load_checkpoint
 from ai2text.models.conformer import Conformer
 from ai2text.core.distributed import Ranks
+from ai2text.testing.operations import Operations
 from ai2text.text.tokenizer import CharTokenizer
+from ai2text.training.optimizer import make_optimizer
 from ai2text.training.trainer import Interrupted, TrainerOptimized
 from conftest import free_port
 
@@ -28,7 +30,7 @@ def conformer():
     return Conformer.from_config(dict(size="tiny", dropout=0., freq_masks=0, time_masks=0), CharTokenizer())
 
 def utterances(n, seed=0):
-    "Noise of 0.4 to 1.2 s, each said to be a few letters."
+    "Noise of 0.4 to 1.2 s with transcripts of a few letters."
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.randint(6400, 19200, (n,), generator=draw).tolist()
     return [(0.1*torch.randn(length, generator=draw).numpy(), "ma ba"[:1 + i%5].strip(), f"u{i}") for i,length in enumerate(lengths)]
@@ -41,8 +43,8 @@ def gradient(window, **more):
     _, totals = trainer.gradient(window)
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), totals, trainer
 
-@pytest.mark.parametrize("n, each", [(32, 4), (14, 4), (3, 4)]) # a whole window; two tails
-def test_a_window_is_one_batch(n, each):
+@pytest.mark.parametrize("n, each", [(32, 4), (14, 4), (3, 4)]) # a full window; two shorter last windows
+def test_a_window_has_the_gradient_of_one_batch(n, each):
     of = utterances(n)
     many, sums, _ = gradient(batches(of, each))
     one, sum_, _ = gradient(batches(of, n), batch_size=32, accumulation_steps=1)
@@ -50,7 +52,7 @@ def test_a_window_is_one_batch(n, each):
     torch.testing.assert_close(sums[[0, 1, -1]], sum_[[0, 1, -1]], rtol=1e-5, atol=0)
     assert sums[1] == n
 
-def test_a_batch_that_does_not_fit_has_the_same_gradient():
+def test_a_batch_split_for_memory_has_the_same_gradient():
     of = utterances(32)
     def small(model, batch):
         if len(batch) > 5: raise torch.OutOfMemoryError("full")
@@ -61,12 +63,12 @@ def test_a_batch_that_does_not_fit_has_the_same_gradient():
         assert (split - whole).abs().max() < 1e-5*whole.abs().max()
         assert 0 < trainer.state.largest < batches(of, 32)[0].size/5
 
-def test_activations_computed_again_give_the_same_gradient():
+def test_activation_checkpointing_gives_the_same_gradient():
     of = batches(utterances(8), 4)
     kept, again = gradient(of)[0], gradient(of, checkpointing=True)[0]
     assert (kept - again).abs().max() < 1e-6*kept.abs().max()
 
-def test_float16_overflows_and_recovers():
+def test_float16_scale_recovers_from_overflow():
     model = conformer()
     trainer = TrainerOptimized(model, torch.optim.AdamW(model.parameters(), lr=0.01), None, 4, 2, amp_dtype="fp16", device="cpu")
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.**26)
@@ -76,7 +78,7 @@ def test_float16_overflows_and_recovers():
     assert 3 < n < 30 and trainer.scaler.get_scale() == 2.**(26 - n) and trainer.state.skipped == 0
     assert not any(r["ok"] for r in rows[:3]) and all(r["ok"] for r in rows[-10:]) and rows[-1]["loss"] < 0.7*rows[0]["loss"]
 
-def test_the_host_waits_once_a_step():
+def test_the_host_synchronises_once_a_step():
     waits = Counter()
     class Count(TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -89,7 +91,25 @@ def test_the_host_waits_once_a_step():
     window = list(Loader())[:3]
     trainer.train_step(window)
     with Count(): assert trainer.train_step(window)["ok"]
-    assert waits == dict(tolist=1, __float__=3) # the latter are of the lengths, which never leave the host
+    assert waits == dict(tolist=1, __float__=3) # the latter are of the lengths, which stay on the host
+
+def operations(dtype, layers, dynamic_chunk_prob=0.):
+    "Number of operations of a training step of a small model, with augmentation and Muon."
+    torch.manual_seed(0)
+    shape = dict(size="tiny", layers=layers, heads=1, ff=64, warp=0.1, tempo=0.1, dynamic_chunk_prob=dynamic_chunk_prob)
+    model = Conformer.from_config(shape, CharTokenizer())
+    trainer = TrainerOptimized(model, make_optimizer(model), None, 4, 1, amp_dtype=dtype, ema_decay=0.99, device="cpu")
+    batch = collate(*zip(*utterances(4)), 1, 0)
+    trainer.train_step([batch])
+    with Operations() as made: trainer.train_step([batch])
+    return made.counts.total()
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_operations_of_a_training_step_stay_few(dtype):
+    two, three = operations(dtype, 2), operations(dtype, 3)
+    assert three - two <= 64, "of a block, forward and backward"
+    assert two - 2*(three - two) <= 230, "of features, augmentation, subsampling, loss, optimizer and averaging"
+    assert operations(dtype, 2, 1.) - two <= 16, "of a chunk mask"
 
 # Ranks
 
@@ -104,7 +124,7 @@ class Model(nn.Module):
         return Loss((guess - batch.audio.square().sum(1)).square().sum(), torch.tensor(float(len(batch))), dict(long=torch.tensor(float(len(batch) > 2))))
 
 class Loader:
-    "Thirteen uneven micro-batches an epoch, the last one of a single utterance, shared out as the real loader does."
+    "Thirteen uneven micro-batches an epoch, the last of one utterance, distributed over ranks like the real loader."
     def __init__(self, rank=0, world=1): self.rank, self.world, self.epoch, self.next = rank, world, 0, 0
 
     def __iter__(self):
@@ -128,10 +148,10 @@ def measure(model):
 class StopAt:
     def __init__(self, step): self.step = step
     def on_step(self, trainer):
-        if trainer.state.step == self.step: trainer.enough("enough")
+        if trainer.state.step == self.step: trainer.request_stop("enough")
 
 def train(ranks, folder, criterion=None, observers=(), **more):
-    "The run under test; four micro-batches a step, whatever the ranks."
+    "The run under test; four micro-batches a step for any number of ranks."
     model = Model()
     trainer = TrainerOptimized(model, torch.optim.AdamW(model.parameters(), lr=0.01), criterion, 4, 4//ranks.world, amp_dtype="fp32", schedule=WarmupConstantDecay(5),
                                ema_decay=0.9, device="cpu", threads=1, max_bad_steps=3, ranks=ranks)
@@ -140,14 +160,14 @@ def train(ranks, folder, criterion=None, observers=(), **more):
     (folder/f"rank-{ranks.rank}.json").write_text(json.dumps(result, sort_keys=True))
 
 def full(ranks, limit):
-    "Rank 1 has little memory."
+    "Out of memory on rank 1."
     def criterion(model, batch):
         if ranks.rank == 1 and len(batch) > limit: raise torch.OutOfMemoryError("full")
         return model(batch)
     return criterion
 
 def wrong(epoch, every):
-    "Some micro-batches of odd number, which rank 1 has, have no loss."
+    "NaN losses in some micro-batches of odd number, which rank 1 has."
     def criterion(model, batch):
         loss = model(batch)
         return loss._replace(sum=loss.sum*math.nan) if batch.epoch >= epoch and batch.number % every == 1 else loss
@@ -161,7 +181,7 @@ RUNS = dict(
     one=lambda ranks, folder: train(ranks, folder),
     two=lambda ranks, folder: train(ranks, folder),
     killed=lambda ranks, folder: train(ranks, folder, observers=[Slow(0.02)]),
-    asked=lambda ranks, folder: train(ranks, folder, observers=[Slow(0.1)]),
+    signalled=lambda ranks, folder: train(ranks, folder, observers=[Slow(0.1)]),
     memory=lambda ranks, folder: train(ranks, folder, full(ranks, 2)),
     skipped=lambda ranks, folder: train(ranks, folder, wrong(1, 13)),
     aborted=lambda ranks, folder: train(ranks, folder, wrong(2, 2)),
@@ -170,11 +190,12 @@ RUNS = dict(
 )
 
 def fork(name, top, world):
-    "The processes of a run."
+    "Start the processes of a run."
     port, pids = free_port(), []
     for rank in range(world):
         if pid := os.fork(): pids.append(pid); continue
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo0" if sys.platform == "darwin" else "lo")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
+                          GLOO_SOCKET_IFNAME="lo0" if sys.platform == "darwin" else "lo")
         try:
             with Ranks.here() if world > 1 else Ranks() as ranks: RUNS[name](ranks, top/name)
             os._exit(0)
@@ -186,13 +207,13 @@ def fork(name, top, world):
 def codes(pids): return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 def run_all(top):
-    "Every run, and how its ranks ended; the file `ends.json`."
+    "Run all of `RUNS`; write the exit codes of their ranks to `ends.json`."
     warm = nn.Parameter(torch.zeros(1))
     warm.grad = torch.zeros(1)
     torch.optim.AdamW([warm]).step() # its first call imports for a second; no backward here, autograd's threads do not survive a fork
     for name in RUNS: (top/name).mkdir()
     ends, draw = {}, random.Random(0)
-    for name in RUNS.keys() - {"killed", "asked"}:
+    for name in RUNS.keys() - {"killed", "signalled"}:
         ends[name] = codes(fork(name, top, 1 if name == "one" else 2))
     ends["kills"], end = 0, top/"killed/result.json"
     while not end.exists():
@@ -204,18 +225,19 @@ def run_all(top):
             for pid in pids: os.kill(pid, signal.SIGKILL)
             ends["kills"] += 1
         codes(pids)
-    pids = fork("asked", top, 2)
-    while not latest(top/"asked/checkpoints"): time.sleep(0.01)
+    pids = fork("signalled", top, 2)
+    while not latest(top/"signalled/checkpoints"): time.sleep(0.01)
     os.kill(pids[1], signal.SIGTERM)
-    ends["asked"] = codes(pids)
-    ends["asked at"] = latest(top/"asked/checkpoints").name
-    ends["asked again"] = codes(fork("asked", top, 2))
+    ends["signalled"] = codes(pids)
+    ends["signalled at"] = latest(top/"signalled/checkpoints").name
+    ends["signalled again"] = codes(fork("signalled", top, 2))
     (top/"ends.json").write_text(json.dumps(ends))
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     top = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run([sys.executable, __file__, str(top)], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, __file__, str(top)], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
     return top, json.loads((top/"ends.json").read_text()), done.stderr
 
@@ -232,7 +254,7 @@ def same(a, b):
 
 def result(folder, rank=0): return json.loads((folder/f"rank-{rank}.json").read_text())
 
-def test_two_ranks_are_one(runs):
+def test_two_ranks_train_like_one(runs):
     top, ends, _ = runs
     assert ends["one"] == [0] and ends["two"] == [0, 0]
     close(top/"one", top/"two")
@@ -242,45 +264,45 @@ def test_two_ranks_are_one(runs):
     assert math.isclose(one["audio_hours"], two["audio_hours"]) and one["counts"]["long"] == two["counts"]["long"]
     assert math.isclose(one["best"]["value"], two["best"]["value"], rel_tol=1e-3)
 
-def test_little_memory_on_one_rank(runs):
+def test_a_rank_out_of_memory_splits_its_batches(runs):
     top, ends, _ = runs
     assert ends["memory"] == [0, 0]
     close(top/"two", top/"memory")
 
-def test_killed_and_resumed(runs):
+def test_killed_ranks_resume_exactly(runs):
     top, ends, _ = runs
     assert ends["kills"] >= 3
     same(top/"two", top/"killed")
 
-def test_a_signal_to_one_stops_both(runs):
-    top, ends, says = runs
-    assert ends["asked"] == [3, 3] and ends["asked again"] == [0, 0]
-    assert 3 <= int(ends["asked at"][5:]) < STEPS
-    assert f"0 a signal to another rank at step {int(ends['asked at'][5:])}; saved as " in says
-    same(top/"two", top/"asked")
+def test_a_signal_to_one_rank_stops_both(runs):
+    top, ends, stderr = runs
+    assert ends["signalled"] == [3, 3] and ends["signalled again"] == [0, 0]
+    assert 3 <= int(ends["signalled at"][5:]) < STEPS
+    assert f"0 a signal to another rank at step {int(ends['signalled at'][5:])}; saved as " in stderr
+    same(top/"two", top/"signalled")
 
-def test_a_bad_step_is_skipped_by_both(runs):
+def test_a_bad_step_is_skipped_by_both_ranks(runs):
     top, ends, _ = runs
     assert ends["skipped"] == [0, 0]
     assert result(top/"skipped")["skipped"] == result(top/"skipped", 1)["skipped"] > 1
     row = json.loads((top/"skipped/bad_steps.jsonl").read_text().splitlines()[0])
     assert {b["number"]: b["loss"] for b in row["window"]}[1] == "nan" and len(row["window"]) == 4
 
-def test_too_many_end_both_and_keep_the_window(runs):
-    top, ends, says = runs
-    assert ends["aborted"] == [4, 4] and "3 steps in a row" in says
+def test_too_many_bad_steps_end_both_ranks_and_keep_the_window(runs):
+    top, ends, stderr = runs
+    assert ends["aborted"] == [4, 4] and "3 steps in a row" in stderr
     rows = [json.loads(line) for line in (top/"aborted/bad_steps.jsonl").read_text().splitlines()]
     kept = [Batch(**b) for b in load_batches(top/"aborted/bad_window.safetensors")]
     assert sorted(b.number for b in kept) == sorted(b["number"] for b in rows[-1]["window"])
     assert any(b.number % 2 for b in kept)
 
-def test_enough_for_one_is_enough_for_both(runs):
+def test_a_requested_stop_ends_both_ranks(runs):
     top, ends, _ = runs
     assert ends["stopped"] == [0, 0]
     assert result(top/"stopped") == result(top/"stopped", 1)
-    assert result(top/"stopped")["stopped"] == "enough" and result(top/"stopped")["step"] == 12 # it travels with the next step
+    assert result(top/"stopped")["stopped"] == "enough" and result(top/"stopped")["step"] == 12 # exchanged with the sums of the next step
 
-def test_a_budget_in_hours(runs):
+def test_a_budget_in_hours_ends_both_ranks(runs):
     top, ends, _ = runs
     assert ends["hours"] == [0, 0] and result(top/"hours")["hours"] >= 0.5/3600
 

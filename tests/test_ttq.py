@@ -1,16 +1,16 @@
-"""The log of a run: what is achieved, what time is counted, what is confirmed, what is refused; the forecasts in it; the tracker in a trainer."""
+"""The log of a run: milestones, counted time, confirmation, errors; its forecasts; the tracker in a trainer."""
 import json, math, os, warnings
 from types import SimpleNamespace
 
 import pytest
 
 from ai2text.training.budget import Budget
-from ai2text.ttq.log import ACHIEVED, LATE, MISSED, TTQObserver, TTQTracker, forecast_run, load_log, read_entries, read_milestones, verdicts
+from ai2text.ttq.log import ACHIEVED, LATE, MISSED, TTQObserver, TTQTracker, forecast_run, load_log, read_entries, read_milestones, forecast_outcomes
 
 PLAN = [dict(wer=.30, budget_hours=4), dict(wer=.20, budget_hours=12), dict(wer=.15, budget_hours=48), dict(wer=.10, budget_hours=120)]
 
 class Clock:
-    "Time that the test passes itself."
+    "A clock that the test advances."
     def __init__(self): self.now, self.wall = 7., 1.7e9
     def monotonic(self): return self.now
     def time(self): return self.now + self.wall
@@ -19,65 +19,65 @@ class Clock:
 @pytest.fixture
 def clock(): return Clock()
 @pytest.fixture
-def said(): return []
+def messages(): return []
 @pytest.fixture
-def tracker(tmp_path, clock, said):
+def tracker(tmp_path, clock, messages):
     "Makes trackers of one log."
-    return lambda milestones=PLAN, **kw: TTQTracker(milestones, tmp_path/"results/ttq_log.json", clock=clock, announce=said.append, **kw)
+    return lambda milestones=PLAN, **kw: TTQTracker(milestones, tmp_path/"results/ttq_log.json", clock=clock, announce=messages.append, **kw)
 
-def tell(run, clock, wers, hours=1., **more):
+def log_evaluations(run, clock, wers, hours=1., **more):
     for epoch,wer in enumerate(wers, 1):
         clock.go(hours)
         run.log_epoch(epoch, 1., wer, step=epoch*10, **more)
 
 def view(run): return json.loads(run.log_file.read_text())
 
-def test_achieved_is_append_only(tracker, clock):
+def test_a_crossing_is_not_changed_by_later_evaluations(tracker, clock):
     run = tracker()
-    tell(run, clock, [.28, .25, .35])
+    log_evaluations(run, clock, [.28, .25, .35])
     assert [(a["target_wer"], a["achieved_wer"], a["elapsed_hours"]) for a in view(run)["achieved"]] == [(.3, .28, 1)]
 
-def test_told_once_and_late_and_missed_are_recorded(tracker, clock, said):
+def test_milestones_are_announced_once_and_recorded_as_late_or_missed(tracker, clock, messages):
     run = tracker()
-    tell(run, clock, [.28, .25, .24], hours=2)
-    tell(run, clock, [.22, .19], hours=4)
+    log_evaluations(run, clock, [.28, .25, .24], hours=2)
+    log_evaluations(run, clock, [.22, .19], hours=4)
     run.end()
     assert [m["state"] for m in view(run)["milestones"]] == [ACHIEVED, LATE, MISSED, MISSED]
-    assert [sum(s.startswith(f"🎯 TTQ milestone {wer}") for s in said) for wer in ("30.0%", "20.0%")] == [1, 1]
-    assert sum("missed" in s for s in said) == 2 # at the end
+    assert [sum(s.startswith(f"🎯 TTQ milestone {wer}") for s in messages) for wer in ("30.0%", "20.0%")] == [1, 1]
+    assert sum("missed" in s for s in messages) == 2 # at the end
 
-def test_a_second_process_goes_on(tracker, clock):
+def test_a_second_attempt_resumes(tracker, clock):
     run = tracker()
-    tell(run, clock, [.5, .4])
+    log_evaluations(run, clock, [.5, .4])
     clock.go(.5)
-    clock.go(9)                                   # killed half an hour ago, restarted after the night
+    clock.go(9)                                   # killed half an hour after the last entry, restarted 9 h later
     again = tracker()
     again.resumed(10)
-    tell(again, clock, [.4, .29])
+    log_evaluations(again, clock, [.4, .29])
     log = view(again)
     assert [h["elapsed_hours"] for h in log["history"]] == [1, 2, 3, 4]
     assert log["totals"]["down_hours"] == 9.5 and log["milestones"][0]["state"] == ACHIEVED
 
-def test_lost_work_counts(tracker, clock):
+def test_lost_work_counts_in_the_budget(tracker, clock):
     run = tracker(beat_seconds=60)
-    tell(run, clock, [.5])
+    log_evaluations(run, clock, [.5])
     run.saved(10)
     for _ in range(120): clock.go(1/60); run.beat(step=20)
     again = tracker()
     again.resumed(10)
-    tell(again, clock, [.29])
+    log_evaluations(again, clock, [.29])
     assert view(again)["totals"] | dict(elapsed_hours=4, lost_hours=2) == view(again)["totals"]
 
 def test_a_changed_wall_clock_changes_no_duration(tracker, clock):
     run = tracker()
-    tell(run, clock, [.5])
+    log_evaluations(run, clock, [.5])
     clock.wall -= 86400
-    tell(run, clock, [.29])
+    log_evaluations(run, clock, [.29])
     clock.wall += 10*86400
-    tell(run, clock, [.25])
+    log_evaluations(run, clock, [.25])
     assert [h["elapsed_hours"] for h in view(run)["history"]] == [1, 2, 3] and view(run)["totals"]["down_hours"] == 0
 
-def test_time_is_split(tracker, clock):
+def test_time_is_split_by_phase(tracker, clock):
     run = tracker()
     for epoch in (1, 2):
         clock.go(1)
@@ -99,61 +99,61 @@ def test_evaluations_come_at_any_cadence(tracker, clock):
 
 def test_device_hours_and_cost(tracker, clock):
     run = tracker(devices=2, price_per_hour=1.5)
-    tell(run, clock, [.5, .29])
+    log_evaluations(run, clock, [.5, .29])
     totals = view(run)["totals"]
     assert (totals["device_hours"], totals["cost"], view(run)["achieved"][0]["cost"]) == (4, 6, 6)
 
 @pytest.mark.parametrize("wers, interval, confirmed", [
     ([.5, .29, .31], None, False), ([.5, .29, .31, .29, .28], None, True), ([.5, .29, math.nan, .29], None, False), ([.5, .29], (.28, .299), True), ([.5, .29], (.27, .31), False)])
-def test_one_noisy_crossing_is_not_confirmed(tracker, clock, wers, interval, confirmed):
+def test_a_single_crossing_is_not_confirmed(tracker, clock, wers, interval, confirmed):
     run = tracker(PLAN[:1])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tell(run, clock, wers, interval=interval)
+        log_evaluations(run, clock, wers, interval=interval)
     achieved, = view(run)["achieved"]
     assert (achieved["confirmed"], achieved["elapsed_hours"]) == (confirmed, 2)
 
-def test_another_evaluation_set_confirms_nothing(tracker, clock):
+def test_another_evaluation_set_does_not_confirm(tracker, clock):
     run = tracker(PLAN[:1])
-    tell(run, clock, [.29], evaluation_set="a")
+    log_evaluations(run, clock, [.29], evaluation_set="a")
     clock.go(1)
     run.log_epoch(2, 1., .28, step=20, evaluation_set="b")
     assert not view(run)["achieved"][0]["confirmed"]
 
 @pytest.mark.parametrize("wer", [math.nan, math.inf, -.1])
-def test_a_wer_that_is_no_number_is_recorded_as_invalid(tracker, clock, wer):
+def test_an_invalid_wer_is_recorded(tracker, clock, wer):
     run = tracker()
-    with pytest.warns(UserWarning, match="recorded as invalid"): tell(run, clock, [wer])
+    with pytest.warns(UserWarning, match="recorded as invalid"): log_evaluations(run, clock, [wer])
     assert view(run)["achieved"] == [] and view(run)["history"][0]["val_wer"] is None and view(run)["totals"]["invalid"] == 1
 
 @pytest.mark.parametrize("milestones, error", [
     ([dict(wer=30, budget_hours=4)], "write 0.30 for 30%"), ([dict(wer=math.nan, budget_hours=4)], "wer: nan"), ([dict(wer=.3, budget_hours=math.nan)], "budget_hours: nan"),
     ([dict(wer=.3, budget_hours=0)], "budget_hours"), (PLAN + PLAN[:1], "is there twice"), ([dict(wer=.3, budget_hours=4), dict(wer=.2, budget_hours=2)], "less than the 4"), ([dict(wer=.3)], "missing")])
-def test_wrong_milestones_are_errors(milestones, error):
+def test_invalid_milestones_are_errors(milestones, error):
     with pytest.raises(ValueError, match=error): read_milestones(milestones)
 
-def test_one_rank_writes_and_the_view_is_whole_at_every_moment(tracker, clock, tmp_path, monkeypatch):
+def test_only_rank_0_writes_and_the_view_is_replaced_atomically(tracker, clock, tmp_path, monkeypatch):
     first, other = tracker(), tracker(rank=1)
-    for run in (first, other): tell(run, clock, [.5])
+    for run in (first, other): log_evaluations(run, clock, [.5])
     assert len(view(first)["history"]) == 1 and other.log["history"][0]["val_wer"] == .5
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError): tell(first, clock, [.4])
-    assert len(view(first)["history"]) == 1                       # the old view is whole, and the truth has the new entry
+    with pytest.raises(OSError): log_evaluations(first, clock, [.4])
+    assert len(view(first)["history"]) == 1                       # the old view is intact, and the log has the new entry
     assert len(load_log(first.truth)["history"]) == 2
 
-def test_a_second_writer_is_found_out(tracker, clock):
+def test_a_second_writer_is_an_error(tracker, clock):
     first = tracker()
-    tell(first, clock, [.5])
-    tell(tracker(), clock, [.5])
-    with pytest.raises(RuntimeError, match="another process writes this log"): tell(first, clock, [.4])
+    log_evaluations(first, clock, [.5])
+    log_evaluations(tracker(), clock, [.5])
+    with pytest.raises(RuntimeError, match="another process writes this log"): log_evaluations(first, clock, [.4])
 
-def test_full_disk_leaves_whole_entries(tracker, clock, monkeypatch):
+def test_a_full_disk_leaves_whole_entries(tracker, clock, monkeypatch):
     run, write = tracker(), os.write
-    tell(run, clock, [.5])
+    log_evaluations(run, clock, [.5])
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:20]))
-    with pytest.raises(OSError, match="No space left"): tell(run, clock, [.4])
+    with pytest.raises(OSError, match="No space left"): log_evaluations(run, clock, [.4])
     monkeypatch.undo()
-    tell(run, clock, [.3])
+    log_evaluations(run, clock, [.3])
     assert read_entries(run.truth)[1] == 0 and [h["val_wer"] for h in view(run)["history"]] == [.5, .3]
 
 # Forecasts in the log
@@ -165,16 +165,16 @@ def half_a_run(run, clock, n=10, first=1, of=20):
         clock.go(.5)
         run.log_epoch(epoch, 1., .15*(epoch/of)**-.5, step=10*epoch)
 
-def test_time_and_cost_are_forecast(tracker, clock):
+def test_time_and_cost_to_milestones_are_forecast(tracker, clock):
     run = tracker(devices=2, price_per_hour=1.5)
     half_a_run(run, clock)
-    told = run.forecast
-    twenty, fifteen, ten = told["milestones"]
-    assert (told["step"], told["at_hours"], told["progress"], told["refused"], told["horizon_hours"]) == (100, 5, .5, None, 10)
+    forecast = run.forecast
+    twenty, fifteen, ten = forecast["milestones"]
+    assert (forecast["step"], forecast["at_hours"], forecast["progress"], forecast["refused"], forecast["horizon_hours"]) == (100, 5, .5, None, 10)
     assert 5 < twenty["early_hours"] <= twenty["middle_hours"] <= 7 and twenty["cost"] == pytest.approx(3*twenty["middle_hours"]) and twenty["probability"] > .8
     assert ten["early_hours"] is None and ten["cost"] is None and ten["probability"] < .05
-    assert fifteen["probability"] <= twenty["probability"] and told["end"]["low"] < told["end"]["middle"] < told["end"]["high"]
-    assert "curve" not in told and forecast_run(view(run)) == told | dict(curve=forecast_run(view(run))["curve"])
+    assert fifteen["probability"] <= twenty["probability"] and forecast["end"]["low"] < forecast["end"]["middle"] < forecast["end"]["high"]
+    assert "curve" not in forecast and forecast_run(view(run)) == forecast | dict(curve=forecast_run(view(run))["curve"])
 
 def test_a_forecast_follows_each_evaluation_and_nothing_else(tracker, clock):
     run = tracker(beat_seconds=1)
@@ -212,7 +212,7 @@ def test_a_log_without_forecasts_is_read(tracker, clock):
     run.log_file.write_text(json.dumps({k: v for k,v in before.items() if k not in ("forecasts", "calibration")}))
     assert load_log(run.log_file)["forecasts"] == []
 
-def test_forecasts_are_scored_when_the_truth_is_known(tracker, clock):
+def test_forecasts_are_scored_when_the_outcome_is_known(tracker, clock):
     run = tracker([dict(wer=.2, budget_hours=8), dict(wer=.1, budget_hours=9)])
     half_a_run(run, clock)
     assert view(run)["calibration"]["scored"] == 0
@@ -222,7 +222,7 @@ def test_forecasts_are_scored_when_the_truth_is_known(tracker, clock):
     assert scores["n_covered"] == len(twenty) == 7 and scores["scored"] == 7 + 13 and scores["promises"] == scores["kept"]
     assert scores["covered"] >= .8 and scores["hours_error"] < .1 and scores["brier"] < .1
 
-def test_another_schedule_leaves_forecasts_open(tracker, clock, tmp_path):
+def test_forecasts_of_another_schedule_are_not_scored(tracker, clock, tmp_path):
     run = tracker()
     half_a_run(run, clock)
     run.saved(80)
@@ -232,9 +232,9 @@ def test_another_schedule_leaves_forecasts_open(tracker, clock, tmp_path):
     half_a_run(longer, clock, 40, 9, of=40)
     log = view(longer)
     assert [bool(f.get("void")) for f in log["forecasts"]] == [True]*10 + [False]*32
-    assert all(v["at_hours"] > 5 for v in verdicts(log)) and log["calibration"]["scored"]
+    assert all(v["at_hours"] > 5 for v in forecast_outcomes(log)) and log["calibration"]["scored"]
 
-def test_a_run_that_was_stopped_says_why(tracker, clock):
+def test_a_stopped_run_records_its_reason(tracker, clock):
     phases = dict.fromkeys(("startup", "data", "training", "evaluation", "checkpoint", "lost"), 0.)
     trainer = SimpleNamespace(folder=None, audio_hours=1., state=SimpleNamespace(step=0, units=8., best={}), clocks=SimpleNamespace(read=lambda: dict(phases)), budget=Budget(max_steps=200), schedule=None, stopped="hopeless")
     run = tracker()
@@ -244,10 +244,10 @@ def test_a_run_that_was_stopped_says_why(tracker, clock):
     observer.on_end(trainer, "finished")
     log = view(run)
     assert (log["finished"], log["reason"]) == (True, "hopeless") and log["about"]["schedule"]["max_steps"] == 200
-    assert {v["wer"] for v in verdicts(log) if v["kept"] is not None} == {.2}  # the others would perhaps have come, and nobody knows
+    assert {v["wer"] for v in forecast_outcomes(log) if v["in_budget"] is not None} == {.2}  # the outcome of the others is not known
     assert [m["state"] for m in log["milestones"]] == [ACHIEVED, ACHIEVED, MISSED, MISSED]
 
-def test_with_the_trainer(tmp_path):
+def test_the_observer_in_a_trainer(tmp_path):
     import torch
     from ai2text.core.batch import Loss, collate
     from ai2text.training.budget import Every

@@ -1,4 +1,4 @@
-"The commands of the front page and the tutorials exist; the family of the tutorial, moved into a copy of the project as the tutorial asks, keeps its rules and trains."
+"The commands of the front page and the tutorials exist; the model family of the tutorial passes the project's checks and trains."
 import json
 import re
 import shlex
@@ -14,7 +14,7 @@ from workspace import Workspace
 
 
 def commands():
-    "Every line of a shell in the front page and the tutorials that calls `ai2text` or `make`: (notebook, words)."
+    "Shell lines of the front page and the tutorials that call `ai2text` or `make`: (notebook, words)."
     for notebook in (o for o in NOTEBOOKS if o.name == "index" or o.room == "tutorials"):
         for cell in notebook.raw["cells"]:
             for block in re.findall(r"^```(?:bash|sh)\n(.*?)^```", "".join(cell["source"]), flags=re.M | re.S):
@@ -35,13 +35,13 @@ def test_commands_of_the_front_page_and_the_tutorials_exist(capsys):
 NEW = "models/45_gru", "testing/05_family_check"
 
 
-def moved_in(root:Path):
-    "What the tutorial's last section asks for: a notebook, a line, and its small one for the check."
+def add_family(root:Path):
+    "Follow the tutorial's last section: a notebook, a line in the registry, and a small configuration for the check."
     cells = ["".join(c["source"]) for c in json.loads((ROOT/"nbs/tutorials/family.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
     family, = [source for source in cells if "class Gru(" in source]
     end = "#| hide\nimport nbdev; nbdev.nbdev_export()"
     needs, test = "#| hide\nfrom ai2text.text.tokenizer import CharTokenizer", "assert Gru.from_config(dict(width=8), CharTokenizer()).config == dict(width=8, layers=2)"
-    write(new_notebook(cells=[new_markdown_cell("# Gru\n> Forwards and backwards."), new_code_cell("#| default_exp models.gru"), *(new_code_cell(f"#| export\n{part}") for part in split(family)),
+    write(new_notebook(cells=[new_markdown_cell("# Gru\n> A bidirectional GRU."), new_code_cell("#| default_exp models.gru"), *(new_code_cell(f"#| export\n{part}") for part in split(family)),
                               new_code_cell(needs), new_code_cell(test), new_code_cell(end)], metadata=dict(kernelspec=dict(display_name="python3", language="python", name="python3"))), root/"nbs/models/45_gru.ipynb")
     for name, old, new in (("models/50_registry", 'wav2vec=\\"Wav2Vec2\\")', 'wav2vec=\\"Wav2Vec2\\", gru=\\"Gru\\")'), ("testing/05_family_check", 'wav2vec=dict(size=\\"tiny\\"))', 'wav2vec=dict(size=\\"tiny\\"), gru=dict(width=16))')):
         path = root/f"nbs/{name}.ipynb"
@@ -51,7 +51,7 @@ def moved_in(root:Path):
 
 
 def split(source:str)->list:
-    "Imports apart from what they are for, as nbdev wants it."
+    "Imports and code as separate cells, as nbdev requires."
     lines = source.splitlines(keepends=True)
     last = max(i for i, line in enumerate(lines) if line.startswith(("import ", "from ")))
     return ["".join(lines[:last + 1]).strip(), "".join(lines[last + 1:]).strip()]
@@ -59,16 +59,16 @@ def split(source:str)->list:
 
 @pytest.fixture(scope="module")
 def home(pipeline, tmp_path_factory):
-    "A workspace with the new family in it."
+    "A workspace with the new family."
     w = Workspace.copy(pipeline, tmp_path_factory.mktemp("home"))
-    moved_in(w.root)
+    add_family(w.root)
     w.run("nbdev_export")
     for name in NEW: w.run("nbdev_clean", "--fname", f"nbs/{name}.ipynb")
     assert (w.root/"ai2text/models/gru.py").is_file()
     return w
 
 
-def test_rules_and_checks_hold_for_the_family_of_the_tutorial(home):
+def test_family_of_the_tutorial_passes_the_checks(home):
     home.run("git", "add", "-A")
     home.run("python", "-m", "pytest", "-q", "tests/test_house.py", "-k", "gru or family or sync or required", "-p", "no:cacheprovider")
     for name in NEW: home.run("nbdev_test", "--path", f"nbs/{name}.ipynb", PYTHONPATH=str(home.root))

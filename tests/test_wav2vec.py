@@ -1,4 +1,4 @@
-"Self-supervised encoders against transformers' own, learning, freezing, going on after a stop, and what is said when weights cannot be had."
+"Self-supervised encoders: equality with transformers, training, freezing, pre-training with resume, and errors of missing weights."
 import json
 import math
 import os
@@ -40,15 +40,16 @@ def model_of(seed=0, **params):
 
 def noise(*lengths):
     draw = torch.Generator().manual_seed(1)
-    return collate([(0.1*torch.randn(n, generator=draw) + 0.03).numpy() for n in lengths], ["một"]*len(lengths), [f"u{i}" for i in range(len(lengths))])
+    waves = [(0.1*torch.randn(n, generator=draw) + 0.03).numpy() for n in lengths]
+    return collate(waves, ["một"]*len(lengths), [f"u{i}" for i in range(len(lengths))])
 
 
 def released(folder, kind, **shape):
-    "A CTC model of transformers with random weights, written as a release is; its configuration is the released base's but smaller."
+    "Save a CTC model of transformers with random weights like a release: the base configuration, but smaller."
     import transformers
     name = dict(wav2vec2="Wav2Vec2", hubert="Hubert")[kind]
-    config = getattr(transformers, f"{name}Config")(**dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, conv_dim=[16]*7, num_conv_pos_embeddings=16,
-                                                          num_conv_pos_embedding_groups=4, vocab_size=TOKENIZER.vocab_size) | shape)
+    config = getattr(transformers, f"{name}Config")(**dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                                                          conv_dim=[16]*7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, vocab_size=TOKENIZER.vocab_size) | shape)
     torch.manual_seed(2)
     model = getattr(transformers, f"{name}ForCTC")(config).eval()
     for n,p in model.named_parameters():
@@ -93,7 +94,7 @@ def test_published_model_needs_neither_network_nor_release(tmp_path):
 def syllables(*pitches): return np.concatenate([np.sin(2*np.pi*f*np.arange(6400)/SAMPLE_RATE)*np.hanning(6400) for f in pitches]).astype(np.float32)
 
 
-def test_one_batch_is_learned_by_heart_and_transcribed():
+def test_overfits_one_batch():
     batch = collate([syllables(200, 800), syllables(800, 2000, 200), syllables(2000)], ["a b", "b c a", "c"], ["a", "b", "c"])
     model = model_of(encoder=dict(num_hidden_layers=1)).train()
     optimizer = make_optimizer(model, "muon", 1e-2)
@@ -107,8 +108,8 @@ def test_one_batch_is_learned_by_heart_and_transcribed():
     assert found[0].times == sorted(found[0].times) and 0.2 < found[0].times[-1] < 0.8
 
 
-def test_what_does_not_fit_is_counted():
-    "Five frames cannot hold ten letters."
+def test_infeasible_utterances_are_counted():
+    "Ten letters do not fit into five frames."
     batch = collate([noise(2_000).audio[0].numpy(), noise(9_000).audio[0].numpy()], ["một hai ba", "một"], ["a", "b"])
     loss = model_of()(batch)
     assert (loss.units.item(), loss.counts["infeasible"].item(), loss.counts["utterances"].item()) == (1, 1, 2)
@@ -125,14 +126,15 @@ def test_frozen_convolutions_do_not_move(norm):
     assert {n for n in before if n not in moved} == {n for n in before if n.startswith("encoder.feature_extractor.")}
 
 
-def test_masks_follow_the_trainers_seed_not_numpys_stream():
-    def after(noisy):
-        np.random.seed(noisy)
-        model = model_of(encoder=dict(mask_time_prob=0.3, mask_time_length=2, mask_feature_prob=0.1, mask_feature_length=2, hidden_dropout=0.1, layerdrop=0.1)).train()
+def test_masks_depend_on_the_trainers_seed_only():
+    def weights_after(numpy_seed):
+        np.random.seed(numpy_seed)
+        masks = dict(mask_time_prob=0.3, mask_time_length=2, mask_feature_prob=0.1, mask_feature_length=2)
+        model = model_of(encoder=dict(masks, hidden_dropout=0.1, layerdrop=0.1)).train()
         trainer = TrainerOptimized(model, make_optimizer(model, "adamw", 1e-3), batch_size=None, accumulation_steps=1)
         for _ in range(2): trainer.train_step([noise(16_000, 9_000)])
         return torch.cat([p.detach().flatten() for p in model.parameters()])
-    assert torch.equal(after(0), after(1))
+    assert torch.equal(weights_after(0), weights_after(1))
 
 
 # Pre-training
@@ -153,7 +155,7 @@ def test_pretraining_learns_and_the_codebook_stays_in_use(tiny):
     assert last["perplexity"] > 16, f"of 32 codes: {curve}"
 
 
-def test_pretraining_goes_on_where_it_was_stopped(tiny, tmp_path):
+def test_pretraining_resumes_exactly(tiny, tmp_path):
     config = settings(steps=6)
     class Stop:
         def on_step(self, trainer):
@@ -164,7 +166,7 @@ def test_pretraining_goes_on_where_it_was_stopped(tiny, tmp_path):
     for (name, a), b in zip(whole.encoder.named_parameters(), parts.encoder.parameters()): assert torch.equal(a, b), name
 
 
-def test_pretraining_goes_on_with_a_releases_quantizer(tmp_path):
+def test_pretraining_starts_from_a_releases_quantizer(tmp_path):
     import transformers
     shape = {k: v for k,v in model_of().config["encoder"].items()}
     torch.manual_seed(3)
@@ -179,9 +181,9 @@ def test_pretraining_goes_on_with_a_releases_quantizer(tmp_path):
 
 # Errors
 
-def refused(says, **params):
+def refused(message, **params):
     with pytest.raises(ConfigError) as error: Wav2Vec2.start(params, TOKENIZER)
-    assert says in str(error.value), error.value
+    assert message in str(error.value), error.value
 
 
 def test_a_name_without_a_commit_is_refused():
@@ -189,7 +191,7 @@ def test_a_name_without_a_commit_is_refused():
     refused("revision: 'main' is no commit", init="facebook/wav2vec2-base", revision="main")
 
 
-def test_weights_that_cannot_be_had_come_with_the_command_that_gets_them(tmp_path):
+def test_the_error_of_missing_weights_has_the_download_command(tmp_path):
     code = f"""
 from ai2text.core.params import ConfigError
 from ai2text.models.wav2vec import find_release
@@ -200,7 +202,7 @@ except ConfigError as e: print(e)"""
     assert f"`hf download facebook/wav2vec2-base config.json {WEIGHTS} --revision {COMMIT}`" in done.stdout, done.stdout + done.stderr
 
 
-def test_broken_and_foreign_weights_are_named(tmp_path):
+def test_corrupt_and_unsupported_weights_are_named(tmp_path):
     released(tmp_path, "wav2vec2")
     init, weights, about = str(tmp_path), (tmp_path/WEIGHTS).read_bytes(), json.loads((tmp_path/"config.json").read_text())
     (tmp_path/WEIGHTS).write_bytes(weights[:1000])
@@ -212,7 +214,7 @@ def test_broken_and_foreign_weights_are_named(tmp_path):
     save_file(tensors, tmp_path/WEIGHTS, dict(format="pt"))
     refused("1 tensors of the encoder are missing, such as encoder.layers.1.attention.q_proj.weight", init=init)
     (tmp_path/"config.json").write_text(json.dumps(about | dict(model_type="whisper")))
-    refused("model_type: 'whisper' is no encoder of this family; it knows wav2vec2, hubert", init=init)
+    refused("model_type: 'whisper' is no encoder of this family; it takes wav2vec2, hubert", init=init)
     (tmp_path/"config.json").write_text(json.dumps(about | dict(add_adapter=True)))
     refused("has adapters", init=init)
 

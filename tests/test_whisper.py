@@ -1,4 +1,4 @@
-"A released checkpoint in all the ways that it can be missing, wrong or damaged; and Whisper between trainer, checkpoint and published folder."
+"Released checkpoints that are missing, wrong or corrupt; Whisper through trainer, checkpoint and published folder."
 import json
 import shutil
 import socket
@@ -33,29 +33,29 @@ NAME, REVISION = "openai/whisper-small", "0123456789"*4
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    "A checkpoint with nothing wrong."
+    "A valid checkpoint."
     torch.manual_seed(0)
     return small_whisper(tmp_path_factory.mktemp("whisper")/"small", TEXTS)
 
 
 @pytest.fixture
 def folder(whole, tmp_path):
-    "A copy to damage."
+    "A copy to corrupt."
     shutil.copytree(whole, tmp_path/"small")
     return tmp_path/"small"
 
 
 @pytest.fixture
 def no_network(monkeypatch):
-    "Whoever asks for an address fails the test."
-    asked = []
+    "Any network access fails the test."
+    calls = []
     def refuse(*args, **kwargs):
-        asked.append(args)
+        calls.append(args)
         raise OSError("no network in this test")
     for name in ("getaddrinfo", "create_connection"): monkeypatch.setattr(socket, name, refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     yield
-    assert not asked, f"the network was asked for {asked}"
+    assert not calls, f"network access: {calls}"
 
 
 def batch_of(*lengths):
@@ -76,7 +76,7 @@ def test_a_folder_needs_no_network(whole, no_network):
     assert len(model.eval().transcribe(batch_of(16_000))) == 1
 
 
-@pytest.mark.parametrize("params, says", [
+@pytest.mark.parametrize("params, message", [
     (dict(init=NAME), f"whisper.revision: '' does not pin {NAME}; write the 40 digits of a commit"),
     (dict(init=NAME, revision="main"), f"whisper.revision: 'main' does not pin {NAME}"),
     (dict(init=NAME, revision=REVISION), f"whisper.init: {NAME} at {REVISION} is not in this machine's cache, and nothing is fetched while a stage runs; "
@@ -86,14 +86,14 @@ def test_a_folder_needs_no_network(whole, no_network):
     (dict(init=NAME, revision=REVISION, size="base"), "whisper.size: no such parameter"),
     (dict(init=NAME, revision=REVISION, trust_remote_code=True), "whisper.trust_remote_code: no such parameter"),
 ])
-def test_what_is_not_here_is_an_error_that_says_how_to_get_it(params, says, no_network): assert says in refused(params)
+def test_a_missing_checkpoint_is_an_error_with_the_fix(params, message, no_network): assert message in refused(params)
 
 
 def test_a_folder_has_no_revision(whole): assert "is a folder and has no revisions; leave revision out" in refused(dict(init=str(whole), revision=REVISION))
 
 
 def test_a_released_name_comes_from_the_cache(whole, tmp_path, monkeypatch, no_network):
-    "The cache as the fetch command leaves it; a file that was not fetched is named, with the command."
+    "A missing file of the cache is named, with the command that fetches it."
     snapshot = tmp_path/"hub/models--someone--whisper-small/snapshots"/REVISION
     shutil.copytree(whole, snapshot)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path/"hub"))
@@ -106,7 +106,7 @@ def test_a_released_name_comes_from_the_cache(whole, tmp_path, monkeypatch, no_n
 
 # What the files hold
 
-def test_english_only_is_refused(folder):
+def test_an_english_only_whisper_is_refused(folder):
     edit(folder/"generation_config.json", is_multilingual=False)
     assert "an English-only Whisper; take the multilingual one, whose name lacks .en" in refused(dict(init=str(folder)))
 
@@ -126,26 +126,26 @@ def test_shapes_of_config_and_weights_must_match(folder):
     assert "model.safetensors: of another shape than config.json says" in refused(dict(init=str(folder)))
 
 
-def test_what_was_converted_for_another_runtime_is_named(folder):
+def test_a_checkpoint_converted_for_another_runtime_is_refused(folder):
     write_json(folder/"config.json", dict(alignment_heads=[], lang_ids=[]))
     (folder/"model.bin").write_bytes(b"x")
-    assert "converted for CTranslate2, which can only be run; name the checkpoint that it was made from" in refused(dict(init=str(folder)))
+    assert "converted for CTranslate2, which cannot be trained; name the checkpoint that it was made from" in refused(dict(init=str(folder)))
 
 
 def test_a_tokenizer_that_lost_its_first_merge_is_refused(folder):
     about = read_json(folder/"tokenizer.json")
     about["model"]["merges"] = about["model"]["merges"][1:]
     write_json(folder/"tokenizer.json", about)
-    assert "1 pieces of its vocabulary are made by no merge, such as " in refused(dict(init=str(folder)))
+    assert "1 tokens of its vocabulary are made by no merge, such as " in refused(dict(init=str(folder)))
 
 
-def test_weights_that_are_no_numbers_are_named(folder):
+def test_weights_with_nan_are_named(folder):
     path = folder/"model.safetensors"
     save_file({k: v.fill_(float("nan")) if k.endswith("layers.0.fc1.weight") else v for k,v in load_file(path).items()}, path, dict(format="pt"))
     assert "holds values that are no numbers" in refused(dict(init=str(folder)))
 
 
-def test_an_error_names_the_key_of_params(folder):
+def test_an_error_names_the_key_in_params(folder):
     with pytest.raises(ConfigError, match=r"^models\.mine\.freeze_layers: 3, but this encoder has 2 layers"):
         build_model(dict(family="whisper", init=str(folder), freeze_layers=3), None, name="mine")
 
@@ -171,10 +171,11 @@ def test_a_missing_file_is_named(folder, name):
     assert name in message and "copy the whole checkpoint there" in message
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:len(data)//2], lambda data: b"\xff"*8 + data[8:], lambda data: b""], ids=["cut short", "header overwritten", "empty"])
-def test_corrupt_weights_are_named(folder, damage):
+@pytest.mark.parametrize("corrupt", [lambda data: data[:len(data)//2], lambda data: b"\xff"*8 + data[8:], lambda data: b""],
+                         ids=["truncated", "header overwritten", "empty"])
+def test_corrupt_weights_are_named(folder, corrupt):
     path = folder/"model.safetensors"
-    path.write_bytes(damage(path.read_bytes()))
+    path.write_bytes(corrupt(path.read_bytes()))
     message = refused(dict(init=str(folder)))
     assert message.startswith(f"{path}: cannot be read (") and message.endswith("delete it, and copy the whole checkpoint there")
 
@@ -198,7 +199,7 @@ def test_code_beside_the_weights_is_never_run(folder, tmp_path):
     assert not (tmp_path/"ran").exists()
 
 
-def test_a_damaged_tokenizer_is_named(folder):
+def test_a_corrupt_tokenizer_is_named(folder):
     (folder/"tokenizer.json").write_text("{", "utf-8")
     assert f"{folder}: its tokenizer cannot be read (" in refused(dict(init=str(folder)))
 
@@ -210,18 +211,19 @@ def test_half_precision_weights_are_trained_in_float32(folder):
     assert {p.dtype for p in Whisper.start(dict(init=str(folder)), None).parameters()} == {torch.float32}
 
 
-def test_an_encoder_has_so_many_layers(whole): assert "whisper.freeze_layers: 3, but this encoder has 2 layers" in refused(dict(init=str(whole), freeze_layers=3))
+def test_freezing_more_layers_than_there_are_is_refused(whole): assert "whisper.freeze_layers: 3, but this encoder has 2 layers" in refused(dict(init=str(whole), freeze_layers=3))
 
 
 # Between trainer and published folder
 
 @pytest.mark.parametrize("optimizer, lr", [("muon", 1e-2), ("adamw", 5e-3)])
-def test_trained_averaged_published_and_read_back(optimizer, lr, tmp_path):
-    "One batch by heart, with the average that is published; the tied embedding is averaged, too."
+def test_averaged_weights_are_published_and_loaded(optimizer, lr, tmp_path):
+    "Overfits one batch; the averaged weights, with the tied embedding, are published."
     torch.manual_seed(0)
     params = dict(d_model=32, layers=1, heads=2, ff=64, window_seconds=1., max_tokens=32, window="full", freq_masks=0, time_masks=0)
     model, batch = Whisper.start(params, CharTokenizer()), batch_of(9_000, 16_000, 12_000)
-    trainer = TrainerOptimized(model, make_optimizer(model, optimizer, lr), batch_size=None, accumulation_steps=1, gradient_clip_val=0., ema_decay=0.8, device="cpu")
+    trainer = TrainerOptimized(model, make_optimizer(model, optimizer, lr), batch_size=None, accumulation_steps=1, gradient_clip_val=0.,
+                               ema_decay=0.8, device="cpu")
     trainer.fit([batch]*80, Budget(max_steps=80))
     weights = trainer.weights()
     saved = save_model(tmp_path/"m", model, weights, lambda part: model.tokenizer.save(part/"tokenizer"), "whisper")
@@ -231,7 +233,7 @@ def test_trained_averaged_published_and_read_back(optimizer, lr, tmp_path):
     with trainer.published() as published: assert own.transcribe(batch) == published.transcribe(batch)
 
 
-def test_a_finetuned_checkpoint_outlives_its_folder(folder, tmp_path):
+def test_a_finetuned_model_needs_no_release(folder, tmp_path):
     model = Whisper.start(dict(init=str(folder), freeze_encoder=True), None)
     frozen = {n: p.clone() for n,p in model.named_parameters() if not p.requires_grad}
     trainer = TrainerOptimized(model, make_optimizer(model, "adamw", 1e-3), batch_size=None, accumulation_steps=1, checkpointing=True, device="cpu")
@@ -246,24 +248,24 @@ def test_a_finetuned_checkpoint_outlives_its_folder(folder, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["written", "normalised"])
-def test_what_it_writes_is_scored_in_every_table(text, tmp_path, monkeypatch):
-    "From the transcripts of a corpus, through training and evaluation, to the summary and the comparison."
+def test_written_text_is_trained_scored_and_reported(text, tmp_path, monkeypatch):
+    "From a corpus through training and evaluation to summary and comparison."
     layout = Layout(tiny_workspace("shards"))
     rows = read_jsonl(layout.manifest("train"))
     small_whisper(tmp_path/"small", [row["text_raw"] for row in rows], window_seconds=10, max_target_positions=100)
     init("m", InitConfig(), dict(family="whisper", init=str(tmp_path/"small"), text=text), layout)
     milestones = [dict(wer=0.3, budget_hours=1.)]
     targets, seen = Whisper._targets, []
-    def watched(self, batch, rows):
+    def recorded(self, batch, rows):
         found = targets(self, batch, rows)
         seen.extend(self.tokenizer.decode([i for i in row if i >= 0]) for row in found[1].tolist())
         return found
-    monkeypatch.setattr(Whisper, "_targets", watched)
+    monkeypatch.setattr(Whisper, "_targets", recorded)
     config = TrainConfig(max_steps=2, warmup_steps=0, threads=1, batch_seconds=20., optimizer="adamw", lr=1e-4, amp_dtype="fp32")
     metrics = publish("m", fit("m", config, milestones, layout), milestones, layout)
     monkeypatch.undo()
-    said = {" ".join(row["text_raw" if text == "written" else "text"].split()) for row in rows}
-    assert seen and {t for t in seen if t} <= said
+    expected = {" ".join(row["text_raw" if text == "written" else "text"].split()) for row in rows}
+    assert seen and {t for t in seen if t} <= expected
     found, writes = evaluate("m", StreamConfig(), layout), text == "written"
     assert {"val_written_wer", "val_written_cer"} <= set(metrics) if writes else not any("written" in k for k in metrics)
     assert (found["written_wer"] is not None) == (found["written_cer_high"] is not None) == writes

@@ -11,11 +11,11 @@ from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parent.parent
 M = "conformer_ctc"
-# Every stage as short as it can be; training long enough to be met on its way.
+# Short stages; training long enough to be interrupted.
 SMALL = dict(
     corpora=dict(demo=dict(sentences=24, dev_sentences=4, test_sentences=4, processes=1)), prepare=dict(tokenizer="char", processes=1), shards=dict(shard_size=20, processes=1),
     train=dict(max_steps=60, batch_seconds=8., warmup_steps=5, evaluate_every_steps=20, checkpoint_minutes=0.01, amp_dtype="fp32", threads=1, seed=3),
-    models={M: dict(size="tiny", chunk_share=0.5)}, export=dict(min_utterances=1, utterances=2, runtime_utterances=1, max_wer_gap=1., max_int8_gap=1.))
+    models={M: dict(size="tiny", dynamic_chunk_prob=0.5)}, export=dict(min_utterances=1, utterances=2, runtime_utterances=1, max_wer_gap=1., max_int8_gap=1.))
 STAGES = ("identity", "corpus@demo", "prepare", "shards", f"init@{M}", f"train@{M}", f"evaluate@{M}", "compare", "export")
 
 
@@ -29,8 +29,8 @@ class Workspace:
     "A copy of the project's files with small parameters, in a git repository of its own."
     def __init__(self, root:Path):
         self.root = root
-        names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-        for name in filter(None, names):
+        listing = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+        for name in filter(None, listing.stdout.split("\n")):
             if {"papermill_runs", "results", "comparison", "dvc.lock"} & set(Path(name).parts) or not (ROOT/name).is_file(): continue
             (root/name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT/name, root/name)
@@ -39,13 +39,13 @@ class Workspace:
 
     @classmethod
     def copy(cls, folder:Path, root:Path):
-        "A copy of a workspace with all that was made there; a few MB, so that no links are needed."
+        "A copy of a workspace with all outputs, a few MB."
         self = cls.__new__(cls)
         self.root = Path(shutil.copytree(folder, root, symlinks=True, dirs_exist_ok=True))
         return self
 
     def change(self, values:dict):
-        "Write values into params.yaml; None takes a key out."
+        "Write values into params.yaml; None removes a key."
         yaml, path = YAML(), self.root/"params.yaml"
         params = yaml.load(path)
         def merge(old, new):
@@ -62,14 +62,15 @@ class Workspace:
         return done.stdout + done.stderr*stderr
 
     def repro(self, *targets:str)->set:
-        "Run the pipeline, or a part of it; the names of the stages that ran, but for `starts`, which always does."
+        "Run the pipeline, or a part of it; returns the stages that ran, except `starts`, which always runs."
         return {line.split("'")[1] for line in self.run("dvc", "repro", *targets).splitlines() if line.startswith("Running stage")} - {"starts"}
 
     def start(self, *targets:str, **changes)->subprocess.Popen:
-        return subprocess.Popen(["dvc", "repro", *targets], cwd=self.root, env=environment(**changes), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        return subprocess.Popen(["dvc", "repro", *targets], cwd=self.root, env=environment(**changes), stdin=subprocess.DEVNULL,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def train(self, **changes):
-        "What the stage `train` does, in this process and without its notebook."
+        "Run the stage `train` in this process, without its notebook."
         from ai2text.core.layout import Layout
         from ai2text.core.params import load_params
         from ai2text.core.sections import section
@@ -83,7 +84,7 @@ class Workspace:
     def folders(self)->set: return set(self.root.glob(f".runs/{M}/*/*/"))
 
     def wait_for_checkpoint(self, known:set, seconds:float=300.)->tuple:
-        "Wait until a run that is not `known` has saved a step; its folder and the step."
+        "Wait until a run that is not `known` has a checkpoint; returns its folder and step."
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             for folder in self.folders() - known:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 # %% ../../nbs/core/00_params.ipynb #9571927a
 class ConfigError(ValueError):
-    "A parameter or file that the user can mend; the message names it."
+    "An invalid parameter or file; the message names it and the fix."
 
 # %% ../../nbs/core/00_params.ipynb #09f27df4
 def opt(
-    default=MISSING, # value when the key is left out; none = the key is required
-    help:str="",     # one line for the reader
+    default=MISSING, # value if the key is missing; none = the key is required
+    help:str="",     # one-line description
     *,
     ge=None,         # smallest value allowed
     gt=None,         # value must be larger than this
@@ -25,7 +25,7 @@ def opt(
     lt=None,         # value must be smaller than this
     choices=None,    # the values allowed
 ):                   # a dataclass field
-    "A dataclass field with a help line and a range; for a list or a mapping, the range holds for each value in it."
+    "A dataclass field with a help line and a range; in a list or a mapping, the range applies to each value."
     meta = dict(help=help, ge=ge, gt=gt, le=le, lt=lt, choices=choices)
     if isinstance(default, (list, dict, set)): return field(default_factory=lambda: type(default)(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -60,7 +60,7 @@ def _typed(value, kind, where:str):
 
 # %% ../../nbs/core/00_params.ipynb #499998a8
 def _in_range(value, meta, where:str):
-    "Refuse a value outside of the range that `opt` gave; `NaN` is outside of every range."
+    "Raise `ConfigError` for a value outside the range of `opt`; NaN is outside every range."
     if isinstance(value, (list, tuple)):
         for i,v in enumerate(value): _in_range(v, meta, f"{where}[{i}]")
     elif isinstance(value, dict):
@@ -69,7 +69,8 @@ def _in_range(value, meta, where:str):
         tests = dict(ge=(">=", lambda a,b: a >= b), gt=(">", lambda a,b: a > b), le=("<=", lambda a,b: a <= b), lt=("<", lambda a,b: a < b))
         for name,(sign,holds) in tests.items():
             bound = meta.get(name)
-            if bound is not None and not holds(value, bound): raise ConfigError(f"{where}: {value!r} is out of range; it must be {sign} {bound!r}")
+            if bound is not None and not holds(value, bound):
+                raise ConfigError(f"{where}: {value!r} is out of range; it must be {sign} {bound!r}")
         choices = meta.get("choices")
         if choices is not None and value not in choices:
             raise ConfigError(f"{where}: {value!r} is not known; choose from {', '.join(map(repr, choices))}")
@@ -77,16 +78,18 @@ def _in_range(value, meta, where:str):
 # %% ../../nbs/core/00_params.ipynb #b4653375
 def make(
     cls,         # a dataclass
-    values:dict, # names and values, as a section of params.yaml has them
-    where:str,   # how errors call the mapping, as "train"
+    values:dict, # names and values of a section of params.yaml
+    where:str,   # name of the mapping in errors, such as "train"
 ):               # an instance of `cls`
     "A typed, checked dataclass from a mapping; raises `ConfigError` for a key that is unknown, missing, mistyped or out of range."
-    if not isinstance(values, dict): raise ConfigError(f"{where}: {values!r} is a {type(values).__name__}; write a section of keys and values")
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: {values!r} is a {type(values).__name__}; write a section of keys and values")
     known = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for name in values:
         if name in known: continue
         near = difflib.get_close_matches(str(name), known, 1)
-        raise ConfigError(f"{where}.{name}: no such parameter; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"))
+        fix = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        raise ConfigError(f"{where}.{name}: no such parameter; {fix}")
     hints, checked = typing.get_type_hints(cls), {}
     for name,f in known.items():
         if name in values:
@@ -102,20 +105,20 @@ def make(
 def collect(
     cls,        # a dataclass
     names:dict, # a notebook's `globals()`
-    where:str,  # how errors call the section
+    where:str,  # name of the section in errors
 ):              # an instance of `cls`
-    "`make` from a namespace, and its errors: the fields of `cls` are taken, all other names left alone."
+    "`make` from a namespace: takes the fields of `cls` and ignores other names; raises as `make` does."
     return make(cls, {f.name: names[f.name] for f in dataclasses.fields(cls) if f.init and f.name in names}, where)
 
 # %% ../../nbs/core/00_params.ipynb #7385d89b
 def load_params(
     path, # a YAML file
 )->dict:  # plain dicts, lists and scalars
-    "Read YAML 1.2; raises `ConfigError` naming the file for a syntax error, a key given twice or anything but sections."
+    "Read YAML 1.2; `ConfigError` names the file for a syntax error, a duplicate key or a file without sections."
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
     try: params = YAML(typ="safe", pure=True).load(Path(path).read_text("utf-8"))
     except FileNotFoundError: raise ConfigError(f"{path}: no such file; run from a folder that has a params.yaml") from None
     except (YAMLError, UnicodeDecodeError) as e: raise ConfigError(f"{path}: {' '.join(str(e).split())}") from e
-    if not isinstance(params, dict): raise ConfigError(f"{path}: holds no sections; write `section:` and its keys beneath")
+    if not isinstance(params, dict): raise ConfigError(f"{path}: has no sections; write `section:` with its keys indented below")
     return params
