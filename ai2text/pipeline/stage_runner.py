@@ -340,7 +340,7 @@ class _Terminal:
 
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #75698eb8
 def report_headline(nb)->str:
-    "The sentence that opens an executed notebook (`ai2text.evaluation.plots.headline`), as plain text; empty if there is none."
+    "The sentence that opens an executed notebook (`ai2text.core.tables.headline`), as plain text; empty if there is none."
     shown = ("".join(o["data"].get("text/html", "")) for c in nb.cells for o in c.get("outputs", ()) if "data" in o)
     return next((html.unescape(re.sub("<[^>]*>", "", text)) for text in shown if text.startswith("<p><strong>")), "")
 
