@@ -42,7 +42,9 @@ def test_segmented_recordings_are_imported_and_prepared(lessons, tmp_path, capsy
     assert "bài 1.flac: 4 of 5 sentences kept, as 4 utterances" in output and "source: nemo" in output, output
     assert [d["text"] for d in read_jsonl(tmp_path/"book/report/dropped.jsonl")] == ["con đường xa tít tắp"]*3
     layout = Layout(tmp_path)
-    make_corpus(CorpusConfig(source="nemo", path=str(tmp_path/"book"), transcripts="manifest.jsonl", processes=1), "book", layout.corpus("book"))
+    make_corpus(
+        CorpusConfig(source="nemo", path=str(tmp_path / "book"), transcripts="manifest.jsonl", processes=1), "book", layout.corpus("book")
+    )
     stats = prepare(PrepareConfig(tokenizer="char", processes=1, dev_share=0.3, test_share=0.3), layout.corpora, layout.prepared)
     assert (stats["utterances"], stats["rejected"]) == (12, 0)
     rows = [row for split in ("train", "dev", "test") for row in read_jsonl(layout.manifest(split))]
@@ -66,7 +68,10 @@ def test_corrupt_recording_is_reported_and_others_are_kept(lessons, tmp_path, ca
 def models(tmp_path_factory):
     "An untrained Conformer."
     home, tokenizer = tmp_path_factory.mktemp("models"), CharTokenizer()
-    save_model(home/"conformer", build_model(dict(family="conformer", size="tiny"), tokenizer), beside=lambda part: tokenizer.save(part/"tokenizer"), family="conformer")
+    save_model(
+        home / "conformer", build_model(dict(family="conformer", size="tiny"), tokenizer),
+        beside=lambda part: tokenizer.save(part / "tokenizer"), family="conformer"
+    )
     return home
 
 
@@ -79,8 +84,13 @@ def test_help_describes_each_option(command, capsys):
 
 def test_errors_of_align_are_one_line(lessons, models, tmp_path, capsys):
     recording = str(lessons/"bài 0.flac")
-    for words, error in {("none", recording): "none/config.json: no model is published here", (str(models/"conformer"), recording): "the model cannot tell which text is spoken", (str(models/"conformer"), "none.wav"): "none.wav: no such file or folder",
-                        (str(models/"conformer"), recording, "none.txt"): "none.txt: no such file; write the transcript", (str(models/"conformer"), str(lessons), "a.txt"): "the texts of a folder are beside its recordings"}.items():
+    for words, error in {
+        ("none", recording): "none/config.json: no model is published here",
+        (str(models / "conformer"), recording): "the model cannot tell which text is spoken",
+        (str(models / "conformer"), "none.wav"): "none.wav: no such file or folder",
+        (str(models / "conformer"), recording, "none.txt"): "none.txt: no such file; write the transcript",
+        (str(models / "conformer"), str(lessons), "a.txt"): "the texts of a folder are beside its recordings",
+    }.items():
         assert main(["align", *words, "--out", str(tmp_path/"out")]) == 2, words
         assert error in (output := capsys.readouterr().err), output
         assert not (tmp_path/"out").exists()
@@ -90,15 +100,25 @@ def test_model_without_ctc_scores_is_refused(monkeypatch):
     from ai2text.core.params import ConfigError
     from ai2text.decoding import align
     monkeypatch.setattr(align, "load_model", lambda folder: type("Whisper", (), {})())
-    with pytest.raises(ConfigError, match="models/w: Whisper has no CTC scores; use a model of a CTC family"): align.load_ctc_model(Path("models/w"))
+    with pytest.raises(ConfigError, match="models/w: Whisper has no CTC scores; use a model of a CTC family"):
+        align.load_ctc_model(Path("models/w"))
 
 
 def test_spoken_reading_is_used_by_prepare(tmp_path, capsys):
     "prepare keeps the readings, a model chooses, and the next prepare uses its choice; a changed text gets its first reading again."
     rng, layout, folder = np.random.default_rng(0), Layout(tmp_path), tmp_path/"data/corpus/lessons"
     folder.mkdir(parents=True)
-    spoken = {"Nhà có 105 cây": "nhà có một trăm lẻ năm cây", "Lúc 24 giờ": "lúc hai mươi bốn giờ", "Giá 2.000 đồng": "giá hai ngàn đồng", "Trang 35": "trang ba mươi lăm"} | {text: text for text in TEXTS[:4]}
-    rows = [dict(id=f"u{n}", audio_filepath=f"{n}.wav", text_raw=written, speaker=f"s{n}", split="dev" if n == 6 else "test" if n == 7 else "train") for n, written in enumerate(spoken)]
+    spoken = {
+        "Nhà có 105 cây": "nhà có một trăm lẻ năm cây", "Lúc 24 giờ": "lúc hai mươi bốn giờ",
+        "Giá 2.000 đồng": "giá hai ngàn đồng", "Trang 35": "trang ba mươi lăm"
+    } | {text: text for text in TEXTS[:4]}
+    rows = [
+        dict(
+            id=f"u{n}", audio_filepath=f"{n}.wav", text_raw=written, speaker=f"s{n}",
+            split="dev" if n == 6 else "test" if n == 7 else "train"
+        )
+        for n, written in enumerate(spoken)
+    ]
     for n, text in enumerate(spoken.values()): (folder/f"{n}.wav").write_bytes(encode(say_in_tones(text, rng), SAMPLE_RATE, "wav"))
     write_jsonl(folder/"manifest.jsonl", rows)
     cfg = PrepareConfig(tokenizer="char", processes=1)
@@ -108,8 +128,12 @@ def test_spoken_reading_is_used_by_prepare(tmp_path, capsys):
     assert [f["first"] for f in sorted(found, key=lambda f: f["id"])] == [False, True, False, True]
     write_jsonl(tmp_path/"spoken.jsonl", found)
     cfg = replace(cfg, spoken="spoken.jsonl")
-    assert prepare(cfg, layout.corpora, layout.prepared, root=tmp_path)["spoken"] == dict(several=4, chosen=4, other_than_first=2, stale=0, stale_ids=[])
-    assert {row["id"]: row["text"] for row in read_jsonl(layout.manifest("train"))} == {f"u{n}": text for n, text in enumerate(spoken.values()) if n < 6}
+    assert prepare(cfg, layout.corpora, layout.prepared, root=tmp_path)["spoken"] == dict(
+        several=4, chosen=4, other_than_first=2, stale=0, stale_ids=[]
+    )
+    assert {row["id"]: row["text"] for row in read_jsonl(layout.manifest("train"))} == {
+        f"u{n}": text for n, text in enumerate(spoken.values()) if n < 6
+    }
     again = {f["id"]: f["text"] for f in score_all_readings(ToneModel().eval(), read_jsonl(layout.manifest("train")), layout.prepared)}
     assert again == {f["id"]: f["text"] for f in found}
     write_jsonl(folder/"manifest.jsonl", [dict(row, text_raw="Nhà có 106 cây") if row["id"] == "u0" else row for row in rows])

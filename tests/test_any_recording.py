@@ -37,22 +37,28 @@ def sized(data, size, at=40): return data[:at] + size.to_bytes(4, "little") + da
 
 # name: makes the bytes of the file from a wave; keys of its NOTES; the reason for which it is refused
 FAULTS = {
-    "killed.wav":    (lambda wave: sized(sized(wav(wave), 0), 0, 4), ["zero"], ""),
-    "killed24.wav":  (lambda wave: sized(wav(wave, subtype="PCM_24"), 0), ["zero"], ""),
-    "half.wav":      (lambda wave: sized(wav(wave), len(wave)), ["short"], ""),
-    "half.aiff":     (lambda wave: (lambda data: data[:(at := data.index(b"SSND") + 4)] + len(wave).to_bytes(4, "big") + data[at + 4:])(wav(wave, format="AIFF")), ["short"], ""),
-    "pipe.wav":      (lambda wave: sized(sized(wav(wave), 0xffffffff), 0xffffffff, 4), [], ""),
-    "twice.mp3":     (lambda wave: wav(wave[:len(wave)//2], format="MP3") + wav(wave[len(wave)//2:], format="MP3"), ["joined"], ""),
-    "twice.ogg":     (lambda wave: wav(wave[:len(wave)//2], format="OGG") + wav(wave[len(wave)//2:], format="OGG"), ["joined"], ""),
-    "inverted.wav":  (lambda wave: wav(np.stack([wave, -wave], 1)), ["cancel"], ""),
-    "inverted.mp3":  (lambda wave: wav(np.stack([wave, -wave], 1), format="MP3"), ["cancel"], ""),
-    "renamed.wav":   (lambda wave: of_kind("iphone.m4a", wave), [], ""),
-    "broken.wav":    (lambda wave: wav(wave)[:-30_000], [], "truncated"),
-    "broken.flac":   (lambda wave: wav(wave, format="FLAC")[:-9_000], [], "truncated"),
-    "broken.m4a":    (lambda wave: of_kind("memo.m4a", wave)[:-9_000], [], "unreadable audio"),
-    "text.m4a":      (lambda wave: b"<html>not found</html>", [], "unreadable audio"),
-    "pointer.wav":   (lambda wave: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", [], "unreadable audio"),
-    "list.aac":      (lambda wave: b"#EXTM3U\n#EXTINF:9,\nhttp://127.0.0.1:9/a.aac\n#EXT-X-ENDLIST\n", [], "unreadable audio"),
+    "killed.wav": (lambda wave: sized(sized(wav(wave), 0), 0, 4), ["zero"], ""),
+    "killed24.wav": (lambda wave: sized(wav(wave, subtype="PCM_24"), 0), ["zero"], ""),
+    "half.wav": (lambda wave: sized(wav(wave), len(wave)), ["short"], ""),
+    "half.aiff": (
+        lambda wave: (lambda data: data[: (at := data.index(b"SSND") + 4)] + len(wave).to_bytes(4, "big") + data[at + 4 :])(
+            wav(wave, format="AIFF")
+        ),
+        ["short"],
+        "",
+    ),
+    "pipe.wav": (lambda wave: sized(sized(wav(wave), 0xFFFFFFFF), 0xFFFFFFFF, 4), [], ""),
+    "twice.mp3": (lambda wave: wav(wave[: len(wave) // 2], format="MP3") + wav(wave[len(wave) // 2 :], format="MP3"), ["joined"], ""),
+    "twice.ogg": (lambda wave: wav(wave[: len(wave) // 2], format="OGG") + wav(wave[len(wave) // 2 :], format="OGG"), ["joined"], ""),
+    "inverted.wav": (lambda wave: wav(np.stack([wave, -wave], 1)), ["cancel"], ""),
+    "inverted.mp3": (lambda wave: wav(np.stack([wave, -wave], 1), format="MP3"), ["cancel"], ""),
+    "renamed.wav": (lambda wave: of_kind("iphone.m4a", wave), [], ""),
+    "broken.wav": (lambda wave: wav(wave)[:-30_000], [], "truncated"),
+    "broken.flac": (lambda wave: wav(wave, format="FLAC")[:-9_000], [], "truncated"),
+    "broken.m4a": (lambda wave: of_kind("memo.m4a", wave)[:-9_000], [], "unreadable audio"),
+    "text.m4a": (lambda wave: b"<html>not found</html>", [], "unreadable audio"),
+    "pointer.wav": (lambda wave: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", [], "unreadable audio"),
+    "list.aac": (lambda wave: b"#EXTM3U\n#EXTINF:9,\nhttp://127.0.0.1:9/a.aac\n#EXT-X-ENDLIST\n", [], "unreadable audio"),
 }
 CASES = {name: (lambda wave, name=name: of_kind(name, wave), [], "") for name in RECORDINGS} | FAULTS
 
@@ -91,7 +97,10 @@ def test_corpus_prepare_and_shards_agree_on_every_recording(folder, bundle):
     recogniser, found = load_recogniser(bundle), {}
     for split in ("train", "dev", "test"):
         rows = read_jsonl(folder/f"prepared/{split}.jsonl")
-        index = write_shards(rows, folder/"shards"/split, folder/f"{split}.json", ShardsConfig(codec="wav", processes=1), audio_root=folder/"prepared")
+        index = write_shards(
+            rows, folder / "shards" / split, folder / f"{split}.json", ShardsConfig(codec="wav", processes=1),
+            audio_root=folder / "prepared"
+        )
         assert not index.rejected
         block = (folder/"shards"/split/index.shards[0]["file"]).read_bytes()
         for at, size, seconds in zip(index.offset, index.size, index.duration):
@@ -132,11 +141,19 @@ def test_stream_reads_every_recording(folder, bundle, capsys):
 
 def test_each_channel_of_a_call_has_its_transcript(folder, bundle, tmp_path, capsys):
     one, two = (whistle(text)[0] for text in SPOKEN[:2])
-    for name, data in {"call.wav": wav(np.stack([one, two], 1)), "memo.wav": wav(one), "call.m4a": of_kind("iphone.m4a", np.stack([one, two], 1))}.items(): (tmp_path/name).write_bytes(data)
+    for name, data in {
+        "call.wav": wav(np.stack([one, two], 1)),
+        "memo.wav": wav(one),
+        "call.m4a": of_kind("iphone.m4a", np.stack([one, two], 1)),
+    }.items():
+        (tmp_path / name).write_bytes(data)
     files = [tmp_path/"call.wav", tmp_path/"memo.wav"]
     assert transcribe(bundle, files, channel="each", to=tmp_path/"out", processes=1) == 0
     texts = {path.name: path.read_text("utf-8").strip() for path in (tmp_path/"out").iterdir()}
-    assert texts == {"call-left.txt": SPOKEN[0], "call-right.txt": SPOKEN[1], "memo.txt": SPOKEN[0]} and "3 of 3 transcripts" in capsys.readouterr().out
+    assert (
+        texts == {"call-left.txt": SPOKEN[0], "call-right.txt": SPOKEN[1], "memo.txt": SPOKEN[0]}
+        and "3 of 3 transcripts" in capsys.readouterr().out
+    )
     for channel, text in (("left", SPOKEN[0]), ("right", SPOKEN[1])):
         assert transcribe(bundle, [tmp_path/"call.m4a"], channel=channel, processes=1) == 0
         assert capsys.readouterr().out.strip() == text
@@ -170,7 +187,9 @@ def test_corrupt_headers_take_neither_memory_nor_time(tmp_path):
         with pytest.raises(AudioError): read_audio(data[:at] + value.to_bytes(size, "little") + data[at + size:])
     rng = np.random.default_rng(0)
     for name in [*RECORDINGS, "flac", "ogg"]:  # wrong bytes anywhere give samples or AudioError
-        whole = bytearray(of_kind(name, np.zeros(8000, np.float32)) if name in RECORDINGS else wav(np.zeros(8000, np.float32), format=name.upper()))
+        whole = bytearray(
+            of_kind(name, np.zeros(8000, np.float32)) if name in RECORDINGS else wav(np.zeros(8000, np.float32), format=name.upper())
+        )
         for _ in range(8):
             data = whole.copy()
             for at in rng.integers(0, min(len(data), 600), 6): data[at] = rng.integers(256)
@@ -204,7 +223,9 @@ def test_segments_and_channels_of_a_manifest_are_written_alone(tmp_path):
     prepare(PrepareConfig(tokenizer="char", processes=1, dev_share=0.1, test_share=0.1), tmp_path/"corpora", tmp_path/"prepared")
     kept = read_jsonl(tmp_path/"prepared/train.jsonl")
     assert len(kept) == 20 and {row["channels"] for row in kept} == {1}
-    index = write_shards(kept, tmp_path/"shards", tmp_path/"index.json", ShardsConfig(codec="wav", processes=1), audio_root=tmp_path/"prepared")
+    index = write_shards(
+        kept, tmp_path / "shards", tmp_path / "index.json", ShardsConfig(codec="wav", processes=1), audio_root=tmp_path / "prepared"
+    )
     assert not index.rejected
     block, waves = (tmp_path/"shards"/index.shards[0]["file"]).read_bytes(), {row["id"]: whistle(row["text_raw"])[0] for row in rows}
     for at, size in zip(index.offset, index.size):

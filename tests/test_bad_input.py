@@ -1,4 +1,5 @@
-"Bad input, a full disk, a killed process: a clear error or a counted reject, no partial output used as complete, and the next run continues."
+"Bad input, a full disk, a killed process: a clear error or a counted reject, no partial output taken as whole; the next run continues."
+
 import itertools
 import json
 import os
@@ -64,13 +65,17 @@ def prepared(layout:Layout, **changes)->dict:
 
 
 def sharded(layout:Layout, split:str, config=SMALL):
-    return write_shards(read_jsonl(layout.manifest(split)), layout.split_shards(split), layout.split_index(split), config, audio_root=layout.prepared)
+    return write_shards(
+        read_jsonl(layout.manifest(split)), layout.split_shards(split), layout.split_index(split), config, audio_root=layout.prepared
+    )
 
 
 def killed(code:str, cwd:Path):
     "Run `code` in a process that ends itself with SIGKILL by calling `die` for the third time."
     head = "import os\ncalls = []\ndef die():\n    calls.append(1)\n    if len(calls) == 3: os.kill(os.getpid(), 9)\n"
-    done = subprocess.run([sys.executable, "-c", head + code], cwd=cwd, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", head + code], cwd=cwd, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True
+    )
     assert done.returncode == -9, done.stderr
 
 
@@ -85,9 +90,13 @@ def test_bad_rows_are_counted_with_their_reasons(tmp_path):
     (source/"clips/empty.wav").touch()
     soundfile.write(source/"clips/cut.flac", soundfile.read(source/"clips/1.wav")[0], 16_000)
     os.truncate(source/"clips/cut.flac", (source/"clips/cut.flac").stat().st_size//2)
-    for name, hertz in (("dots", 301), ("digits", 403)): soundfile.write(source/f"clips/{name}.wav", 0.1*np.sin(np.arange(16_000)*hertz/1000), 16_000)
-    add(source, b"a\tonly two columns", b"a\t1.wav\t\xff\xfe", b"a\tgone.wav\tmai", b"a\tjunk.wav\tmai", b"a\tempty.wav\tmai", b"a\t1.wav\tmai",
-        b"a\t../../etc/passwd\tmai", b"a\tdots.wav\t ", b"\tdots.wav\t?!...", b"\tdigits.wav\t21", b"a\tcut.flac\tmai mai")
+    for name, hertz in (("dots", 301), ("digits", 403)):
+        soundfile.write(source / f"clips/{name}.wav", 0.1 * np.sin(np.arange(16_000) * hertz / 1000), 16_000)
+    add(
+        source, b"a\tonly two columns", b"a\t1.wav\t\xff\xfe", b"a\tgone.wav\tmai", b"a\tjunk.wav\tmai",
+        b"a\tempty.wav\tmai", b"a\t1.wav\tmai", b"a\t../../etc/passwd\tmai", b"a\tdots.wav\t ", b"\tdots.wav\t?!...",
+        b"\tdigits.wav\t21", b"a\tcut.flac\tmai mai"
+    )
     layout = corpus(source, tmp_path)
     reasons = Counter(r["reason"] for r in read_jsonl(layout.corpus("cv")/"rejects.jsonl"))
     assert reasons == {"wrong number of columns": 1, "not UTF-8": 1, "audio not found": 1, "unreadable audio": 2, "duplicate id": 1,
@@ -101,7 +110,10 @@ def test_bad_rows_are_counted_with_their_reasons(tmp_path):
     (source/"clips/3.wav").write_bytes(JUNK) # after it was prepared
     index = sharded(layout, "train", ShardsConfig(shard_size=5, processes=1, max_reject_share=0.2))
     assert len(index) == 12 and [r["id"] for r in load_index(layout.split_index("train")).rejected] == ["cv-3"]
-    with pytest.raises(ConfigError, match=r"1 of 13 recordings rejected, more than max_reject_share = 0.01 allows: .*not readable as audio.* \(as 'cv-3'\)"): sharded(layout, "train")
+    with pytest.raises(
+        ConfigError, match=r"1 of 13 recordings rejected, more than max_reject_share = 0.01 allows: .*not readable as audio.* \(as 'cv-3'\)"
+    ):
+        sharded(layout, "train")
     assert not layout.split_index("train").exists()
 
 
@@ -109,7 +121,10 @@ def test_too_many_bad_rows_stop_prepare(tmp_path):
     source = release(tmp_path/"cv", train=["a", "b"], dev=["d"], test=["e"])
     for n in (1, 2, 3): soundfile.write(source/f"clips/{n}.wav", np.zeros(16_000), 16_000)
     layout = corpus(source, tmp_path)
-    with pytest.raises(ConfigError, match=r"3 of 16 utterances rejected \(3 silent\): more than max_reject_share 0.1; read .*rejects.jsonl"): prepared(layout)
+    with pytest.raises(
+        ConfigError, match=r"3 of 16 utterances rejected \(3 silent\): more than max_reject_share 0.1; read .*rejects.jsonl"
+    ):
+        prepared(layout)
     assert [p.name for p in layout.prepared.iterdir()] == ["rejects.jsonl"]
 
 
@@ -119,10 +134,15 @@ def test_empty_split_stops_prepare_and_leaves_no_manifest(tmp_path):
     layout = corpus(whole, tmp_path)
     prepared(layout)
     corpus(poor, tmp_path)
-    with pytest.raises(ConfigError, match="split dev is empty: 4 of its utterances were rejected, and 3 speakers are left in all; give the corpus a dev split or more speakers"):
+    with pytest.raises(
+        ConfigError,
+        match="split dev is empty: 4 of its utterances were rejected, and 3 speakers are left in all; give the corpus a dev "
+              "split or more speakers",
+    ):
         prepared(layout, max_reject_share=0.5)
     assert not any(layout.manifest(split).exists() for split in SPLITS) and not (layout.prepared/"stats.json").exists()
-    with pytest.raises(ConfigError, match="an empty split cannot be sharded"): write_shards([], layout.split_shards("dev"), layout.split_index("dev"), audio_root=tmp_path)
+    with pytest.raises(ConfigError, match="an empty split cannot be sharded"):
+        write_shards([], layout.split_shards("dev"), layout.split_index("dev"), audio_root=tmp_path)
     corpus(whole, tmp_path)
     assert prepared(layout)["splits"]["dev"]["utterances"] == 4
 
@@ -130,20 +150,32 @@ def test_empty_split_stops_prepare_and_leaves_no_manifest(tmp_path):
 def test_one_speaker_without_dev_is_split_by_utterance_and_noted_in_every_file(tmp_path):
     layout = corpus(release(tmp_path/"cv", train=["a"], test=["e"]), tmp_path)
     stats = prepared(layout)
-    assert {split: s["utterances"] for split, s in stats["splits"].items()} == dict(train=3, dev=1, test=4) and stats["drawn_by_utterance"] == ["dev"]
-    assert stats["caveats"] == ["the speakers of 100% of the utterances of dev are in train too: this error rate flatters, and says little of other speakers"]
+    assert {split: s["utterances"] for split, s in stats["splits"].items()} == dict(train=3, dev=1, test=4) and stats[
+        "drawn_by_utterance"
+    ] == ["dev"]
+    assert stats["caveats"] == [
+        "the speakers of 100% of the utterances of dev are in train too: this error rate flatters, and says little of other speakers"
+    ]
     assert [r.get("seen") for r in read_jsonl(layout.manifest("dev"))] == [["speaker"]]
-    assert sharded(layout, "dev").seen == load_index(layout.split_index("dev")).seen == dict(speaker=1.) and sharded(layout, "test").seen == {}
+    assert (
+        sharded(layout, "dev").seen == load_index(layout.split_index("dev")).seen == dict(speaker=1.0)
+        and sharded(layout, "test").seen == {}
+    )
 
 
 def test_rejected_split_is_not_drawn_from_another(tmp_path):
     source = release(tmp_path/"cv", train=["a", "b", "c"], dev=["d"], test=["e"])
     for n in range(13, 17): soundfile.write(source/f"clips/{n}.wav", np.zeros(16_000), 16_000)
     layout = corpus(source, tmp_path)
-    with pytest.raises(ConfigError, match=r"split dev is empty: 4 of its utterances were rejected, .*\(rejected: 4 silent\)"): prepared(layout, max_reject_share=0.5)
+    with pytest.raises(ConfigError, match=r"split dev is empty: 4 of its utterances were rejected, .*\(rejected: 4 silent\)"):
+        prepared(layout, max_reject_share=0.5)
     before = contents(layout.corpora)
     for n in range(13, 17): (source/f"clips/{n}.wav").unlink()
-    with pytest.raises(ConfigError, match=r"corpora.cv: .*cv: split dev has no usable utterance; 4 rejected; dev.tsv, line 2: audio not found, clips/13.wav; .*Fix them, or remove the split"):
+    with pytest.raises(
+        ConfigError,
+        match=r"corpora.cv: .*cv: split dev has no usable utterance; 4 rejected; dev.tsv, line 2: audio not found, "
+              r"clips/13.wav; .*Fix them, or remove the split",
+    ):
         corpus(source, tmp_path)
     assert contents(layout.corpora) == before
     (source/"dev.tsv").unlink()
@@ -163,7 +195,11 @@ def tone(seconds=1., rate=16_000, channels=1, change=lambda wave: wave, **form):
     "A recording unlike all others; `change` corrupts it."
     def make(path, number):
         time_T1 = np.arange(int(seconds*rate))[:, None]/rate
-        with open(path, "wb") as f: soundfile.write(f, change(0.3*np.sin(2*np.pi*(200 + 7*number)*time_T1).repeat(channels, 1)), rate, **(dict(format="WAV") | form))
+        with open(path, "wb") as f:
+            soundfile.write(
+                f, change(0.3 * np.sin(2 * np.pi * (200 + 7 * number) * time_T1).repeat(channels, 1)), rate, **(dict(format="WAV") | form)
+            )
+
     return make
 
 
@@ -177,7 +213,14 @@ def cut(share=0.6, **form):
 def hours(path, number):
     "Three hours as a sparse file."
     count = 3*3600*8000
-    path.write_bytes(b"RIFF" + (36 + count).to_bytes(4, "little") + b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 8000, 8000, 1, 8) + b"data" + count.to_bytes(4, "little"))
+    path.write_bytes(
+        b"RIFF"
+        + (36 + count).to_bytes(4, "little")
+        + b"WAVEfmt "
+        + struct.pack("<IHHIIHH", 16, 1, 1, 8000, 8000, 1, 8)
+        + b"data"
+        + count.to_bytes(4, "little")
+    )
     os.truncate(path, 44 + count)
 
 
@@ -284,20 +327,25 @@ def bad_corpus(kind:str, folder:Path)->tuple[dict, dict]:
             entries.append((name, text, more))
             known[len(entries)] = what
         wanted[kind, what] = expected if isinstance(expected, list) else [expected]
-    for split, n in itertools.product(SPLITS, range(4)): add(f"good {split} {n}", f"{split}/{split}er/{n}.wav", GOOD, [WRITTEN], "works", split=split, speaker=f"{split}er")
+
+    for split, n in itertools.product(SPLITS, range(4)):
+        add(f"good {split} {n}", f"{split}/{split}er/{n}.wav", GOOD, [WRITTEN], "works", split=split, speaker=f"{split}er")
     for what, name, make, text, expected, *sources in BAD:
         if kind not in " ".join(sources or ["folder json nemo"]): continue
         name = name.format(outside=folder.parent) if isinstance(name, str) else name
         add(what, name, make, text if isinstance(text, tuple) else [text], expected[kind] if isinstance(expected, dict) else expected)
     if kind == "nemo":
-        lines = [json.dumps(dict(audio_filepath=name, **more) | ({} if text is MISSING else dict(text=text))) for name, text, more in entries]
+        lines = [
+            json.dumps(dict(audio_filepath=name, **more) | ({} if text is MISSING else dict(text=text))) for name, text, more in entries
+        ]
         (folder/"list.jsonl").write_bytes("\ufeff".encode() + "\r\n".join(lines).encode() + b"\r\n\r\n")
     elif kind == "json":
         lines = [f"{json.dumps(name)}: {json.dumps(dict(text=text, **more) if more else text)}" for name, text, more in entries]
         (folder/"list.json").write_text("\ufeff{" + ",\r\n".join(lines) + "}", "utf-8")
     else:
         for name, text, _ in entries:
-            if text is not MISSING: (folder/name).with_suffix(".txt").write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+            if text is not MISSING:
+                (folder / name).with_suffix(".txt").write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
     return known, wanted
 
 
@@ -309,21 +357,39 @@ def test_bad_inputs_are_counted_with_a_reason_or_work(tmp_path):
     for kind, more in dict(folder={}, json=dict(transcripts="list.json"), nemo=dict(transcripts="list.jsonl")).items():
         known[kind], expected = bad_corpus(kind, tmp_path/kind)
         wanted |= expected
-        kept, lost = make_corpus(CorpusConfig(source=kind, path=str(tmp_path/kind), processes=1, **more), kind, layout.corpus(kind), tmp_path)
+        kept, lost = make_corpus(
+            CorpusConfig(source=kind, path=str(tmp_path / kind), processes=1, **more), kind, layout.corpus(kind), tmp_path
+        )
         rejects = read_jsonl(layout.corpus(kind)/"rejects.jsonl")
-        assert len(rejects) == lost and kept + lost == sum(map(len, expected.values())) and {r["reason"] for r in rejects} <= set(IMPORT_REASONS)
-        for r in rejects: found.setdefault((kind, known[kind][r["line"] if "line" in r else stem(r["id"] or r.get("audio_filepath", r["file"]))]), []).append(r["reason"])
-        for r in read_jsonl(layout.corpus(kind)/"manifest.jsonl"): assert Path(os.path.realpath(layout.corpus(kind)/r["audio_filepath"])).is_relative_to(tmp_path/kind) and r["sha256"] != sha256(tmp_path/"outside.wav")
+        assert (
+            len(rejects) == lost
+            and kept + lost == sum(map(len, expected.values()))
+            and {r["reason"] for r in rejects} <= set(IMPORT_REASONS)
+        )
+        for r in rejects:
+            found.setdefault(
+                (kind, known[kind][r["line"] if "line" in r else stem(r["id"] or r.get("audio_filepath", r["file"]))]), []
+            ).append(r["reason"])
+        for r in read_jsonl(layout.corpus(kind) / "manifest.jsonl"):
+            assert Path(os.path.realpath(layout.corpus(kind) / r["audio_filepath"])).is_relative_to(tmp_path / kind) and r[
+                "sha256"
+            ] != sha256(tmp_path / "outside.wav")
     stats = prepared(layout, max_reject_share=0.9)
     rejects, rows = read_jsonl(layout.prepared/"rejects.jsonl"), [r for split in SPLITS for r in read_jsonl(layout.manifest(split))]
-    assert len(rows) + len(rejects) == stats["utterances"] and Counter(r["reason"] for r in rejects) == {k: n for k, n in stats["rejects"].items() if n}
-    for r in (*rejects, *rows): found.setdefault((r["corpus"], known[r["corpus"]][r["id"].removeprefix(r["corpus"] + "-")]), []).append(r.get("reason", "works"))
+    assert len(rows) + len(rejects) == stats["utterances"] and Counter(r["reason"] for r in rejects) == {
+        k: n for k, n in stats["rejects"].items() if n
+    }
+    for r in (*rejects, *rows):
+        found.setdefault((r["corpus"], known[r["corpus"]][r["id"].removeprefix(r["corpus"] + "-")]), []).append(r.get("reason", "works"))
     assert {k: (v, wanted.get(k)) for k, v in found.items() if sorted(v) != wanted.get(k)} == {} and len(found) == len(wanted)
     for split in SPLITS:
         index = sharded(layout, split, ShardsConfig(shard_size=9, processes=1, max_reject_share=0.))
         assert verify(layout.split_shards(split), index) == []
     loader = create_webdataset_loader(layout.split_shards("train"), 4, 0, index=layout.split_index("train"))
-    assert sorted(i for batch in loader for i in batch.ids) == sorted(r["id"] for r in read_jsonl(layout.manifest("train"))) and loader.report()["skipped"] == []
+    assert (
+        sorted(i for batch in loader for i in batch.ids) == sorted(r["id"] for r in read_jsonl(layout.manifest("train")))
+        and loader.report()["skipped"] == []
+    )
 
 
 # Where the corpus should be
@@ -331,20 +397,30 @@ def test_bad_inputs_are_counted_with_a_reason_or_work(tmp_path):
 def blocked(*_, **__): raise PermissionError(13, "Permission denied")
 
 
-@pytest.mark.parametrize("source, path, message", [
-    ("demo", "nowhere", "nowhere: no such folder; path must name the folder that holds sentences.vi.txt"),
-    ("demo", "file", "file: no such folder"),
-    ("demo", "folder", "folder/sentences.vi.txt: cannot be read (Is a directory)"),
-    ("common_voice", "nowhere", "nowhere: no such folder; path must name a language's folder of a Common Voice release, with clips/ and train.tsv or validated.tsv in it"),
-    ("common_voice", "file", "file: no such folder"),
-    ("common_voice", "folder", "folder: has no test.tsv, dev.tsv, train.tsv"),
-    ("common_voice", "locked", "locked: cannot be read (Permission denied); change its permissions")])
+@pytest.mark.parametrize(
+    "source, path, message",
+    [
+        ("demo", "nowhere", "nowhere: no such folder; path must name the folder that holds sentences.vi.txt"),
+        ("demo", "file", "file: no such folder"),
+        ("demo", "folder", "folder/sentences.vi.txt: cannot be read (Is a directory)"),
+        (
+            "common_voice",
+            "nowhere",
+            "nowhere: no such folder; path must name a language's folder of a Common Voice release, with clips/ and "
+            "train.tsv or validated.tsv in it",
+        ),
+        ("common_voice", "file", "file: no such folder"),
+        ("common_voice", "folder", "folder: has no test.tsv, dev.tsv, train.tsv"),
+        ("common_voice", "locked", "locked: cannot be read (Permission denied); change its permissions"),
+    ],
+)
 def test_wrong_corpus_path_is_named(tmp_path, monkeypatch, source, path, message):
     (tmp_path/"file").touch()
     for name in ("folder/sentences.vi.txt", "locked"): (tmp_path/name).mkdir(parents=True)
     before = contents(corpus(release(tmp_path/"cv", train=["a"]), tmp_path).corpora)
-    if path == "locked": monkeypatch.setattr(os, "listdir", blocked) # root may read everything
-    with pytest.raises(ConfigError) as error: make_corpus(CorpusConfig(source=source, path=path, processes=1), "cv", tmp_path/"data/corpus/cv", tmp_path)
+    if path == "locked": monkeypatch.setattr(os, "listdir", blocked)  # root may read everything
+    with pytest.raises(ConfigError) as error:
+        make_corpus(CorpusConfig(source=source, path=path, processes=1), "cv", tmp_path / "data/corpus/cv", tmp_path)
     assert str(error.value).startswith("corpora.cv: ") and message in str(error.value) and "\n" not in str(error.value)
     monkeypatch.undo()
     assert contents(tmp_path/"data/corpus") == before and os.listdir(tmp_path/"data/corpus") == ["cv"]
@@ -353,20 +429,28 @@ def test_wrong_corpus_path_is_named(tmp_path, monkeypatch, source, path, message
 # Killed in the middle
 
 def test_killed_corpus_is_made_again(tmp_path):
-    killed("import ai2text.corpora.corpus as c, ai2text.corpora.importers as i\nspeak = i.record\ndef record(*a, **k): die(); return speak(*a, **k)\ni.record = record\n"
-           "c.make_corpus(c.CorpusConfig(sentences=6, dev_sentences=1, test_sentences=1, processes=1), 'demo', 'corpus')", tmp_path)
+    killed(
+        "import ai2text.corpora.corpus as c, ai2text.corpora.importers as i\nspeak = i.record\ndef record(*a, **k): die(); return speak(*a, **k)\ni.record = record\n"
+        "c.make_corpus(c.CorpusConfig(sentences=6, dev_sentences=1, test_sentences=1, processes=1), 'demo', 'corpus')",
+        tmp_path,
+    )
     assert os.listdir(tmp_path) == [".corpus.part"] and len(list(tmp_path.glob(".corpus.part/wav/*.wav"))) == 2
     make_corpus(CorpusConfig(sentences=6, dev_sentences=1, test_sentences=1, processes=1), "demo", tmp_path/"corpus")
     assert os.listdir(tmp_path) == ["corpus"]
-    assert {Path(r["audio_filepath"]) for r in read_jsonl(tmp_path/"corpus/manifest.jsonl")} == {p.relative_to(tmp_path/"corpus") for p in tmp_path.glob("corpus/wav/*")}
+    assert {Path(r["audio_filepath"]) for r in read_jsonl(tmp_path / "corpus/manifest.jsonl")} == {
+        p.relative_to(tmp_path / "corpus") for p in tmp_path.glob("corpus/wav/*")
+    }
 
 
 def test_killed_prepare_leaves_no_complete_manifests(tmp_path):
     layout = corpus(release(tmp_path/"cv", train=["a", "b"], dev=["d"], test=["e"]), tmp_path)
     prepared(layout)
     whole = contents(layout.prepared)
-    killed("import ai2text.corpora.prepare as p\nwrite = p.write_jsonl\ndef write_jsonl(*a): die(); write(*a)\np.write_jsonl = write_jsonl\n"
-           "p.prepare(p.PrepareConfig(tokenizer='char', processes=1), 'data/corpus', 'data/prepared')", tmp_path)
+    killed(
+        "import ai2text.corpora.prepare as p\nwrite = p.write_jsonl\ndef write_jsonl(*a): die(); write(*a)\np.write_jsonl = write_jsonl\n"
+        "p.prepare(p.PrepareConfig(tokenizer='char', processes=1), 'data/corpus', 'data/prepared')",
+        tmp_path,
+    )
     assert sorted(p.name for p in layout.prepared.glob("*.json*")) == ["normaliser.json", "rejects.jsonl", "train.jsonl"]
     prepared(layout)
     assert contents(layout.prepared) == whole
@@ -375,9 +459,12 @@ def test_killed_prepare_leaves_no_complete_manifests(tmp_path):
 def test_killed_shards_keep_complete_shards(tmp_path):
     layout = corpus(release(tmp_path/"cv", train=["a", "b", "c", "d"], dev=["e"], test=["f"]), tmp_path)
     prepared(layout)
-    killed("import ai2text.data.shards as s\nfrom ai2text.core.layout import Layout; from ai2text.core.files import read_jsonl\nend = s.tar_end\ndef tar_end(size): die(); return end(size)\ns.tar_end = tar_end\n"
-           "l = Layout('.')\nconfig = s.ShardsConfig(shard_size=5, codec='wav', processes=1)\n"
-           "s.write_shards(read_jsonl(l.manifest('train')), l.split_shards('train'), l.split_index('train'), config, audio_root=l.prepared)", tmp_path)
+    killed(
+        "import ai2text.data.shards as s\nfrom ai2text.core.layout import Layout; from ai2text.core.files import read_jsonl\nend = s.tar_end\ndef tar_end(size): die(); return end(size)\ns.tar_end = tar_end\n"
+        "l = Layout('.')\nconfig = s.ShardsConfig(shard_size=5, codec='wav', processes=1)\n"
+        "s.write_shards(read_jsonl(l.manifest('train')), l.split_shards('train'), l.split_index('train'), config, audio_root=l.prepared)",
+        tmp_path,
+    )
     folder, names = layout.split_shards("train"), ["shard-000000.tar", "shard-000001.tar"]
     assert sorted(p.name for p in folder.glob("*.tar")) == names and not layout.split_index("train").exists()
     with pytest.raises(ConfigError, match="train.json: no such index; run the stage `shards`"): load_index(layout.split_index("train"))
@@ -413,7 +500,10 @@ def test_model_with_another_vocabulary_is_refused(tmp_path):
     model = build_model(dict(family="conformer", size="tiny"), load_tokenizer(layout.tokenizer))
     save_model(layout.model(M), model, None, lambda part: model.tokenizer.save(part/"tokenizer"), "conformer")
     prepared(layout, tokenizer="bpe", vocab_size=model.tokenizer.vocab_size + 2)
-    with pytest.raises(ConfigError, match=rf"models/{M}: was trained with another vocabulary \(char, .* symbols\) than the data's \(bpe, .*\); train it again on this data"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"models/{M}: was trained with another vocabulary \(char, .* symbols\) than the data's \(bpe, .*\); train it again on this data",
+    ):
         evaluate(M, StreamConfig(), layout)
     assert not layout.results(f"{M}-eval").exists()
 
@@ -445,10 +535,23 @@ def stage(w:Workspace, *words:str, code:int)->str:
     return lines[-1]
 
 
-@pytest.mark.parametrize("right, wrong, why", [
-    ("warmup_steps:", "warmup_step:", "params.yaml: train.warmup_step: no such parameter; did you mean warmup_steps?"),
-    ("hardware: demo", "hardware: dmo", "train.hardware: 'dmo': params.yaml has no such recipe; choose from demo, small_gpu, large_gpu"),
-    (", memory_gb: 12.0", "", "params.yaml: hardware.small_gpu.memory_gb: missing; add it (memory of a GPU that may be used; micro-batches are split to fit into it; 0 = all)")])
+@pytest.mark.parametrize(
+    "right, wrong, why",
+    [
+        ("warmup_steps:", "warmup_step:", "params.yaml: train.warmup_step: no such parameter; did you mean warmup_steps?"),
+        (
+            "hardware: demo",
+            "hardware: dmo",
+            "train.hardware: 'dmo': params.yaml has no such recipe; choose from demo, small_gpu, large_gpu",
+        ),
+        (
+            ", memory_gb: 12.0",
+            "",
+            "params.yaml: hardware.small_gpu.memory_gb: missing; add it (memory of a GPU that may be used; micro-batches are "
+            "split to fit into it; 0 = all)",
+        ),
+    ],
+)
 def test_typo_is_found_before_any_work(workspace, right, wrong, why):
     text = (workspace.root/"params.yaml").read_text()
     assert right in text
@@ -463,10 +566,13 @@ def test_missing_corpus_is_one_line_on_the_terminal(workspace):
     workspace.change(dict(corpora=dict(cv=dict(path="nowhere"))))
     try:
         error = stage(workspace, "corpus", "--corpus", "cv", code=1)
-        assert error.startswith("ai2text stage: stage corpus: ConfigError: corpora.cv: nowhere: no such folder; path must name") and error.endswith("; its report: papermill_runs/corpus-cv.ipynb")
+        assert error.startswith(
+            "ai2text stage: stage corpus: ConfigError: corpora.cv: nowhere: no such folder; path must name"
+        ) and error.endswith("; its report: papermill_runs/corpus-cv.ipynb")
         assert "no such folder" in nbformat.read(workspace.report("corpus-cv"), 4).cells[0].source
         assert contents(Layout(workspace.root).corpora) == before
-        assert fails(workspace, "dvc", "repro", "-s", "corpus@cv", code=255).splitlines()[-1].endswith("/nowhere'") # DVC checks its dependencies before the stage runs
+        # DVC checks its dependencies before the stage runs
+        assert fails(workspace, "dvc", "repro", "-s", "corpus@cv", code=255).splitlines()[-1].endswith("/nowhere'")
     finally: workspace.change(dict(corpora=dict(cv=dict(path="cv"))))
 
 
@@ -495,26 +601,36 @@ def command(capsys, *words)->tuple:
     return code, out + err
 
 
-@pytest.mark.parametrize("words, message", [
-    ("stge", "argument COMMAND: invalid choice: 'stge' (choose from"),
-    ("stage", "the following arguments are required: name"),
-    ("stage trian", "ai2text stage: trian: no such stage; known are corpus, pseudo, prepare, shards, init, train, evaluate, compare, export, plan"),
-    ("stage train", f"ai2text stage: stage train: runs once a model; add --model and one of {M}"),
-    ("stage train --model conformer", f"--model conformer: params.yaml has no models.conformer; known are {M}"),
-    ("stage corpus --model conformer_ctc", "this stage is the same for all models; leave --model out"),
-    ("train --max-steps many", "argument --max-steps: invalid int value: 'many'"),
-    ("train --amp-dtype fp9", "ai2text train: train.amp_dtype: 'fp9' is not known; choose from 'auto'"),
-    ("train --model other", f"ai2text train: params.yaml: models: no other; there are {M}"),
-    ("train", "data/prepared/tokenizer/tokenizer.json: no such file; run the prepare stage to make the tokenizer"),
-    ("train --dry-run", "data/prepared/tokenizer/tokenizer.json: no such file; run the prepare stage to make the tokenizer"),
-    ("train --dry-run --hardware big", "ai2text train: train.hardware: 'big': params.yaml has no such recipe; choose from demo, small_gpu, large_gpu"),
-    ("ttq missing", "error: missing: no such file; give a ttq_log.json or its folder"),
-    ("summary", "results: no results yet; run `make demo`"),
-    ("verify nowhere", "ai2text verify: nowhere/index.json: no such index; run the stage `shards`"),
-    ("runs --keep -1", "ai2text runs: --keep -1: give 0 or more"),
-    ("shards --audio-dir nowhere --transcript-file t.json --output-dir out", "ai2text shards: nowhere: no such folder of recordings"),
-    ("shards --audio-dir . --transcript-file t.json --output-dir out", "ai2text shards: [Errno 2] No such file or directory: 't.json'"),
-    ("shards --audio-dir . --transcript-file . --output-dir out", "ai2text shards: [Errno 21] Is a directory: '.'")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("stge", "argument COMMAND: invalid choice: 'stge' (choose from"),
+        ("stage", "the following arguments are required: name"),
+        (
+            "stage trian",
+            "ai2text stage: trian: no such stage; known are corpus, pseudo, prepare, shards, init, train, evaluate, compare, export, plan",
+        ),
+        ("stage train", f"ai2text stage: stage train: runs once a model; add --model and one of {M}"),
+        ("stage train --model conformer", f"--model conformer: params.yaml has no models.conformer; known are {M}"),
+        ("stage corpus --model conformer_ctc", "this stage is the same for all models; leave --model out"),
+        ("train --max-steps many", "argument --max-steps: invalid int value: 'many'"),
+        ("train --amp-dtype fp9", "ai2text train: train.amp_dtype: 'fp9' is not known; choose from 'auto'"),
+        ("train --model other", f"ai2text train: params.yaml: models: no other; there are {M}"),
+        ("train", "data/prepared/tokenizer/tokenizer.json: no such file; run the prepare stage to make the tokenizer"),
+        ("train --dry-run", "data/prepared/tokenizer/tokenizer.json: no such file; run the prepare stage to make the tokenizer"),
+        (
+            "train --dry-run --hardware big",
+            "ai2text train: train.hardware: 'big': params.yaml has no such recipe; choose from demo, small_gpu, large_gpu",
+        ),
+        ("ttq missing", "error: missing: no such file; give a ttq_log.json or its folder"),
+        ("summary", "results: no results yet; run `make demo`"),
+        ("verify nowhere", "ai2text verify: nowhere/index.json: no such index; run the stage `shards`"),
+        ("runs --keep -1", "ai2text runs: --keep -1: give 0 or more"),
+        ("shards --audio-dir nowhere --transcript-file t.json --output-dir out", "ai2text shards: nowhere: no such folder of recordings"),
+        ("shards --audio-dir . --transcript-file t.json --output-dir out", "ai2text shards: [Errno 2] No such file or directory: 't.json'"),
+        ("shards --audio-dir . --transcript-file . --output-dir out", "ai2text shards: [Errno 21] Is a directory: '.'"),
+    ],
+)
 def test_wrong_command_lines_are_one_line_errors(tmp_path, monkeypatch, capsys, words, message):
     for name in ("params.yaml", "dvc.yaml", "nbs"): (tmp_path/name).symlink_to(ROOT/name)
     monkeypatch.chdir(tmp_path)
@@ -527,7 +643,9 @@ def test_commands_outside_of_a_project_name_the_folder(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     for words in ("runs", "summary", "stage corpus", "train"):
         code, text = command(capsys, *words.split())
-        assert code == 2 and text.endswith(f"{tmp_path}: neither this folder nor one above it has dvc.yaml and params.yaml; change to the project's folder\n")
+        assert code == 2 and text.endswith(
+            f"{tmp_path}: neither this folder nor one above it has dvc.yaml and params.yaml; change to the project's folder\n"
+        )
     for name in ("params.yaml", "dvc.yaml"): (tmp_path/name).symlink_to(ROOT/name)
     assert command(capsys, "runs") == (0, f"0 runs in {tmp_path/'.runs'}\n")
 
@@ -538,7 +656,11 @@ def test_shards_command_rejects_bad_transcripts(tmp_path, monkeypatch, capsys):
     shutil.copy("cv/clips/1.wav", "outside.wav")
     def shards(transcripts, share="0.9"):
         Path("t.json").write_text(json.dumps(transcripts))
-        return command(capsys, "shards", "--audio-dir", "cv/clips", "--transcript-file", "t.json", "--output-dir", "out", "--max-reject-share", share, "--processes", "1")
+        return command(
+            capsys, "shards", "--audio-dir", "cv/clips", "--transcript-file", "t.json", "--output-dir", "out",
+            "--max-reject-share", share, "--processes", "1"
+        )
+
     code, text = shards([dict(id="1", text="một")])
     assert (code, text) == (2, 'ai2text shards: t.json: holds a list; write one JSON object, {"id": "transcript", ...}\n')
     code, text = shards({"../../etc/passwd": "một"})
@@ -547,9 +669,17 @@ def test_shards_command_rejects_bad_transcripts(tmp_path, monkeypatch, capsys):
     code, text = shards({"1": "một", "../../etc/passwd": "hai", "../../outside": "ba", "2": "..."})
     assert code == 0 and "1 shards, 1 utterances" in text and "3 rejected: 1 x " in text
     rejected = {r["id"]: r["reason"] for r in read_json("out/index.json")["rejected"]}
-    assert rejected == {"../../etc/passwd": "has no audio file", "../../outside": "leads out of the audio folder", "2": "has an empty transcript"}
+    assert rejected == {
+        "../../etc/passwd": "has no audio file",
+        "../../outside": "leads out of the audio folder",
+        "2": "has an empty transcript",
+    }
     code, text = shards({"1": "một", "../../outside": "ba"}, "0.1")
-    assert code == 2 and "1 of 2 recordings rejected, more than max_reject_share = 0.1 allows: 1 x leads out of the audio folder (as '../../outside')" in text
+    assert (
+        code == 2
+        and "1 of 2 recordings rejected, more than max_reject_share = 0.1 allows: 1 x leads out of the audio folder (as '../../outside')"
+        in text
+    )
 
 
 # make demo, interrupted before the pipeline
@@ -568,7 +698,10 @@ def test_interrupted_install_starts_again(tmp_path):
     (tmp_path/"python").chmod(0o755)
     def demo():
         (tmp_path/"calls").write_text("")
-        done = subprocess.run(["make", "demo", f"PYTHON={tmp_path/'python'}", "VENV=environment"], cwd=tmp_path, env=environment(MAKEFLAGS=None), capture_output=True, text=True)
+        done = subprocess.run(
+            ["make", "demo", f"PYTHON={tmp_path / 'python'}", "VENV=environment"], cwd=tmp_path,
+            env=environment(MAKEFLAGS=None), capture_output=True, text=True
+        )
         return done.returncode, (tmp_path/"calls").read_text().split("\n")[:-1]
     (tmp_path/"broken").touch()
     assert demo() == (2, ["venv", "pip"])

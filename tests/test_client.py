@@ -57,7 +57,8 @@ def test_words_and_times_at_any_rate_and_format(toy, tmp_path, name, rate):
     (found, error), = recognise(load_recogniser(toy), [tmp_path/name], processes=1)
     assert not error and len(found.lines) > found.duration/LONGEST
     if rate < 16_000: spans = [s for s in spans if WORDS[s[0]] < rate/2 - 500]  # the others are above the Nyquist frequency
-    same([w for w in found.words if WORDS[w.word] < rate/2 - 500], spans, 0.1 if name in ("a.mp3", "a.ogg") else 0.08)  # frames of 0.04 s; a codec smears
+    # frames of 0.04 s; a codec smears
+    same([w for w in found.words if WORDS[w.word] < rate/2 - 500], spans, 0.1 if name in ("a.mp3", "a.ogg") else 0.08)
 
 
 def test_bad_files_are_reported_and_the_others_transcribed(toy, tmp_path, capsys):
@@ -141,7 +142,8 @@ def test_latency_figures_of_a_real_service(service, tmp_path):
         needs = [n for _, n, _ in h.told]
         assert needs == sorted(needs) and needs[-1] >= h.duration - 0.01  # nothing was dropped
         assert np.all(np.diff([when for _, when in h.sent]) > 0) and h.final > h.done >= h.duration
-    assert f["service"]["p50"] > 0 and f["word"]["p50"] > -0.24 and 0 < f["real_time_factor"] < 10  # a tone of 0.24 s is recognised before it ends
+    # a tone of 0.24 s is recognised before it ends
+    assert f["service"]["p50"] > 0 and f["word"]["p50"] > -0.24 and 0 < f["real_time_factor"] < 10
 
 
 def test_refused_streams_are_counted_as_errors(service):

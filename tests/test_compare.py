@@ -20,7 +20,8 @@ def test_parameters_have_the_keys_of_the_project():
     for name, recipe in PARAMS["hardware"].items(): assert set(recipe) == set(MAIN["hardware"][name]), name
     for name in ("init", "train", "evaluate", "compare"):
         wanted = list(inspect_notebook(ROOT/f"nbs/stages/{name}.ipynb"))
-        for model in PARAMS["models"] if name in EACH else [None]: stage_parameters(name, PARAMS, wanted, **({"model": model} if model else {}))
+        for model in PARAMS["models"] if name in EACH else [None]:
+            stage_parameters(name, PARAMS, wanted, **({"model": model} if model else {}))
 
 
 def test_stages_are_those_of_the_project():
@@ -32,8 +33,10 @@ def test_stages_are_those_of_the_project():
         rest = lambda stage: {k: v for k, v in stage.items() if k not in ("cmd", "deps")}
         assert rest(mine) == rest(theirs)
         assert mine["cmd"] == theirs["cmd"].replace("exec python", "exec env PYTHONPATH=.. python") # the package of this copy
-        known = [d for d in theirs["deps"] if not d.startswith("starts/")] # all models start from random weights
-        assert [d.removeprefix("../") for d in mine["deps"]] == known and all(m.get("init", "scratch") == "scratch" for m in PARAMS["models"].values()), name
+        known = [d for d in theirs["deps"] if not d.startswith("starts/")]  # all models start from random weights
+        assert [d.removeprefix("../") for d in mine["deps"]] == known and all(
+            m.get("init", "scratch") == "scratch" for m in PARAMS["models"].values()
+        ), name
 
 
 def test_three_families_have_equal_budgets():
@@ -49,7 +52,9 @@ def workspace(pipeline, tmp_path_factory):
     w = Workspace.copy(pipeline, tmp_path_factory.mktemp("project"))
     yaml, path = YAML(), w.root/"compare/params.yaml"
     params = yaml.load(path)
-    params["train"].update(max_steps=STEPS, max_hours=0., batch_seconds=8., evaluate_every_steps=3, evaluate_every_minutes=0., amp_dtype="fp32", threads=1)
+    params["train"].update(
+        max_steps=STEPS, max_hours=0.0, batch_seconds=8.0, evaluate_every_steps=3, evaluate_every_minutes=0.0, amp_dtype="fp32", threads=1
+    )
     for name, model in params["models"].items(): model.update(TINY[name])
     with open(path, "w", encoding="utf-8") as f: yaml.dump(params, f)
     w.ran = w.repro("compare/dvc.yaml")
@@ -59,11 +64,15 @@ def workspace(pipeline, tmp_path_factory):
 @pytest.mark.slow
 def test_families_side_by_side(workspace):
     models = list(PARAMS["models"])
-    assert {f"{stage}@{m}" for stage in ("init", "train", "evaluate") for m in models} | {"compare"} == {s.rpartition(":")[2] for s in workspace.ran if s.startswith("compare/")}
+    assert {f"{stage}@{m}" for stage in ("init", "train", "evaluate") for m in models} | {"compare"} == {
+        s.rpartition(":")[2] for s in workspace.ran if s.startswith("compare/")
+    }
     comparison = json.loads((workspace.root/"compare/comparison/compare.json").read_text())
     assert [m["model"] for m in comparison["models"]] == models and comparison["recommendation"]["model"] == "conformer"
     for m in models: assert json.loads((workspace.root/f"compare/results/{m}/metrics.json").read_text())["steps"] == STEPS
-    assert {p.name for p in (workspace.root/"models").glob("[!.]*")} == {M, "init", "runs", "export"} and not (workspace.root/"compare/data").exists()
+    assert {p.name for p in (workspace.root / "models").glob("[!.]*")} == {M, "init", "runs", "export"} and not (
+        workspace.root / "compare/data"
+    ).exists()
     assert (workspace.root/"compare/papermill_runs/compare.ipynb").exists()
 
 

@@ -69,9 +69,17 @@ SMALL = fit_lm(["a ba", "a a", "ba a ab", "a ba a", "ab"], 3)
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.lists(st.sampled_from(["▁a", "b", "▁", "a", "▁b", "ab", "▁ba"]), min_size=1, max_size=4, unique=True), st.integers(0, 4), st.booleans(), st.lists(st.sampled_from(["a", "ab", "a ba", "b a b", "bb"]), max_size=2))
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.sampled_from(["▁a", "b", "▁", "a", "▁b", "ab", "▁ba"]), min_size=1, max_size=4, unique=True),
+    st.integers(0, 4), st.booleans(), st.lists(st.sampled_from(["a", "ab", "a ba", "b a b", "bb"]), max_size=2)
+)
 def test_every_text_has_its_exact_score(seed, tokens, frames, with_lm, hotwords):
-    decoder = Decoder(["<blk>", *tokens], SMALL if with_lm else None, lm_weight=.7, word_bonus=.4, unknown=-1.5, hotwords=hotwords, boost=1.5, **EVERYTHING)
+    decoder = Decoder(
+        ["<blk>", *tokens], SMALL if with_lm else None, lm_weight=0.7, word_bonus=0.4, unknown=-1.5, hotwords=hotwords,
+        boost=1.5,
+        **EVERYTHING,
+    )
     x = log_softmax(2*np.random.default_rng(seed).normal(size=(frames, len(tokens) + 1)))
     want, got = by_brute_force(decoder, x), {decoder.text(ids): score for score, ids in decoder.nbest(x)}
     assert set(got) == set(want)
@@ -117,7 +125,11 @@ def test_vocabulary_is_open(files):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.lists(st.lists(st.sampled_from("một hai ba bốn năm".split()), min_size=1, max_size=6).map(" ".join), min_size=1, max_size=30), st.integers(1, 4), st.sampled_from([(1,), (1, 2), (1, 1, 2), (2,)]))
+@given(
+    st.lists(st.lists(st.sampled_from("một hai ba bốn năm".split()), min_size=1, max_size=6).map(" ".join), min_size=1, max_size=30),
+    st.integers(1, 4),
+    st.sampled_from([(1,), (1, 2), (1, 1, 2), (2,)]),
+)
 def test_probabilities_sum_to_one(texts, order, min_count):
     lm = fit_lm(texts, order, min_count)
     for text in [*texts[:3], "hai mốt ba", "", "năm năm năm"]:
@@ -128,7 +140,8 @@ def test_probabilities_sum_to_one(texts, order, min_count):
 
 def test_same_text_gives_the_same_files(files, tmp_path):
     build_lm([files/"text.txt"], tmp_path/"again", order=3, processes=2, normaliser=NORMALISER)
-    for name in ("lm.safetensors", "words.txt", "lm.json"): assert (tmp_path/"again"/name).read_bytes() == (files/"lm"/name).read_bytes(), name
+    for name in ("lm.safetensors", "words.txt", "lm.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (files / "lm" / name).read_bytes(), name
 
 
 def test_pickle_in_a_language_model_is_not_executed(files, tmp_path):
@@ -148,7 +161,8 @@ def test_truncated_language_model_is_refused(files, tmp_path):
     build_lm([files/"text.txt"], tmp_path/"lm", processes=1, normaliser=NORMALISER)
     path = tmp_path/"lm/words.txt"
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ConfigError, match=r"words\.txt: its checksum differs from lm\.json; make it again"): Decoder(files/"char/tokens.txt", tmp_path/"lm")
+    with pytest.raises(ConfigError, match=r"words\.txt: its checksum differs from lm\.json; make it again"):
+        Decoder(files / "char/tokens.txt", tmp_path / "lm")
 
 
 def test_language_model_imports_no_training_code():
@@ -176,12 +190,15 @@ def test_arpa_model_scores_by_back_off(tmp_path_factory, seed, order, packed):
     grams = {(w,): (-rng.uniform(.5, 2), rng.uniform(-1, .1)) for w in rng.permutation(words).tolist()}
     for n in range(2, order + 1):
         for context in [g for g in grams if len(g) == n - 1 and g[-1] != "</s>"]:
-            for w in rng.choice(words[2:] + words[:1], 2, replace=False).tolist(): grams[(*context, w)] = -rng.uniform(.1, 2), rng.uniform(-1, .1)*(n < order)
+            for w in rng.choice(words[2:] + words[:1], 2, replace=False).tolist():
+                grams[(*context, w)] = -rng.uniform(0.1, 2), rng.uniform(-1, 0.1) * (n < order)
     levels = [[g for g in grams if len(g) == n] for n in range(1, order + 1)]
     text = "\\data\\\n" + "".join(f"ngram {n}={len(level)}\n" for n, level in enumerate(levels, 1))
     for n, level in enumerate(levels, 1):
         rng.shuffle(level)
-        text += f"\n\\{n}-grams:\n" + "".join(f"{grams[tuple(g)][0]:.9f}\t{' '.join(g)}" + (f"\t{grams[tuple(g)][1]:.9f}" if n < order else "") + "\n" for g in level)
+        text += f"\n\\{n}-grams:\n" + "".join(
+            f"{grams[tuple(g)][0]:.9f}\t{' '.join(g)}" + (f"\t{grams[tuple(g)][1]:.9f}" if n < order else "") + "\n" for g in level
+        )
     path = tmp_path_factory.mktemp("arpa")/"lm.arpa"
     path.write_bytes((gzip.compress if packed else bytes)((text + "\n\\end\\\n").encode()))
     def log_prob(word, context):
@@ -200,7 +217,9 @@ def test_arpa_file_decodes_like_its_original_model(files, tmp_path):
     ours.write_arpa(tmp_path/"lm.arpa.gz")
     with pytest.warns(UserWarning, match="does not give the normaliser of its text"): foreign = Decoder(tokenizer, tmp_path/"lm.arpa.gz")
     utterances = [spoken(tokenizer, t, i, noise=2.8) for i, t in enumerate(TEXTS)]
-    assert [h.text for h in foreign.decode_all(utterances, processes=2)] == [h.text for h in Decoder(tokenizer, ours).decode_all(utterances)]
+    assert [h.text for h in foreign.decode_all(utterances, processes=2)] == [
+        h.text for h in Decoder(tokenizer, ours).decode_all(utterances)
+    ]
 
 
 def test_words_that_tokens_cannot_spell_make_no_tables(files, tmp_path):
@@ -229,7 +248,9 @@ def test_hotwords_are_recognised_and_change_nothing_else(files):
     utterances = [spoken(tokenizer, t, i, noise=.4, confused=blurred) for i, t in enumerate(texts)]
     without, names = Decoder(tokenizer, files/"lm"), ["Thở", "Phư", "nguyễn văn an", "đặng thị bình", "trời nắng"]
     with_names = Decoder(tokenizer, files/"lm", hotwords=names, boost=5.)
-    recognised = lambda decoder: [name for text in (decoder.decode(x).text for x in utterances) for name in ("thở", "phư") if name in text.split()]
+    recognised = lambda decoder: [
+        name for text in (decoder.decode(x).text for x in utterances) for name in ("thở", "phư") if name in text.split()
+    ]
     assert (recognised(without), recognised(with_names)) == ([], ["thở", "phư"])
     others = [spoken(tokenizer, t, 100 + i, noise=1.5) for i, t in enumerate(TEXTS)]
     assert [with_names.decode(x).text for x in others] == [without.decode(x).text for x in others]
@@ -270,7 +291,11 @@ def test_decoder_equals_transcribe_of_a_model(files):
     tokenizer = CharTokenizer()
     model = build_model(dict(family="conformer", size="tiny"), tokenizer).eval()
     for p in model.parameters(): torch.nn.init.normal_(p, std=.2)
-    batch = next(iter(create_webdataset_loader(layout.split_shards("dev"), 10, 0, index=layout.split_index("dev"), batch_seconds=30., shuffle=False)))
+    batch = next(
+        iter(
+            create_webdataset_loader(layout.split_shards("dev"), 10, 0, index=layout.split_index("dev"), batch_seconds=30.0, shuffle=False)
+        )
+    )
     with torch.no_grad(): logits, frames = model.encode(*model.features(batch.audio, batch.lengths))
     log_probs = [x[:n].numpy() for x, n in zip(logits.log_softmax(-1), frames)]
     theirs, ours = model.transcribe(batch), Decoder(tokenizer, beam=0).decode_all(log_probs)

@@ -54,14 +54,20 @@ def layout():
     return layout
 
 
-CONFIG, STREAM = dict(model="m", min_utterances=6, runtime_utterances=3, max_wer_gap=1., max_int8_gap=1.), StreamConfig(chunk=CHUNK, left_chunks=LEFT)
+CONFIG, STREAM = (
+    dict(model="m", min_utterances=6, runtime_utterances=3, max_wer_gap=1.0, max_int8_gap=1.0),
+    StreamConfig(chunk=CHUNK, left_chunks=LEFT),
+)
 
 
 @pytest.fixture(scope="module")
 def made(layout):
     "Its bundle and the rows of its hypotheses."
     rows = export(ExportConfig(**CONFIG), STREAM, layout, synthetic=["demo"])
-    return SimpleNamespace(bundle=check_bundle(layout.bundle), rows=rows, report=read_json(layout.comparison/"export.json"), model=exporting.load_model(layout.model("m")))
+    return SimpleNamespace(
+        bundle=check_bundle(layout.bundle), rows=rows, report=read_json(layout.comparison / "export.json"),
+        model=exporting.load_model(layout.model("m"))
+    )
 
 
 @pytest.fixture
@@ -77,7 +83,8 @@ def test_graphs_have_the_contract_of_the_runtime(made):
     graph = onnx.load(made.bundle.model()).graph
     assert [o.name for o in graph.input] == list(INPUTS)
     assert not any(o.doc_string or o.metadata_props for o in (*graph.node, *graph.initializer, graph)), "names where it was made"
-    for name in ("model.onnx", "model.int8.onnx", "model.offline.onnx"): assert str(Path.cwd()).encode() not in (made.bundle.folder/name).read_bytes()
+    for name in ("model.onnx", "model.int8.onnx", "model.offline.onnx"):
+        assert str(Path.cwd()).encode() not in (made.bundle.folder / name).read_bytes()
     assert {o.key: o.value for o in onnx.load(made.bundle.model(int8=True)).metadata_props}["right_context"] == "6"
     assert made.bundle.model(int8=True).stat().st_size < made.bundle.model().stat().st_size
     assert made.bundle.symbols == made.model.tokenizer.symbols
@@ -90,8 +97,13 @@ def test_report_and_config_have_the_measured_figures(made, layout):
     assert report["utterances"] == 6 == len(made.rows) and report["runtime"] == dict(utterances=3, differ={"20": 0, "100": 0, "333": 0})
     assert 0 < max(o["apart"] for o in report["graphs"].values()) < 1e-3 and not any(o["texts_differ"] for o in report["graphs"].values())
     assert sum(len(o["hypothesis"]) for o in made.rows) > 20, "empty texts agree trivially"
-    assert next(r["wer"] for r in report["curve"] if (r["chunk"], r["left_chunks"]) == (CHUNK, LEFT)) == report["wer"]["stream"]["wer"] and config["wer"] == report["wer"]
-    assert config["speech"]["synthetic"] == ["demo"] and set(config["revisions"]) == {"weights", "train", "dev", "test", "tokenizer", "code", "commit"}
+    assert (
+        next(r["wer"] for r in report["curve"] if (r["chunk"], r["left_chunks"]) == (CHUNK, LEFT)) == report["wer"]["stream"]["wer"]
+        and config["wer"] == report["wer"]
+    )
+    assert config["speech"]["synthetic"] == ["demo"] and set(config["revisions"]) == {
+        "weights", "train", "dev", "test", "tokenizer", "code", "commit"
+    }
 
 
 def test_graph_equals_the_model_chunk_by_chunk(made, layout):
@@ -128,7 +140,9 @@ def test_commands_of_the_card_run(made, layout, copy):
 def test_runtime_gives_the_tokens_and_times_of_the_model(made, layout, piece_ms):
     import sherpa_onnx
     b = made.bundle
-    runtime = sherpa_onnx.OnlineRecognizer.from_wenet_ctc(tokens=str(b.tokens), model=str(b.model()), chunk_size=b.chunk_size, num_left_chunks=b.num_left_chunks, num_threads=1)
+    runtime = sherpa_onnx.OnlineRecognizer.from_wenet_ctc(
+        tokens=str(b.tokens), model=str(b.model()), chunk_size=b.chunk_size, num_left_chunks=b.num_left_chunks, num_threads=1
+    )
     for row in range(2):
         wave = speech(layout, row)
         h = made.model.transcribe(with_silence(collate([wave], [""], ["u"]), CHUNK), chunk=CHUNK, left_chunks=LEFT)[0]
@@ -163,16 +177,22 @@ def resealed(folder, name, change):
 def with_settings(**values): return lambda data: json.dumps(json.loads(data) | values).encode()
 
 
-@pytest.mark.parametrize("how, name, change, text", [
-    (corrupt, "model.onnx", lambda d: d[:-1] + bytes([d[-1] ^ 1]), "model.onnx: its content does not match SHA256SUMS"),
-    (resealed, "model.int8.onnx", lambda d: d[:1000], "model.int8.onnx: not readable as ONNX"),
-    (resealed, "config.json", with_settings(chunk_size=8), "model.onnx: input x, type and sizes: (1, (1, 19, 80)) instead of (1, (1, 35, 80))"),
-    (resealed, "config.json", with_settings(num_left_chunks=4), "model.onnx: input attn_cache"),
-    (resealed, "config.json", with_settings(format=99), "config.json: format 99, this code reads 1"),
-    (resealed, "config.json", lambda d: b"{", "config.json: cannot be read as JSON"),
-    (resealed, "tokens.txt", lambda d: d[:d.rstrip().rindex(b"\n") + 1], "symbols for a model with"),
-    (resealed, "tokens.txt", lambda d: d + "ngoài 999\n".encode(), "is not a symbol, a space and"),
-])
+@pytest.mark.parametrize(
+    "how, name, change, text",
+    [
+        (corrupt, "model.onnx", lambda d: d[:-1] + bytes([d[-1] ^ 1]), "model.onnx: its content does not match SHA256SUMS"),
+        (resealed, "model.int8.onnx", lambda d: d[:1000], "model.int8.onnx: not readable as ONNX"),
+        (
+            resealed, "config.json", with_settings(chunk_size=8),
+            "model.onnx: input x, type and sizes: (1, (1, 19, 80)) instead of (1, (1, 35, 80))"
+        ),
+        (resealed, "config.json", with_settings(num_left_chunks=4), "model.onnx: input attn_cache"),
+        (resealed, "config.json", with_settings(format=99), "config.json: format 99, this code reads 1"),
+        (resealed, "config.json", lambda d: b"{", "config.json: cannot be read as JSON"),
+        (resealed, "tokens.txt", lambda d: d[: d.rstrip().rindex(b"\n") + 1], "symbols for a model with"),
+        (resealed, "tokens.txt", lambda d: d + "ngoài 999\n".encode(), "is not a symbol, a space and"),
+    ],
+)
 def test_corrupt_bundle_is_refused(copy, how, name, change, text):
     how(copy, name, change)
     with pytest.raises(ConfigError, match=re.escape(text)): check_bundle(copy)
@@ -190,7 +210,9 @@ def test_runtime_misreads_the_token_tables_that_are_refused(made, layout, copy):
     (copy/"tokens.txt").write_text("".join(f"{s} {i}\n" for i, s in enumerate(["<blk>", "ơ", *(f"▁{i}" for i in range(2, n))])), "utf-8")
     seal(copy)
     with pytest.raises(BundleError, match="largest byte is 0xC6"): check_bundle(copy)
-    runtime = sherpa_onnx.OnlineRecognizer.from_wenet_ctc(tokens=str(copy/"tokens.txt"), model=str(copy/"model.onnx"), chunk_size=CHUNK, num_left_chunks=LEFT, num_threads=1)
+    runtime = sherpa_onnx.OnlineRecognizer.from_wenet_ctc(
+        tokens=str(copy / "tokens.txt"), model=str(copy / "model.onnx"), chunk_size=CHUNK, num_left_chunks=LEFT, num_threads=1
+    )
     tokens, _ = transcribe_pieces(runtime, np.pad(speech(layout), (0, 16_000)), 1600)
     assert any(t.startswith("▁") for t in tokens), "a valid table has a space there"
 
@@ -199,7 +221,8 @@ def test_refused_model_leaves_the_bundle_unchanged(made, layout, monkeypatch, tm
     before, config = (made.bundle.folder/"SHA256SUMS").read_bytes(), ExportConfig(**CONFIG | dict(min_utterances=1000))
     kept = shutil.copytree(made.bundle.folder, tmp_path/"graphs")
     monkeypatch.setattr(exporting, "write_graphs", lambda model, folder, *_: [shutil.copy(p, folder) for p in kept.glob("*.onnx")])
-    with pytest.raises(ExportError, match=r"no bundle is written. \(1\) 6 test utterances are fewer than export.min_utterances \(1000\)"): export(config, STREAM, layout)
+    with pytest.raises(ExportError, match=r"no bundle is written. \(1\) 6 test utterances are fewer than export.min_utterances \(1000\)"):
+        export(config, STREAM, layout)
     assert (made.bundle.folder/"SHA256SUMS").read_bytes() == before and check_bundle(made.bundle.folder)
     assert read_json(layout.comparison/"export.json")["utterances"] == 6, "the figures are written for a refused model too"
 
@@ -209,21 +232,33 @@ def test_refused_model_leaves_the_bundle_unchanged(made, layout, monkeypatch, tm
 def test_confidences_are_raw_if_dev_has_few_words(made):
     assert {*made.report["confidence"]} == {"full", "stream"}
     for way, found in made.report["confidence"].items():
-        assert 0 < found["held_out"] < found["words"] and found["map"] is made.bundle.calibration(way) is None and "are needed: confidences are raw" in found["why"]
+        assert (
+            0 < found["held_out"] < found["words"]
+            and found["map"] is made.bundle.calibration(way) is None
+            and "are needed: confidences are raw" in found["why"]
+        )
 
 
 def test_confidences_are_calibrated_if_dev_has_enough_words(made, layout, monkeypatch, tmp_path):
     "The references of dev are the bundle's own transcripts, so raw confidences are too low."
-    kept, there, recogniser = shutil.copytree(made.bundle.folder, tmp_path/"graphs"), Elsewhere(layout.root), load_recogniser(made.bundle.folder)
+    kept, there, recogniser = (
+        shutil.copytree(made.bundle.folder, tmp_path / "graphs"),
+        Elsewhere(layout.root),
+        load_recogniser(made.bundle.folder),
+    )
     object.__setattr__(there, "kind", "mapped")
     texts = {row["id"]: recogniser(read_audio(layout.prepared/row["audio_filepath"]))[0] for row in read_jsonl(layout.manifest("dev"))}
-    monkeypatch.setattr(exporting, "read_jsonl", lambda path: [row | dict(text=texts.get(row["id"], row["text"])) for row in read_jsonl(path)])
+    monkeypatch.setattr(
+        exporting, "read_jsonl", lambda path: [row | dict(text=texts.get(row["id"], row["text"])) for row in read_jsonl(path)]
+    )
     monkeypatch.setattr("ai2text.decoding.calibration.MIN_WORDS", 1)
     monkeypatch.setattr(exporting, "write_graphs", lambda model, folder, *_: [shutil.copy(p, folder) for p in kept.glob("*.onnx")])
     export(ExportConfig(**CONFIG), STREAM, there)
     bundle, report = check_bundle(there.bundle), read_json(there.comparison/"export.json")["confidence"]
     full = report["full"]
-    assert {*report} == {"full", "stream"} and bundle.config["calibration"] == {way: found["map"] for way, found in report.items() if found["map"]}
+    assert {*report} == {"full", "stream"} and bundle.config["calibration"] == {
+        way: found["map"] for way, found in report.items() if found["map"]
+    }
     assert full["map"] and full["mapped"]["log_loss"] < full["raw"]["log_loss"] and full["mapped"]["error"] < full["raw"]["error"]
     text, raw = recogniser(speech(layout))
     mapped = load_recogniser(bundle.folder)(speech(layout))
@@ -250,16 +285,25 @@ def families(layout, tmp_path_factory):
     return layout
 
 
-@pytest.mark.parametrize("name, kind, files", [("whole", "ctc", {"model.onnx"}), ("encoder", "chunk_ctc", {"model.onnx", "model.offline.onnx"}), ("whisper", "whisper", {"float32"})])
+@pytest.mark.parametrize(
+    "name, kind, files",
+    [("whole", "ctc", {"model.onnx"}), ("encoder", "chunk_ctc", {"model.onnx", "model.offline.onnx"}), ("whisper", "whisper", {"float32"})],
+)
 def test_bundle_of_every_family_agrees_with_its_model(families, name, kind, files, tmp_path, capsys):
     there = Elsewhere(families.root)
     object.__setattr__(there, "kind", kind)
     rows, model = export(ExportConfig(**CONFIG | dict(model=name)), STREAM, there), load_model(there.model(name))
     bundle, report = check_bundle(there.bundle), read_json(there.comparison/"export.json")
-    assert (bundle.kind, bundle.streams, report["kind"], bundle.config["name"]) == (kind, kind == "chunk_ctc", kind, name) and len(rows) == 6
-    assert {*report["graphs"]} == files and not any(o["texts_differ"] or o["apart"] > 1e-3 for o in report["graphs"].values()), report["graphs"]
+    assert (bundle.kind, bundle.streams, report["kind"], bundle.config["name"]) == (kind, kind == "chunk_ctc", kind, name) and len(
+        rows
+    ) == 6
+    assert {*report["graphs"]} == files and not any(o["texts_differ"] or o["apart"] > 1e-3 for o in report["graphs"].values()), report[
+        "graphs"
+    ]
     assert sum(len(r["hypothesis"]) for r in rows) > 20, "empty texts agree trivially"
-    assert report["wer"]["full"]["wer"] == bundle.config["wer"]["full"]["wer"] and "**Not measured.**" not in (bundle.folder/"README.md").read_text("utf-8")
+    assert report["wer"]["full"]["wer"] == bundle.config["wer"]["full"]["wer"] and "**Not measured.**" not in (
+        bundle.folder / "README.md"
+    ).read_text("utf-8")
 
     wave = speech(families)
     soundfile.write(tmp_path/"speech.wav", wave, 16_000)
@@ -277,7 +321,15 @@ def test_bundle_of_every_family_agrees_with_its_model(families, name, kind, file
     if kind == "whisper": # two processes, as the command starts them
         soundfile.write(tmp_path/"again.wav", wave, 16_000)
         for folder in (bundle.folder, there.model(name)):
-            done = subprocess.run([sys.executable, "-m", "ai2text.pipeline.cli", "transcribe", folder, tmp_path/"speech.wav", tmp_path/"again.wav", "--processes", "2"], capture_output=True, text=True, timeout=300)
+            done = subprocess.run(
+                [
+                    sys.executable, "-m", "ai2text.pipeline.cli", "transcribe", folder, tmp_path / "speech.wav",
+                    tmp_path / "again.wav", "--processes", "2"
+                ],
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
             assert done.returncode == 0 and done.stdout.count(text) == 2, done.stdout + done.stderr
     if kind != "chunk_ctc": assert transcribe(bundle.folder, [tmp_path/"speech.wav"], processes=1, int8=True) == 0
     (next(bundle.folder.glob("**/model.*"))).write_bytes(b"")
@@ -308,6 +360,10 @@ write_graphs(load_model(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(s
 @pytest.mark.slow
 def test_same_weights_same_bytes(made, layout, tmp_path):
     "In another process, with another hash seed and another folder."
-    done = subprocess.run([sys.executable, "-c", AGAIN, layout.model("m"), tmp_path, str(CHUNK), str(LEFT)], capture_output=True, text=True, env=os.environ | dict(PYTHONHASHSEED="7"))
+    done = subprocess.run(
+        [sys.executable, "-c", AGAIN, layout.model("m"), tmp_path, str(CHUNK), str(LEFT)], capture_output=True,
+        text=True, env=os.environ | dict(PYTHONHASHSEED="7")
+    )
     assert done.returncode == 0, done.stderr
-    for name in ("model.onnx", "model.int8.onnx", "model.offline.onnx"): assert (tmp_path/name).read_bytes() == (made.bundle.folder/name).read_bytes(), name
+    for name in ("model.onnx", "model.int8.onnx", "model.offline.onnx"):
+        assert (tmp_path / name).read_bytes() == (made.bundle.folder / name).read_bytes(), name

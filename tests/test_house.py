@@ -134,7 +134,9 @@ def test_an_import_of_a_later_notebook_is_reported(tmp_path):
         return Written(tmp_path/"x.ipynb")
     audio, late = next(o for o in LIBRARY if o.module == "audio.fbank"), "comes later; move the code down, or its dependency up"
     assert list(later(of(audio.name, "#| export\nfrom ai2text.training.setup import set_up"))) == [f"cell 4, line 2: training.setup {late}"]
-    assert list(later(of(audio.name, "#| export\nfrom ai2text.audio.augment import spec_augment"))) == [f"cell 4, line 2: audio.augment {late}"]
+    assert list(later(of(audio.name, "#| export\nfrom ai2text.audio.augment import spec_augment"))) == [
+        f"cell 4, line 2: audio.augment {late}"
+    ]
     smoke = "from ai2text.testing.workspace import smoke"
     assert list(later(of(audio.name, f"#| export\n{smoke}"))) == [f"cell 4, line 2: testing.workspace {late}"]
     assert list(later(of(audio.name, smoke))) == []

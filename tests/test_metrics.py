@@ -30,14 +30,27 @@ def pairs(count:int, seed:int, none:float=0.05)->tuple[list, list]:
     references, hypotheses = [], []
     for _ in range(count):
         ref = rng.choices(vocabulary, k=rng.randint(1, 15))
-        hyp = [] if rng.random() < none else [w for word in ref for w in {0: [], 1: [rng.choice(vocabulary)], 2: [word, rng.choice(vocabulary)],
-                 3: [strip_tones(word)], 4: [strip_diacritics(word)]}.get(rng.randrange(12), [word])]
+        hyp = (
+            []
+            if rng.random() < none
+            else [
+                w
+                for word in ref
+                for w in {
+                    0: [], 1: [rng.choice(vocabulary)], 2: [word, rng.choice(vocabulary)], 3: [strip_tones(word)],
+                    4: [strip_diacritics(word)]
+                }.get(rng.randrange(12), [word])
+            ]
+        )
         references.append(" ".join(ref)); hypotheses.append(" ".join(hyp))
     return references, hypotheses
 
 
 def rows(references, hypotheses, speakers:int=10)->list:
-    utterances = [dict(id=str(i), text=text, speaker=f"s{i%speakers}", duration=1. + i%7, corpus="demo", dialect=None, snr_db=float(i%50)) for i, text in enumerate(references)]
+    utterances = [
+        dict(id=str(i), text=text, speaker=f"s{i % speakers}", duration=1.0 + i % 7, corpus="demo", dialect=None, snr_db=float(i % 50))
+        for i, text in enumerate(references)
+    ]
     return utterance_rows(utterances, {str(i): text for i, text in enumerate(hypotheses)}, keep=("corpus", "dialect", "snr_db"))
 
 
@@ -51,7 +64,9 @@ def test_rates_are_those_of_jiwer():
     found = score(references, hypotheses)
     assert found.wer == pytest.approx(jiwer.wer(references, hypotheses)) and found.cer == pytest.approx(jiwer.cer(references, hypotheses))
     words = jiwer.process_words(references, hypotheses)
-    assert (found.hits, found.substitutions, found.deletions, found.insertions) == (words.hits, words.substitutions, words.deletions, words.insertions)
+    assert (found.hits, found.substitutions, found.deletions, found.insertions) == (
+        words.hits, words.substitutions, words.deletions, words.insertions
+    )
     assert score_rows(rows(references, hypotheses)).wer == found.wer
 
 
@@ -65,8 +80,15 @@ def test_each_substitution_has_one_kind():
     scored = rows(references, hypotheses)
     for _, a, b in (pair for row in scored for pair in aligned(row) if pair[0] == "substitute"):
         (letters, tone), (letters_hyp, tone_hyp) = split_tone(a), split_tone(b)
-        assert [kind for kind, is_it in dict(tone=letters == letters_hyp and tone != tone_hyp, letters=letters != letters_hyp and tone == tone_hyp,
-                                             both=letters != letters_hyp and tone != tone_hyp).items() if is_it] == [missed(a, b)]
+        assert [
+            kind
+            for kind, is_it in dict(
+                tone=letters == letters_hyp and tone != tone_hyp,
+                letters=letters != letters_hyp and tone == tone_hyp,
+                both=letters != letters_hyp and tone != tone_hyp,
+            ).items()
+            if is_it
+        ] == [missed(a, b)]
     found, total = details(scored, Counter()), score_rows(scored)
     assert sum(found["syllables"][kind] for kind in ERROR_KINDS) == found["syllables"]["wrong"] == total.substitutions
     assert found["syllables"]["aligned"] == total.hits + total.substitutions
@@ -110,7 +132,10 @@ def test_segments_agree_with_a_plain_search():
     rng = random.Random(4)
     for _ in range(2000):
         words = rng.randint(1, 12)
-        a, b = ("".join("I"*(rng.random() < .08) + rng.choices("=SD", (80, 15, 5))[0] for _ in range(words)) + "I"*(rng.random() < .08) for _ in range(2))
+        a, b = (
+            "".join("I" * (rng.random() < 0.08) + rng.choices("=SD", (80, 15, 5))[0] for _ in range(words)) + "I" * (rng.random() < 0.08)
+            for _ in range(2)
+        )
         assert segments(dict(alignment=a), dict(alignment=b)) == cut(a, b), (a, b)
 
 
@@ -125,7 +150,7 @@ def simulated(p:float, rng, count:int=300, hard=None)->list:
 
 
 def test_matched_pairs_by_hand():
-    "Seven segments, differences 1, 1, 1, -1, 1, -1, 1: mean 3/7, variance (7 - 9/7)/6 = 20/21, so z = (3/7)/sqrt(20/147) = 1.1619; p = 0.2453 of a table."
+    "Seven segments, differences 1, 1, 1, -1, 1, -1, 1: mean 3/7, variance (7 - 9/7)/6 = 20/21, z = (3/7)/sqrt(20/147) = 1.1619, p = 0.2453."
     signs = [("S===S", "====="), ("D===", "===I="), ("=S", "=="), ("==", "=I="), ("S=", "==")]
     a, b = ([dict(id=i, reference="w", alignment=pair[side]) for i, pair in enumerate(signs)] for side in (0, 1))
     assert [s for x, y in zip(a, b) for s in segments(x, y)] == [(1, 0), (1, 0), (1, 0), (0, 1), (1, 0), (0, 1), (1, 0)]
@@ -158,7 +183,9 @@ def test_paired_bootstrap_covers_the_difference():
     assert better["difference_high"] < 0 and better["a_better"] > .99 and (better["unit"], better["units"]) == ("speaker", 12)
     assert better["difference"] == pytest.approx(-.05, abs=.02)
     same = simulated(.1, rng)
-    assert paired_difference(same, same[::-1]) | dict(unit="", units=0) == dict(difference=0., difference_low=0., difference_high=0., a_better=.5, unit="", units=0, samples=10_000)
+    assert paired_difference(same, same[::-1]) | dict(unit="", units=0) == dict(
+        difference=0.0, difference_low=0.0, difference_high=0.0, a_better=0.5, unit="", units=0, samples=10_000
+    )
 
 
 def test_paired_intervals_are_narrower():

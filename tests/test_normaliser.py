@@ -36,9 +36,20 @@ def layout():
     longest = [max((i for i, r in enumerate(rows) if r["split"] == split), key=lambda i: rows[i]["duration"]) for split in SPLITS]
     for n, i in enumerate(longest, 2): rows[i] |= dict(text_raw=f"{WRITTEN} {n}", id=f"mine-{rows[i]['split']}")
     write_jsonl(manifest, rows)
-    prepare(PrepareConfig(tokenizer="char", processes=1, abbreviations="short.tsv", readings="mine.tsv", max_characters_per_second=1000., max_reject_share=.3), layout.corpora, layout.prepared, root=layout.root)
+    prepare(
+        PrepareConfig(
+            tokenizer="char", processes=1, abbreviations="short.tsv", readings="mine.tsv",
+            max_characters_per_second=1000.0, max_reject_share=0.3
+        ),
+        layout.corpora,
+        layout.prepared,
+        root=layout.root,
+    )
     for split in SPLITS:
-        write_shards(read_jsonl(layout.manifest(split)), layout.split_shards(split), layout.split_index(split), ShardsConfig(shard_size=16, processes=1), audio_root=layout.prepared)
+        write_shards(
+            read_jsonl(layout.manifest(split)), layout.split_shards(split), layout.split_index(split),
+            ShardsConfig(shard_size=16, processes=1), audio_root=layout.prepared
+        )
     return layout
 
 
@@ -49,7 +60,9 @@ def normaliser(layout): return Normaliser.load(layout.prepared/"normaliser.json"
 def test_prepare_records_the_normaliser(layout, normaliser):
     "In the manifests, statistics, tokenizer and index."
     assert normaliser(WRITTEN) == SPOKEN != NORMALISER(WRITTEN)
-    assert {r["text"] for split in SPLITS for r in read_jsonl(layout.manifest(split)) if r["id"].startswith("mine")} == {f"{SPOKEN} {n}" for n in ("hai", "ba", "bốn")}
+    assert {r["text"] for split in SPLITS for r in read_jsonl(layout.manifest(split)) if r["id"].startswith("mine")} == {
+        f"{SPOKEN} {n}" for n in ("hai", "ba", "bốn")
+    }
     name = normaliser_name(normaliser)
     assert read_json(layout.prepared/"stats.json")["normaliser"] == name != normaliser_name(NORMALISER)
     assert load_tokenizer(layout.tokenizer).normaliser == normaliser
@@ -68,7 +81,8 @@ def test_shards_language_model_and_hotwords_use_the_normaliser_of_their_folder(l
     assert {*lm.words} - {*SPECIAL_WORDS} == {*SPOKEN.split()} and lm.about["normaliser"] == index.normaliser
     tokenizer = load_tokenizer(layout.tokenizer)
     assert Decoder(tokenizer, tmp_path/"lm", hotwords=["CTXH"]).hotwords == {("công", "tác", "xã", "hội"): 3.}
-    with pytest.raises(ConfigError, match="which has other tables; make it again with `ai2text lm --normaliser"): Decoder(CharTokenizer(), tmp_path/"lm")
+    with pytest.raises(ConfigError, match="which has other tables; make it again with `ai2text lm --normaliser"):
+        Decoder(CharTokenizer(), tmp_path / "lm")
 
 
 class Perfect:
@@ -83,7 +97,10 @@ def test_a_correct_hypothesis_scores_zero_in_every_form_of_the_reference(layout,
     raw = [dict(id=r["id"], text=r["reference_raw"]) for r in rows]
     write_jsonl(tmp_path/"ref.jsonl", raw)
     write_jsonl(tmp_path/"hyp.jsonl", [dict(id=r["id"], pred_text=r["hypothesis"]) for r in rows])
-    found = {n: json.loads(score_files(tmp_path/"ref.jsonl", tmp_path/"hyp.jsonl", normaliser=n, json=True)) for n in (layout.tokenizer, "none")}
+    found = {
+        n: json.loads(score_files(tmp_path / "ref.jsonl", tmp_path / "hyp.jsonl", normaliser=n, json=True))
+        for n in (layout.tokenizer, "none")
+    }
     assert found[layout.tokenizer]["wer"] == 0 < found["none"]["wer"]
     assert found[layout.tokenizer]["normaliser"] == score.normaliser
     assert main(["score", str(tmp_path/"ref.jsonl"), str(tmp_path/"hyp.jsonl"), "--normaliser", str(layout.root)]) == 0

@@ -44,7 +44,9 @@ class Files:
     models = {"toy": 1_700_000_000}
 
     def __init__(self, bundle):
-        self.pool, self.running, self.cancelled, self.delay = ProcessPoolExecutor(2, initializer=_start, initargs=(Recogniser(bundle),)), 0, 0, 0.
+        self.pool, self.running, self.cancelled, self.delay = (
+            ProcessPoolExecutor(2, initializer=_start, initargs=(Recogniser(bundle),)), 0, 0, 0.0
+        )
 
     def first_and_rest(self, path):
         with Recording(path) as r:
@@ -119,7 +121,8 @@ def until(true, limit=60):
 def talk(tmp_path_factory):
     "A minute of tones with pauses, as FLAC."
     rng, waves = np.random.default_rng(0), []
-    for _ in range(15): waves += [whistle(" ".join(rng.choice(list(WORDS), 6)), pause=0.12)[0], np.zeros(round(rng.uniform(0.3, 1.5)*RATE), np.float32)]
+    for _ in range(15):
+        waves += [whistle(" ".join(rng.choice(list(WORDS), 6)), pause=0.12)[0], np.zeros(round(rng.uniform(0.3, 1.5) * RATE), np.float32)]
     path = tmp_path_factory.mktemp("talk")/"talk.flac"
     sf.write(path, np.concatenate(waves), RATE)
     return path
@@ -154,8 +157,13 @@ def test_every_response_format_has_the_transcript(client, toy, talk):
     found = ask(response_format="verbose_json", timestamp_granularities=["word", "segment"])
     assert (found.text, found.language, round(found.duration, 2)) == (wanted.text, "vietnamese", round(wanted.duration, 2))
     assert [(w.word, w.start, w.end) for w in found.words] == [(w.word, round(w.start, 3), round(w.end, 3)) for w in wanted.words]
-    assert " ".join(s.text for s in found.segments) == " ".join(w.word for w in wanted.words) and all(a.end <= b.start for a, b in zip(found.segments, found.segments[1:]))
-    assert ask(response_format="verbose_json").words is None and ask(response_format="verbose_json", timestamp_granularities=["word"]).segments is None
+    assert " ".join(s.text for s in found.segments) == " ".join(w.word for w in wanted.words) and all(
+        a.end <= b.start for a, b in zip(found.segments, found.segments[1:])
+    )
+    assert (
+        ask(response_format="verbose_json").words is None
+        and ask(response_format="verbose_json", timestamp_granularities=["word"]).segments is None
+    )
 
 
 def test_text_streams_while_the_rest_is_recognised(server, client, talk):
@@ -175,13 +183,15 @@ def test_containers(client, name):
     wave = whistle("một ba hai")[0]
     data = of_kind(name, wave, **dict(picture=True) if name == "meeting.mp4" else {}) if not name.startswith("a.") else None
     if data is None: sf.write(file := io.BytesIO(), np.stack([wave]*2, 1), RATE, format=name[2:].upper()); data = file.getvalue()
-    for called in (name, "blob"): assert client.audio.transcriptions.create(model="toy", file=(called, data)).text == written("một ba hai", sentence=True)
+    for called in (name, "blob"):
+        assert client.audio.transcriptions.create(model="toy", file=(called, data)).text == written("một ba hai", sentence=True)
 
 
 def test_models(client):
     assert [(m.id, m.object, m.created) for m in client.models.list()] == [("toy", "model", 1_700_000_000)]
     assert client.models.retrieve("toy").id == "toy"
-    with pytest.raises(openai.NotFoundError, match="gpt-4o-transcribe.*is not served here; there is toy"): client.models.retrieve("gpt-4o-transcribe")
+    with pytest.raises(openai.NotFoundError, match="gpt-4o-transcribe.*is not served here; there is toy"):
+        client.models.retrieve("gpt-4o-transcribe")
 
 
 def test_concurrent_requests_get_their_own_text(server):
@@ -220,24 +230,33 @@ def test_bad_file_has_a_status_and_code(client, kind, stream):
 def test_long_recording_is_refused_before_recognition(client, tmp_path):
     with sf.SoundFile(tmp_path/"long.flac", "w", 8000, 1, "PCM_16") as file:
         for _ in range(21): file.write(np.zeros(60*8000, np.int16))
-    with pytest.raises(openai.APIStatusError, match="longer than 20 minutes") as e: client.audio.transcriptions.create(model="toy", file=tmp_path/"long.flac")
+    with pytest.raises(openai.APIStatusError, match="longer than 20 minutes") as e:
+        client.audio.transcriptions.create(model="toy", file=tmp_path / "long.flac")
     assert (e.value.status_code, e.value.code) == (413, "audio_too_long")
 
 
-@pytest.mark.parametrize("how, kind, code, message", [
-    (dict(response_format="docx"), openai.BadRequestError, "invalid_value", "response_format 'docx': choose from json"),
-    (dict(language="en"), openai.BadRequestError, "unsupported_language", "language 'en': the model understands Vietnamese"),
-    (dict(model="whisper-large-v3"), openai.NotFoundError, "model_not_found", "give one of toy, whisper-1"),
-    (dict(temperature=3), openai.BadRequestError, "invalid_value", "temperature '3'"),
-    (dict(response_format="verbose_json", timestamp_granularities=["letter"]), openai.BadRequestError, "invalid_value", "choose from segment, word"),
-    (dict(response_format="srt", stream=True), openai.BadRequestError, "invalid_value", "stream: gives text alone")])
+@pytest.mark.parametrize(
+    "how, kind, code, message",
+    [
+        (dict(response_format="docx"), openai.BadRequestError, "invalid_value", "response_format 'docx': choose from json"),
+        (dict(language="en"), openai.BadRequestError, "unsupported_language", "language 'en': the model understands Vietnamese"),
+        (dict(model="whisper-large-v3"), openai.NotFoundError, "model_not_found", "give one of toy, whisper-1"),
+        (dict(temperature=3), openai.BadRequestError, "invalid_value", "temperature '3'"),
+        (
+            dict(response_format="verbose_json", timestamp_granularities=["letter"]), openai.BadRequestError,
+            "invalid_value", "choose from segment, word"
+        ),
+        (dict(response_format="srt", stream=True), openai.BadRequestError, "invalid_value", "stream: gives text alone"),
+    ],
+)
 def test_wrong_field_is_named(client, talk, how, kind, code, message):
     with pytest.raises(kind, match=re.escape(message)) as e: client.audio.transcriptions.create(**dict(model="toy", file=talk) | how)
     assert e.value.code == code
 
 
 def test_wrong_key_is_refused(server, talk):
-    with pytest.raises(openai.AuthenticationError, match="Bearer TOKEN"): openai.OpenAI(base_url=server.url, api_key="sk-wrong", max_retries=0).audio.transcriptions.create(model="toy", file=talk)
+    with pytest.raises(openai.AuthenticationError, match="Bearer TOKEN"):
+        openai.OpenAI(base_url=server.url, api_key="sk-wrong", max_retries=0).audio.transcriptions.create(model="toy", file=talk)
 
 
 def test_full_disk_is_status_507(client):
@@ -246,7 +265,8 @@ def test_full_disk_is_status_507(client):
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
     try:
-        with pytest.raises(openai.InternalServerError, match="no space is left") as e: client.audio.transcriptions.create(model="toy", file=("a.wav", file.getvalue()))
+        with pytest.raises(openai.InternalServerError, match="no space is left") as e:
+            client.audio.transcriptions.create(model="toy", file=("a.wav", file.getvalue()))
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert (e.value.status_code, e.value.code) == (507, "insufficient_storage")
 
@@ -258,7 +278,9 @@ CURL = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installe
 
 def curl(server, *more, key=TOKEN):
     "Status and body."
-    out = subprocess.run(["curl", "-sS", "-w", "\n%{http_code}", "-H", f"Authorization: Bearer {key}", *more], capture_output=True, text=True, timeout=120)
+    out = subprocess.run(
+        ["curl", "-sS", "-w", "\n%{http_code}", "-H", f"Authorization: Bearer {key}", *more], capture_output=True, text=True, timeout=120
+    )
     assert not out.returncode, out.stderr
     body, _, status = out.stdout.rpartition("\n")
     return int(status), body
@@ -269,13 +291,25 @@ def test_curl(server, client, talk):
     post = lambda *more, **how: curl(server, f"{server.url}/audio/transcriptions", "-F", f"file=@{talk}", *more, **how)
     text = client.audio.transcriptions.create(model="toy", file=talk).text
     assert post("-F", "model=toy", "-F", "response_format=text") == (200, text + "\n")
-    status, body = post("-F", "model=whisper-1", "-F", "response_format=verbose_json", "-F", "timestamp_granularities[]=word", "-F", "timestamp_granularities[]=segment")
+    status, body = post(
+        "-F", "model=whisper-1", "-F", "response_format=verbose_json", "-F", "timestamp_granularities[]=word", "-F",
+        "timestamp_granularities[]=segment"
+    )
     assert status == 200 and json.loads(body)["words"][-1]["end"] > 40 and json.loads(body)["segments"]
     status, body = post("-N", "-F", "model=toy", "-F", "stream=true")
-    assert status == 200 and body.count("transcript.text.delta") > 2 and json.loads(body.rstrip().splitlines()[-1].removeprefix("data: "))["text"] == text
+    assert (
+        status == 200
+        and body.count("transcript.text.delta") > 2
+        and json.loads(body.rstrip().splitlines()[-1].removeprefix("data: "))["text"] == text
+    )
     assert json.loads(curl(server, f"{server.url}/models")[1])["data"][0]["id"] == "toy"
-    for status, code, (got, body) in ((404, "model_not_found", post("-F", "model=x")), (401, "invalid_api_key", post("-F", "model=toy", key="x")), (400, "missing_required_parameter", curl(server, f"{server.url}/audio/transcriptions", "-F", "model=toy")),
-                                      (404, "unknown_url", curl(server, f"{server.url}/audio/translations", "-F", "model=toy")), (400, "invalid_content_type", curl(server, f"{server.url}/audio/transcriptions", "-d", "model=toy"))):
+    for status, code, (got, body) in (
+        (404, "model_not_found", post("-F", "model=x")),
+        (401, "invalid_api_key", post("-F", "model=toy", key="x")),
+        (400, "missing_required_parameter", curl(server, f"{server.url}/audio/transcriptions", "-F", "model=toy")),
+        (404, "unknown_url", curl(server, f"{server.url}/audio/translations", "-F", "model=toy")),
+        (400, "invalid_content_type", curl(server, f"{server.url}/audio/transcriptions", "-d", "model=toy")),
+    ):
         assert (got, json.loads(body)["error"]["code"]) == (status, code)
 
 
@@ -283,16 +317,37 @@ def test_curl(server, client, talk):
 def test_too_large_upload_of_curl_is_refused_before_its_body(server, tmp_path):
     with (tmp_path/"huge.wav").open("wb") as file: file.truncate(2 << 30)
     began = time.monotonic()
-    status, body = curl(server, f"{server.url}/audio/transcriptions", "-H", "Expect: 100-continue", "-F", f"file=@{tmp_path/'huge.wav'}", "-F", "model=toy", "-w", "\n%{size_upload}\n%{http_code}")
+    status, body = curl(
+        server, f"{server.url}/audio/transcriptions", "-H", "Expect: 100-continue", "-F",
+        f"file=@{tmp_path / 'huge.wav'}", "-F", "model=toy", "-w", "\n%{size_upload}\n%{http_code}"
+    )
     body, _, sent = body.rpartition("\n")
     assert (status, json.loads(body)["error"]["code"], int(sent)) == (413, "file_too_large", 0) and time.monotonic() - began < 60
-    assert curl(server, f"{server.url}/audio/transcriptions", "-H", "Expect: 100-continue", "-F", f"file=@{tmp_path/'huge.wav'}", "-F", "model=toy", key="x")[0] == 401
+    assert (
+        curl(
+            server, f"{server.url}/audio/transcriptions", "-H", "Expect: 100-continue", "-F",
+            f"file=@{tmp_path / 'huge.wav'}", "-F", "model=toy", key="x"
+        )[0]
+        == 401
+    )
 
 
-@pytest.mark.parametrize("headers, named", [({}, "a\1.wav"), ({"Content-Encoding": "gzip"}, "a.wav"), ({}, "a"*9000 + ".wav")], ids=["control character", "no gzip", "long name"])
+@pytest.mark.parametrize(
+    "headers, named",
+    [({}, "a\1.wav"), ({"Content-Encoding": "gzip"}, "a.wav"), ({}, "a" * 9000 + ".wav")],
+    ids=["control character", "no gzip", "long name"],
+)
 def test_malformed_form_is_status_400(server, talk, headers, named):
-    form = f'--x\r\nContent-Disposition: form-data; name="file"; filename="{named}"\r\n\r\n'.encode() + Path(talk).read_bytes() + b"\r\n--x--\r\n"
-    asked = urllib.request.Request(f"{server.url}/audio/transcriptions", form, {"Authorization": f"Bearer {TOKEN}", "Content-Type": "multipart/form-data; boundary=x"} | headers)
+    form = (
+        f'--x\r\nContent-Disposition: form-data; name="file"; filename="{named}"\r\n\r\n'.encode()
+        + Path(talk).read_bytes()
+        + b"\r\n--x--\r\n"
+    )
+    asked = urllib.request.Request(
+        f"{server.url}/audio/transcriptions",
+        form,
+        {"Authorization": f"Bearer {TOKEN}", "Content-Type": "multipart/form-data; boundary=x"} | headers,
+    )
     with pytest.raises(urllib.error.HTTPError) as e: urllib.request.urlopen(asked, timeout=60)
     assert e.value.code == 400 and json.load(e.value)["error"]["code"] == "invalid_body" and not server.log
 
@@ -301,7 +356,13 @@ def test_malformed_form_is_status_400(server, talk, headers, named):
 @pytest.mark.parametrize("stream", ["false", "true"])
 def test_client_that_disconnects_while_waiting_is_cancelled(server, talk, stream, caplog):
     server.service.delay, before = 1., server.service.cancelled
-    process = subprocess.Popen(["curl", "-sN", f"{server.url}/audio/transcriptions", "-H", f"Authorization: Bearer {TOKEN}", "-F", f"file=@{talk}", "-F", "model=toy", "-F", f"stream={stream}"], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [
+            "curl", "-sN", f"{server.url}/audio/transcriptions", "-H", f"Authorization: Bearer {TOKEN}", "-F",
+            f"file=@{talk}", "-F", "model=toy", "-F", f"stream={stream}"
+        ],
+        stdout=subprocess.DEVNULL,
+    )
     until(lambda: server.service.running)
     process.kill()
     process.wait()
@@ -313,8 +374,11 @@ def test_client_that_disconnects_while_waiting_is_cancelled(server, talk, stream
 def test_client_that_disconnects_while_uploading_leaves_no_file(server, caplog):
     for closing in ("close", "reset"):
         with contextlib.closing(socket.create_connection(("127.0.0.1", server.port))) as s:
-            s.sendall(f"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000000\r\n\r\n"
-                      "--x\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a.wav\"\r\n\r\n".encode() + bytes(200_000))
+            s.sendall(
+                f"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000000\r\n\r\n"
+                "--x\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a.wav\"\r\n\r\n".encode()
+                + bytes(200_000)
+            )
             until(lambda: any(Path(server.uploads).rglob("recording*")))
             if closing == "reset": s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         until(lambda: not os.listdir(server.uploads))

@@ -61,14 +61,19 @@ def test_killed_training_resumes_and_an_old_seed_is_not_trained_again(workspace,
     workspace.change(dict(train=dict(seed=SMALL["train"]["seed"])))
     assert workspace.repro(f"train@{M}") == {f"train@{M}"}
     assert (workspace.metrics(), workspace.report(f"train-{M}").read_bytes()) == before
-    assert {path: Path(path, "result.json").stat().st_mtime_ns for path in workspace.runs()} == {**stamps, str(killed): (killed/"result.json").stat().st_mtime_ns}
+    assert {path: Path(path, "result.json").stat().st_mtime_ns for path in workspace.runs()} == {
+        **stamps,
+        str(killed): (killed / "result.json").stat().st_mtime_ns,
+    }
 
 
 @pytest.mark.slow
 def test_pipeline_with_a_whisper_alone(workspace, tmp_path):
     "Without a streaming model, compare recommends the Whisper and export writes a bundle of its kind."
     w = Workspace.copy(workspace.root, tmp_path/"whisper")
-    w.change(dict(models={M: None, "base": dict(family="whisper", size="demo", d_model=32, layers=1, heads=2, ff=64)}, compare=dict(latency=0.)))
+    w.change(
+        dict(models={M: None, "base": dict(family="whisper", size="demo", d_model=32, layers=1, heads=2, ff=64)}, compare=dict(latency=0.0))
+    )
     assert "export.model: 'conformer_ctc' is none of the models; write one of base" in w.run("dvc", "repro", ok=False, stderr=True)
     w.change(dict(export=dict(model="base")))
     assert {"init@base", "train@base", "evaluate@base", "compare", "export"} <= w.repro()
@@ -76,4 +81,6 @@ def test_pipeline_with_a_whisper_alone(workspace, tmp_path):
     config = json.loads((w.root/"models/export/config.json").read_text("utf-8"))
     assert (config["kind"], config["name"]) == ("whisper", "base") and (w.root/"models/export/int8/model.bin").exists()
     w.change(dict(compare=dict(latency=1.)))
-    assert w.repro() == {"compare", "export"} and "no model is allowed by this rule: of base, the quickest" in w.run("python", "-m", "ai2text.pipeline.cli", "compare")
+    assert w.repro() == {"compare", "export"} and "no model is allowed by this rule: of base, the quickest" in w.run(
+        "python", "-m", "ai2text.pipeline.cli", "compare"
+    )

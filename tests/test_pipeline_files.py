@@ -48,7 +48,7 @@ def test_command_of_a_stage(name):
 
 @pytest.mark.parametrize("name", PIPELINE)
 def test_stage_depends_on_its_code_by_its_identity(name):
-    "One file of identity/ stands for notebook, modules and defaults; a module as a dependency would rerun the stage after an edited comment."
+    "One file of identity/ for notebook, modules and defaults; a module as a dependency would rerun the stage after an edited comment."
     of_model = EACH.get(name) == "models"
     for stages, folder in ((PIPELINE, "identity"), (COMPARE, "../identity")):
         if name not in stages: continue
@@ -61,8 +61,12 @@ def test_stage_depends_on_its_code_by_its_identity(name):
 def test_identities_are_up_to_date(name):
     for family in FAMILIES if name in FAMILY_STAGES else ("",):
         path = ROOT/f"identity/{name}{family and '-'}{family}.json"
-        assert path.is_file() and json.loads(path.read_text()) == stage_identity(name, notebook(name), family), f"{path.relative_to(ROOT)} is out of date: run `ai2text identity`"
-    assert {p.stem.split("-")[0] for p in (ROOT/"identity").iterdir()} == set(STAGES), "identity/ has files of unknown stages: run `ai2text identity`"
+        assert path.is_file() and json.loads(path.read_text()) == stage_identity(name, notebook(name), family), (
+            f"{path.relative_to(ROOT)} is out of date: run `ai2text identity`"
+        )
+    assert {p.stem.split("-")[0] for p in (ROOT / "identity").iterdir()} == set(STAGES), (
+        "identity/ has files of unknown stages: run `ai2text identity`"
+    )
 
 
 def test_identity_stage_depends_on_all_code():
@@ -73,7 +77,11 @@ def test_identity_stage_depends_on_all_code():
 def test_changed_initial_weights_are_detected():
     "The hashes of a folder of weights are written at each `dvc repro`, and kept if the folder is missing."
     stage = DVC["starts"]
-    assert stage["always_changed"] and options(stage, "outs") == dict(starts=dict(cache=False, persist=True)) and "starts/${key}.json" in PIPELINE["init"]["deps"]
+    assert (
+        stage["always_changed"]
+        and options(stage, "outs") == dict(starts=dict(cache=False, persist=True))
+        and "starts/${key}.json" in PIPELINE["init"]["deps"]
+    )
     assert {p.stem for p in (ROOT/"starts").iterdir()} == set(PARAMS["models"])
 
 
@@ -81,8 +89,12 @@ def test_changed_initial_weights_are_detected():
 def test_parameters_of_a_stage_are_valid(name):
     "params.yaml, dataclass and notebook have the same names, and all values are in range."
     for item in items(name): stage_parameters(name, PARAMS, list(inspect_notebook(notebook(name))), **item)
-    depends = dict(corpus=["corpora.${key}"], pseudo=["pseudo.${key}"], prepare=["prepare", "corpora", "pseudo"], init=["init", "models.${key}"], train=["train", "hardware", "milestones.${train.milestones}", "models.${key}"], evaluate=["stream", "models.${key}"],
-                   compare=["compare", "models"], export=["export", "stream", "corpora"], plan=["plans.${key}"])
+    depends = dict(
+        corpus=["corpora.${key}"], pseudo=["pseudo.${key}"], prepare=["prepare", "corpora", "pseudo"],
+        init=["init", "models.${key}"], train=["train", "hardware", "milestones.${train.milestones}", "models.${key}"],
+        evaluate=["stream", "models.${key}"], compare=["compare", "models"], export=["export", "stream", "corpora"],
+        plan=["plans.${key}"]
+    )
     assert PIPELINE[name]["params"] == depends.get(name, [name])
 
 
@@ -123,10 +135,16 @@ def test_outputs_of_a_stage(name):
     for kind in ("outs", "metrics", "plots"):
         for path, given in options(PIPELINE[name], kind).items():
             assert "persist" not in given, f"dvc.yaml, {name}, {path}: an unfinished run belongs in .runs"
-            assert path.startswith(("data/", "models/")) or given["cache"] is False, f"dvc.yaml, {name}, {path}: is small, so it belongs in git"
+            assert path.startswith(("data/", "models/")) or given["cache"] is False, (
+                f"dvc.yaml, {name}, {path}: is small, so it belongs in git"
+            )
 
 
 def test_dvc_lists_the_stages():
     "No overlapping outputs, no cycles, and the stages of each corpus and model."
-    listed = subprocess.run([sys.executable, "-m", "dvc", "stage", "list", "--name-only"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert set(listed) == {"identity", "starts"} | {n for name in PIPELINE for n in ([f"{name}@{key}" for key in PARAMS[EACH[name]]] if name in EACH else [name])}
+    listed = subprocess.run(
+        [sys.executable, "-m", "dvc", "stage", "list", "--name-only"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert set(listed) == {"identity", "starts"} | {
+        n for name in PIPELINE for n in ([f"{name}@{key}" for key in PARAMS[EACH[name]]] if name in EACH else [name])
+    }

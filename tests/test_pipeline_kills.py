@@ -19,13 +19,19 @@ import pytest
 
 from workspace import STAGES, M, Workspace, environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by their environment, as Linux shows it")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by their environment, as Linux shows it"),
+]
 
 KILLS = 25
 
 VICTIMS = ("kernel", "runner", "dvc", "group") # root_cause first
 MADE = ("dvc.lock", ".dvc/cache", ".runs", "identity", "starts", "data", "models", "results", "comparison", "papermill_runs")
-CUT = {"dvc.lock": ("dvc.lock' validation failed", "dvc.lock' is invalid", "unable to read: 'dvc.lock'"), ".dvc/tmp/rwlock": ("Unable to read RWLock-file",)}
+CUT = {
+    "dvc.lock": ("dvc.lock' validation failed", "dvc.lock' is invalid", "unable to read: 'dvc.lock'"),
+    ".dvc/tmp/rwlock": ("Unable to read RWLock-file",),
+}
 MARK = "AI2TEXT_KILLS" # in the environment of all processes of a workspace's `dvc repro`
 WAIT = 300             # seconds until the processes that were not killed must have ended
 # Files that depend on clock, memory or load, and such keys of other files.
@@ -52,7 +58,15 @@ def processes(root:Path)->dict:
             if p.environ().get(MARK) != str(root) or p.status() == psutil.STATUS_ZOMBIE: continue
             words = " ".join(p.cmdline())
         except (psutil.NoSuchProcess, psutil.AccessDenied): continue
-        found[p] = "runner" if "ai2text.pipeline.cli stage" in words else "kernel" if "kernel_main" in words else "dvc" if words.endswith("repro") or "dvc repro " in words else words[:80]
+        found[p] = (
+            "runner"
+            if "ai2text.pipeline.cli stage" in words
+            else "kernel"
+            if "kernel_main" in words
+            else "dvc"
+            if words.endswith("repro") or "dvc repro " in words
+            else words[:80]
+        )
     return found
 
 
@@ -65,9 +79,11 @@ class Repro:
     def __init__(self, w:Workspace):
         self.root, self.path = w.root, w.root.with_suffix(".log")
         with open(self.path, "w") as log:
-            self.process = psutil.Popen(["dvc", "repro"], cwd=w.root, env=environment(PYTHONUNBUFFERED="1", **{MARK: str(w.root)}), stdin=subprocess.DEVNULL,
-                                        stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                                        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # default handler, which `&` disables
+            self.process = psutil.Popen(
+                ["dvc", "repro"], cwd=w.root, env=environment(PYTHONUNBUFFERED="1", **{MARK: str(w.root)}),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+            ) # default handler, which `&` disables
 
     @property
     def log(self)->str: return self.path.read_text(errors="replace")
@@ -119,13 +135,16 @@ class Repro:
         while (left := processes(self.root)) or not self.over:
             if time.monotonic() > sent + WAIT:
                 for p in left: p.kill()
-                raise AssertionError(f"{victim} got {signal.Signals(signum).name} in {hit}; {WAIT} s later there are {({p.pid: what for p, what in left.items()})}: {self.log[-2000:]}")
+                raise AssertionError(
+                    f"{victim} got {signal.Signals(signum).name} in {hit}; {WAIT} s later there are "
+                    f"{ ({p.pid: what for p, what in left.items()}) }: {self.log[-2000:]}"
+                )
             time.sleep(.2)
         return Kill(hit, victim, signal.Signals(signum).name, time.monotonic() - sent)
 
 
 def remove_truncated(root:Path, message:str)->str:
-    "Remove the file that a kill truncated while dvc was writing it, by dvc's message, as dvc advises: its name; empty for any other failure."
+    "Remove the file that a kill truncated while dvc wrote it, as dvc's message advises: its name; empty for any other failure."
     for name, messages in CUT.items():
         if any(m in message for m in messages):
             (root/name).unlink()
@@ -182,7 +201,8 @@ def draw_kills(rng:random.Random, kills:int, spent:dict)->list:
     "(stage, delay, process, signal) of each kill: stages and times uniform, in the pipeline's order."
     stages = list(spent)
     chosen = sorted(rng.randrange(len(stages)) for _ in range(kills))
-    victims = [v for _ in range(0, kills, len(VICTIMS)) for v in rng.sample(VICTIMS, len(VICTIMS))][:kills] # each of them, even for few kills
+    # each of them, even for few kills
+    victims = [v for _ in range(0, kills, len(VICTIMS)) for v in rng.sample(VICTIMS, len(VICTIMS))][:kills]
     how = [rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]) if v == "group" else signal.SIGKILL for v in victims]
     return [(stages[i], rng.uniform(0, spent[stages[i]]), v, s) for i, v, s in zip(chosen, victims, how)]
 
@@ -198,7 +218,9 @@ def killed_round(w:Workspace, rng, kills:int, spent:dict, expected:dict, done:li
         assert not corrupt(w.root), kill
     repro(Repro.finish, removed, w)
     found = results(w.root)
-    assert {k: (found.get(k), v) for k, v in expected.items() if found.get(k) != v} == {} and found.keys() == expected.keys(), "the result differs"
+    assert {k: (found.get(k), v) for k, v in expected.items() if found.get(k) != v} == {} and found.keys() == expected.keys(), (
+        "the result differs"
+    )
     assert not corrupt(w.root)
     assert w.repro() == set(), "a second run runs no stage"
     assert "up to date" in w.run("dvc", "status", *STAGES)
@@ -215,7 +237,9 @@ def table(kills:list)->str:
         if sum(row): lines.append(f"{stage:24s}" + "".join(f"{n or '':>13}" for n in row) + f"{sum(row):>6d}")
     lines.append(f"{'all':24s}" + "".join(f"{sum(n for (_, v), n in count.items() if v == c):>13d}" for c in columns) + f"{len(kills):>6d}")
     slowest = max(kills, key=lambda k: k.seconds)
-    return "\n".join([*lines, f"the last process was gone after {slowest.seconds:.1f} s at most ({slowest.victim} {slowest.signal} in {slowest.stage})"])
+    return "\n".join(
+        [*lines, f"the last process was gone after {slowest.seconds:.1f} s at most ({slowest.victim} {slowest.signal} in {slowest.stage})"]
+    )
 
 
 def test_pipeline_killed_at_random_times_gives_the_same_result(tmp_path):

@@ -17,7 +17,9 @@ ROOT = Path(__file__).parent.parent
 
 def write_params(folder:Path, **item):
     "A params.yaml with one plan."
-    (folder/"params.yaml").write_text((ROOT/"params.yaml").read_text("utf-8").replace("plans: {}", f"plans: {json.dumps(dict(friday=item))}"), "utf-8")
+    (folder / "params.yaml").write_text(
+        (ROOT / "params.yaml").read_text("utf-8").replace("plans: {}", f"plans: {json.dumps(dict(friday=item))}"), "utf-8"
+    )
 
 
 def test_plan_stage_writes_report_and_plan(tmp_path):
@@ -29,11 +31,17 @@ def test_plan_stage_writes_report_and_plan(tmp_path):
     synthetic_runs(tmp_path/"kept")
     report = tmp_path/run_stage("plan", plan="friday", root=tmp_path)
     text = report.read_text("utf-8")
-    assert report.name == "plan-friday.ipynb" and "image/png" in text and "30.0% with probability 50%: " in text and "WER 30.0% was already reached" in text
+    assert (
+        report.name == "plan-friday.ipynb"
+        and "image/png" in text
+        and "30.0% with probability 50%: " in text
+        and "WER 30.0% was already reached" in text
+    )
     stored = read_json(tmp_path/"plans/0001.json")
     assert stored["target"] == .3 and len(stored["runs"]) == 11 and stored["experiments"]
     write_params(tmp_path, **question | dict(targt=.2))
-    with pytest.raises(ConfigError, match="params.yaml: plans.friday.targt: no such parameter; did you mean target"): run_stage("plan", plan="friday", root=tmp_path)
+    with pytest.raises(ConfigError, match="params.yaml: plans.friday.targt: no such parameter; did you mean target"):
+        run_stage("plan", plan="friday", root=tmp_path)
     write_params(tmp_path, label_price=25, compute_price=1.2)
     with pytest.raises(ConfigError, match="plans.friday.*target, budget: both are 0"): run_stage("plan", plan="friday", root=tmp_path)
     write_params(tmp_path, target=.3, compute_price=1.2)

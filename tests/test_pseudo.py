@@ -55,10 +55,16 @@ def layout(tmp_path_factory):
 
 @pytest.mark.parametrize("splits", ["source", "speaker"])
 def test_pseudo_labels_are_in_train_alone_and_weighted(layout, splits):
-    prepare(PrepareConfig(tokenizer="char", processes=1, splits=splits, dev_share=0.2, test_share=0.2, max_reject_share=0.5), layout.corpora, layout.prepared, ["demo", "mine"])
+    prepare(
+        PrepareConfig(tokenizer="char", processes=1, splits=splits, dev_share=0.2, test_share=0.2, max_reject_share=0.5),
+        layout.corpora, layout.prepared, ["demo", "mine"]
+    )
     kept = {row["id"] for row in read_jsonl(layout.corpus_manifest("mine"))}
     for split in ("train", "dev", "test"):
-        index = write_shards(read_jsonl(layout.manifest(split)), layout.split_shards(split), layout.split_index(split), ShardsConfig(shard_size=16, processes=1), audio_root=layout.prepared)
+        index = write_shards(
+            read_jsonl(layout.manifest(split)), layout.split_shards(split), layout.split_index(split),
+            ShardsConfig(shard_size=16, processes=1), audio_root=layout.prepared
+        )
         assert index.corpora == (["demo", "mine"] if split == "train" else ["demo"])
     mine = {row["id"] for row in read_jsonl(layout.manifest("train")) if row["corpus"] == "mine"}
     assert mine and mine <= kept
@@ -66,7 +72,9 @@ def test_pseudo_labels_are_in_train_alone_and_weighted(layout, splits):
     seen = [id for _ in range(2) for batch in loader for id in batch.ids]
     assert {seen.count(id) for id in mine} == {1} and {seen.count(id) for id in seen if id not in mine} == {2}
     batch = next(iter(loader))
-    assert all(text.written == f"Số {text.removeprefix('số ')}." for text, id in zip(batch.transcripts, batch.ids) if id in mine), "a student with written output learns the teacher's written form"
+    assert all(text.written == f"Số {text.removeprefix('số ')}." for text, id in zip(batch.transcripts, batch.ids) if id in mine), (
+        "a student with written output learns the teacher's written form"
+    )
 
 
 def test_human_transcripts_take_precedence(layout):
@@ -75,9 +83,15 @@ def test_human_transcripts_take_precedence(layout):
     cfg = PrepareConfig(tokenizer="char", processes=1, max_reject_share=0.9)
     prepare(cfg, layout.corpora, layout.prepared, ["demo"])
     people = [read_jsonl(layout.manifest(split)) for split in ("train", "dev", "test")]
-    make_pseudo(section("pseudo", dict(path="data/corpus/demo/wav", teacher="teachers/none", threshold=0., agreement=1)), "again", layout.corpus("again"), layout.root, model=Teacher())
-    with pytest.raises(ConfigError, match=r"corpus again: all of its \d+ utterances were rejected; .* \d+ transcribed by people"): prepare(cfg, layout.corpora, layout.prepared, ["demo", "again"])
-    assert {reject["corpus"] for reject in read_jsonl(layout.prepared/"rejects.jsonl") if reject["reason"] == "transcribed by people"} == {"again"}
+    make_pseudo(
+        section("pseudo", dict(path="data/corpus/demo/wav", teacher="teachers/none", threshold=0.0, agreement=1)),
+        "again", layout.corpus("again"), layout.root, model=Teacher()
+    )
+    with pytest.raises(ConfigError, match=r"corpus again: all of its \d+ utterances were rejected; .* \d+ transcribed by people"):
+        prepare(cfg, layout.corpora, layout.prepared, ["demo", "again"])
+    assert {
+        reject["corpus"] for reject in read_jsonl(layout.prepared / "rejects.jsonl") if reject["reason"] == "transcribed by people"
+    } == {"again"}
     assert all(reject["corpus"] == "again" for reject in read_jsonl(layout.prepared/"rejects.jsonl")) and sum(map(len, people)) > 20
 
 
@@ -86,7 +100,11 @@ def test_dvc_runs_pseudo_before_prepare_and_refuses_a_cycle(tmp_path):
     for name in ("params.yaml", "dvc.yaml"): shutil.copy(ROOT/name, tmp_path)
     def dvc(*command): return subprocess.run([sys.executable, "-m", "dvc", *command], cwd=tmp_path, capture_output=True, text=True)
     def graph(teacher):
-        text = (ROOT/"params.yaml").read_text("utf-8").replace("pseudo: {}", f"pseudo: {json.dumps(dict(mine=dict(path='raw', teacher=teacher)))}")
+        text = (
+            (ROOT / "params.yaml")
+            .read_text("utf-8")
+            .replace("pseudo: {}", f"pseudo: {json.dumps(dict(mine=dict(path='raw', teacher=teacher)))}")
+        )
         (tmp_path/"params.yaml").write_text(text, "utf-8")
         assert load_params(tmp_path/"params.yaml")["pseudo"]["mine"]["teacher"] == teacher
         return dvc("dag", "--mermaid")
@@ -98,7 +116,10 @@ def test_dvc_runs_pseudo_before_prepare_and_refuses_a_cycle(tmp_path):
     done = graph("models/conformer_ctc")
     assert done.returncode and "both a dependency and an output in stages" in done.stderr and "pseudo@mine" in done.stderr, done.stderr
     with pytest.raises(ConfigError, match="is trained by this pipeline, on the labels that it would write: a cycle"):
-        make_pseudo(section("pseudo", dict(path="raw", teacher="models/conformer_ctc")), "mine", tmp_path/"data/corpus/mine", tmp_path, ["conformer_ctc"])
+        make_pseudo(
+            section("pseudo", dict(path="raw", teacher="models/conformer_ctc")), "mine", tmp_path / "data/corpus/mine",
+            tmp_path, ["conformer_ctc"]
+        )
 
 
 def test_pseudo_stage_runs_from_params_and_names_a_typo(tmp_path):
@@ -109,7 +130,12 @@ def test_pseudo_stage_runs_from_params_and_names_a_typo(tmp_path):
     (tmp_path/"raw").mkdir()
     for i in range(3): sf.write(tmp_path/f"raw/{i}.wav", np.random.default_rng(i).uniform(-.3, .3, 8000*(i + 1)), 16_000)
     for name in ("dvc.yaml", "nbs", "ai2text"): (tmp_path/name).symlink_to(ROOT/name)
-    def params(**item): (tmp_path/"params.yaml").write_text((ROOT/"params.yaml").read_text("utf-8").replace("pseudo: {}", f"pseudo: {json.dumps(dict(mine=item))}"), "utf-8")
+
+    def params(**item):
+        (tmp_path / "params.yaml").write_text(
+            (ROOT / "params.yaml").read_text("utf-8").replace("pseudo: {}", f"pseudo: {json.dumps(dict(mine=item))}"), "utf-8"
+        )
+
     params(path="raw", teacher="teachers/m", threshold=0, agreement=1)
     report = tmp_path/run_stage("pseudo", corpus="mine", root=tmp_path)
     rows = read_jsonl(tmp_path/"data/corpus/mine/manifest.jsonl")
@@ -117,4 +143,5 @@ def test_pseudo_stage_runs_from_params_and_names_a_typo(tmp_path):
     assert rows and all(row["split"] == "train" and row["teacher"].startswith("m ") for row in rows)
     params(path="raw", teacher="teachers/m", treshold=0.5)
     for stage in (dict(name="pseudo", corpus="mine"), dict(name="shards")):
-        with pytest.raises(ConfigError, match="params.yaml: pseudo.mine.treshold: no such parameter; did you mean threshold"): run_stage(**stage, root=tmp_path)
+        with pytest.raises(ConfigError, match="params.yaml: pseudo.mine.treshold: no such parameter; did you mean threshold"):
+            run_stage(**stage, root=tmp_path)

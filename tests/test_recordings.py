@@ -49,7 +49,9 @@ def workspace(tmp_path, monkeypatch):
     for name, value in environment(GIT_CONFIG_GLOBAL=os.devnull, GIT_CONFIG_SYSTEM=os.devnull).items(): monkeypatch.setenv(name, value)
     w = Workspace(tmp_path/"w")
     (w.root/"ai2text/pipeline/cli.py").write_text(RUNNER)
-    w.change(dict(corpora=dict(demo=dict(sentences=12, dev_sentences=2, test_sentences=2), mine=dict(source="folder", path="data/raw/mine"))))
+    w.change(
+        dict(corpora=dict(demo=dict(sentences=12, dev_sentences=2, test_sentences=2), mine=dict(source="folder", path="data/raw/mine")))
+    )
     monkeypatch.chdir(w.root)
     return w
 
@@ -63,7 +65,14 @@ def dvc(what, *arguments, **more):
     with Repo() as repo: return getattr(repo, what)(*arguments, **more)
 
 
-def repro(): return sorted(stage.addressing for stage in dvc("reproduce", ["prepare"]) if stage.addressing != "identity" and not stage.addressing.endswith(".dvc"))
+def repro():
+    return sorted(
+        stage.addressing
+        for stage in dvc("reproduce", ["prepare"])
+        if stage.addressing != "identity" and not stage.addressing.endswith(".dvc")
+    )
+
+
 def outdated(): return sorted(dvc("status", [*STAGES, "data/raw/mine.dvc"]))
 
 

@@ -62,7 +62,9 @@ def far(tmp_path_factory):
     (folder/"store/bucket").mkdir(parents=True)
     with serve_s3(folder/"store") as url, pytest.MonkeyPatch.context() as patch:
         for name, value in (("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", SECRET)): patch.setenv(name, value)
-        yield SimpleNamespace(url=url, s3=client(Server(url, key=KEY, secret=SECRET)), home=project(folder/"home", url, {"v1.0.0": (), "v1.1.0": ("hai",)}))
+        yield SimpleNamespace(
+            url=url, s3=client(Server(url, key=KEY, secret=SECRET)), home=project(folder / "home", url, {"v1.0.0": (), "v1.1.0": ("hai",)})
+        )
 
 
 @pytest.fixture
@@ -97,7 +99,10 @@ def test_releases_are_fetched_and_checked(far, clone, here, capsys):
     stamp = Path("recogniser-v1.0.0/model.onnx").stat().st_mtime_ns
     get("recogniser@v1.0.0", str(clone))
     assert "already there, the same" in capsys.readouterr().err and Path("recogniser-v1.0.0/model.onnx").stat().st_mtime_ns == stamp
-    with pytest.raises(BundleError, match="recogniser-v1.0.0: is there already, and SHA256SUMS, model.int8.onnx, .* are not as in recogniser of .*; move it away"):
+    with pytest.raises(
+        BundleError,
+        match="recogniser-v1.0.0: is there already, and SHA256SUMS, model.int8.onnx, .* are not as in recogniser of .*; move it away",
+    ):
         get("recogniser", str(clone), Path("recogniser-v1.0.0"))
     Path("recogniser-v1.0.0/mine.txt").write_text("mine")
     with pytest.raises(BundleError, match="mine.txt is not as in"): get("recogniser@v1.0.0", str(clone))
@@ -109,7 +114,11 @@ def test_missing_releases_and_remotes_are_errors(far, clone, here):
     def refused(text, tag="recogniser", repo=clone, **more):
         with pytest.raises(BundleError, match=text): get(tag, str(repo), **more)
         assert not bundles(here) and not [p for p in here.iterdir() if p.name.startswith(".")]
-    refused(r"recogniser@v2.0.0: no such release; there are recogniser@v1.1.0, recogniser@v1.0.0, recogniser@v0.1.0; `git fetch --tags`", "recogniser@v2.0.0")
+
+    refused(
+        r"recogniser@v2.0.0: no such release; there are recogniser@v1.1.0, recogniser@v1.0.0, recogniser@v0.1.0; `git fetch --tags`",
+        "recogniser@v2.0.0",
+    )
     refused("nothing of .*: neither a release nor a git revision; there are recogniser@v1.1.0", "nothing")
     refused("recogniser@v0.1.0 of .*: no folder models/export in its dvc.lock; `dvc repro` and commit", "recogniser@v0.1.0")
     refused("no git repository was found|Only supported for Git repositories", repo=here)
@@ -141,8 +150,14 @@ def test_a_corrupt_remote_is_refused(far, clone, here):
             for md5 in changes: far.s3.put_object(Bucket="bucket", Key=key(md5), Body=kept[md5])
         assert not bundles(here) and not [p for p in here.iterdir() if p.name.startswith(".")]
     refused("from the remote 'far': the list of its files is not what git says; remove it there and `dvc push` again", **{old: read(new)})
-    refused(r"from the remote 'far': model\.(int8\.)?onnx: arrived with MD5 \w+, not \w+; remove it there and `dvc push` again", **{files["model.onnx"]: kept[files["model.onnx"]][:-1] + b"x"})
-    refused("from the remote 'far': [\\w.]+: arrived with MD5", **{files[name]: read(others[name]) for name in files if files[name] != others[name]})
+    refused(
+        r"from the remote 'far': model\.(int8\.)?onnx: arrived with MD5 \w+, not \w+; remove it there and `dvc push` again",
+        **{files["model.onnx"]: kept[files["model.onnx"]][:-1] + b"x"},
+    )
+    refused(
+        "from the remote 'far': [\\w.]+: arrived with MD5",
+        **{files[name]: read(others[name]) for name in files if files[name] != others[name]},
+    )
     refused("is larger than the 65536 bytes of a bundle", **{files["SHA256SUMS"]: bytes(1 << 17)})
     far.s3.delete_object(Bucket="bucket", Key=key(files["tokens.txt"]))
     refused("remote 'far' does not give it: .*; check its address and keys .* or `dvc push` it from where it was made")

@@ -50,8 +50,10 @@ def train(folder, dtype="fp32", pause=0., observers=(), wer=None, every=7, go_on
     "The run under test, with everything that a checkpoint must hold. `wer(step)` replaces the measurement."
     torch.manual_seed(0)
     model = Model()
-    trainer = TrainerOptimized(model, torch.optim.AdamW(model.parameters(), lr=0.01), None, 4, 5, amp_dtype=dtype, schedule=WarmupConstantDecay(5),
-                               ema_decay=0.9, seed=3, device="cpu", threads=1)
+    trainer = TrainerOptimized(
+        model, torch.optim.AdamW(model.parameters(), lr=0.01), None, 4, 5, amp_dtype=dtype,
+        schedule=WarmupConstantDecay(5), ema_decay=0.9, seed=3, device="cpu", threads=1
+    )
     if trainer.scaler.is_enabled(): trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.**24, growth_interval=7)
     class Slow(Loader):
         def __iter__(self):

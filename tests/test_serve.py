@@ -47,7 +47,10 @@ def test_sherpa_client_gets_the_whole_text(bundle, tmp_path):
     client = Path(sys.executable).with_name("sherpa-onnx-online-websocket-client")
     async def main(folder):
         async with running(folder) as service:
-            command = [client, "--server-ip=127.0.0.1", f"--server-port={service.url.rpartition(':')[2]}", "--seconds-per-message=0.2", str(tmp_path/"talk.wav")]
+            command = [
+                client, "--server-ip=127.0.0.1", f"--server-port={service.url.rpartition(':')[2]}",
+                "--seconds-per-message=0.2", str(tmp_path / "talk.wav")
+            ]
             process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             out, _ = await asyncio.wait_for(process.communicate(), 30)
             return out.decode()
@@ -106,7 +109,8 @@ def test_signal_ends_a_service_whose_model_is_loading(bundle):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     below = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     try:
-        while not (found := below.read_text().split()) or b"engine" not in Path(f"/proc/{found[0]}/cmdline").read_bytes(): pass # busy, or it would be ready
+        # busy, or it would be ready
+        while not (found := below.read_text().split()) or b"engine" not in Path(f"/proc/{found[0]}/cmdline").read_bytes(): pass
         os.kill(int(found[0]), signal.SIGSTOP)
         os.kill(process.pid, signal.SIGTERM)
         out, _ = process.communicate(timeout=45) # less than `START_SECONDS`
@@ -147,7 +151,12 @@ def test_workers_killed_together_count_as_one_move(bundle):
             while service.workers.restarts < service.workers.count: await asyncio.sleep(0.01)
             moves = [s.speech.moves for s in service.streams]
             received = await asyncio.gather(*streams)
-            assert {h.code for h in received} == {1000} and {h.text for h in received} == {"ba một hai sáu năm ba một hai sáu năm"} and moves == [1]*10
+            assert (
+                {h.code for h in received} == {1000}
+                and {h.text for h in received} == {"ba một hai sáu năm ba một hai sáu năm"}
+                and moves == [1] * 10
+            )
+
     asyncio.run(asyncio.wait_for(main(), 180))
 
 
@@ -164,7 +173,10 @@ def test_stream_that_kills_workers_is_closed(bundle):
                     while stream.speech.worker is worker and not task.done(): await asyncio.sleep(0.01)
                 else: await asyncio.sleep(0.01)
             client = await task
-            assert (client.code, client.reason) == (1012, "the recogniser was restarted; connect again") and stream.speech.moves == MOST_MOVES + 1
+            assert (client.code, client.reason) == (
+                1012,
+                "the recogniser was restarted; connect again",
+            ) and stream.speech.moves == MOST_MOVES + 1
             await service.workers.ready.wait()
             assert (await send(service, frames(whistle("ba")[0]))).text == "ba"
     asyncio.run(asyncio.wait_for(main(), 120))
@@ -196,7 +208,11 @@ def test_hotwords_of_a_request(bundle):
         async with running(bundle, workers=1) as service:
             there = type("There", (), dict(websocket=service.websocket + "?hotwords=ba%20một%20:1.5&hotwords=năm"))
             assert (await send(there, frames(whistle("ba một")[0]))).text == "ba một"
-            for phrase, sign, reason in (("☃", "☃", "tokens lack"), ("ba%20:0", ":0", "is not a score"), ("ba%20%230.3", "#0.3", "threshold of a keyword spotter")):
+            for phrase, sign, reason in (
+                ("☃", "☃", "tokens lack"),
+                ("ba%20:0", ":0", "is not a score"),
+                ("ba%20%230.3", "#0.3", "threshold of a keyword spotter"),
+            ):
                 there.websocket = f"{service.websocket}?hotwords={phrase}"
                 refused = await send(there, frames(whistle("ba")[0]))
                 assert refused.code == 1008 and sign in refused.reason and reason in refused.reason
@@ -207,22 +223,30 @@ def test_disconnected_and_unauthorised_clients(bundle):
     async def main():
         async with running(bundle, token=TOKEN) as service:
             async with aiohttp.ClientSession() as session:
-                sockets = [await session.ws_connect(service.websocket, headers=bearer(service)) for _ in range(10)] # referenced, or Python would close them
+                # referenced, or Python would close them
+                sockets = [await session.ws_connect(service.websocket, headers=bearer(service)) for _ in range(10)]
                 for ws in sockets: await ws.send_bytes(bytes(6400))
                 assert await metric(service, "streams_open") == 10
             assert await wait_for_metric(service, "streams_open", 0) < float("inf")
-            with pytest.raises(aiohttp.WSServerHandshakeError, match="401"): await send(service, [], headers={"Authorization": "Bearer somebody else's"})
+            with pytest.raises(aiohttp.WSServerHandshakeError, match="401"):
+                await send(service, [], headers={"Authorization": "Bearer somebody else's"})
+
     asyncio.run(main())
 
 
 def test_invalid_frames_are_refused_beside_a_valid_stream(bundle):
     wave, good = whistle("ba một")[0], next(frames(whistle("ba")[0]))
-    invalid = [(1007, random.Random(1).randbytes(4000)), (1007, (32767*np.sin(np.arange(1600))).astype("<f4").tobytes()), (1007, np.full(9, np.nan, "<f4").tobytes()), (1007, good[:-2]),
-               (1003, '{"audio": [0.1]}'), (1009, bytes(FRAME_BYTES + 4))]
+    invalid = [
+        (1007, random.Random(1).randbytes(4000)), (1007, (32767 * np.sin(np.arange(1600))).astype("<f4").tobytes()),
+        (1007, np.full(9, np.nan, "<f4").tobytes()), (1007, good[:-2]), (1003, '{"audio": [0.1]}'),
+        (1009, bytes(FRAME_BYTES + 4))
+    ]
     async def main():
         async with running(bundle) as service:
             refused = (send(service, [good, frame], done=False) for _, frame in invalid)
-            valid, *clients, large = await asyncio.gather(send(service, frames(wave)), *refused, send(service, [bytes(5*FRAME_BYTES)], done=False))
+            valid, *clients, large = await asyncio.gather(
+                send(service, frames(wave)), *refused, send(service, [bytes(5 * FRAME_BYTES)], done=False)
+            )
             assert [c.code for c in clients] == [code for code, _ in invalid] and all(c.reason for c in clients)
             assert large.code in (1009, 1006) # its rest is not read, so the close frame may be lost with the connection
             assert valid.text == "ba một" and service.workers.restarts == 0
@@ -294,7 +318,10 @@ def test_limits(bundle):
             assert (nothing.code, nothing.text, len(nothing.results)) == (1000, "", 1)
             async with aiohttp.ClientSession() as session:
                 for origin, status in (("https://elsewhere.vn", 403), (service.url, 101)):
-                    headers = {"Origin": origin, "Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
+                    headers = {
+                        "Origin": origin, "Connection": "Upgrade", "Upgrade": "websocket",
+                        "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="
+                    }
                     async with session.get(service.url, headers=headers) as answer: assert answer.status == status
             with pytest.raises(ConfigError, match="cannot listen there"):
                 async with running(bundle, port=int(service.url.rpartition(":")[2])): pass
@@ -323,11 +350,15 @@ def test_every_kind(tmp_path, kind):
             about = service.about()
             assert f"kind {kind}" in about and ("whole utterances" in about) == (kind != "chunk_ctc")
             received = await send(service, frames(wave))
-            assert (received.code, received.text, received.results[-1]["is_eof"]) == (1000, "một hai ba", True) and len(received.results[-1]["words"]) == 3
+            assert (received.code, received.text, received.results[-1]["is_eof"]) == (1000, "một hai ba", True) and len(
+                received.results[-1]["words"]
+            ) == 3
             form = aiohttp.FormData(dict(model="whisper-1"))
             sf.write(tmp_path/"talk.wav", wave, SAMPLE_RATE)
             form.add_field("file", (tmp_path/"talk.wav").read_bytes(), filename="talk.wav")
-            async with session.post(service.url + "/v1/audio/transcriptions", data=form) as answer: assert (await answer.json())["text"] == written("một hai ba", sentence=True)
+            async with session.post(service.url + "/v1/audio/transcriptions", data=form) as answer:
+                assert (await answer.json())["text"] == written("một hai ba", sentence=True)
+
             def pieces():
                 for n, piece in enumerate(frames(wave)):
                     if n == 8: os.kill(worker_pid(service), signal.SIGKILL)
@@ -363,7 +394,8 @@ def test_replaced_bundle_is_refused(bundle, tmp_path):
             shutil.rmtree(bundle)
             toy_bundle(bundle, kind="ctc")
             form = aiohttp.FormData(dict(model="toy", file=(tmp_path/"talk.wav").open("rb")))
-            async with session.post(f"{service.url}/v1/audio/transcriptions", data=form) as r: assert r.status == 500 and str(bundle) not in await r.text()
+            async with session.post(f"{service.url}/v1/audio/transcriptions", data=form) as r:
+                assert r.status == 500 and str(bundle) not in await r.text()
             assert (await send(service, frames(wave))).text == "ba một" # the worker has its model in memory
             os.kill(service.workers.pids[0], signal.SIGKILL)
             while not any("worker: " in line and "is not what it was" in line for line in lines): await asyncio.sleep(0.02)
@@ -394,7 +426,13 @@ def test_recording_of_a_disconnected_client_is_saved(tmp_path):
 
 def test_health_has_the_training_data_and_unknown_kinds_are_refused(bundle):
     async def main():
-        async with running(bundle, workers=1) as service, aiohttp.ClientSession() as session, session.get(service.url + "/health") as answer: return await answer.json()
+        async with (
+            running(bundle, workers=1) as service,
+            aiohttp.ClientSession() as session,
+            session.get(service.url + "/health") as answer,
+        ):
+            return await answer.json()
+
     about = asyncio.run(main())
     assert (about["kind"], about["ready"]) == ("streaming_ctc", True) and "do not expect words" in about["trained"]
     config = json.loads((bundle/"config.json").read_text())
@@ -461,5 +499,10 @@ def test_page_loads_nothing_from_other_hosts(bundle):
     page, headers = asyncio.run(main())
     assert not re.search(r"(src|href|url|import|fetch|Worker)\s*[=(]\s*[\"'`]?\s*(https?:|//)", page)
     policy = headers["Content-Security-Policy"]
-    assert "default-src 'none'" in policy and "connect-src 'self';" in policy and "frame-ancestors 'none'" in policy and policy.count("'sha256-") == 1
+    assert (
+        "default-src 'none'" in policy
+        and "connect-src 'self';" in policy
+        and "frame-ancestors 'none'" in policy
+        and policy.count("'sha256-") == 1
+    )
     assert FRAME_BYTES > 4*int(re.search(r"FRAME = (\d+)", page)[1])

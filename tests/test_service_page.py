@@ -14,7 +14,10 @@ from ai2text.serving.server import running
 from ai2text.testing.toy_bundle import toy_bundle, whistle
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run", "--disable-sync", "--disable-quic"]
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run",
+    "--disable-sync", "--disable-quic"
+]
 TOKEN = "a token of the page's tests"
 
 
@@ -29,11 +32,22 @@ def browser():
 async def opened(tmp_path, words="một hai", scheme="light", kind="streaming_ctc", **settings):
     "A service, and its page in a browser whose fake microphone plays `words` once."
     from playwright.async_api import async_playwright
-    sf.write(tmp_path/"microphone.wav", np.concatenate([np.zeros(8000), whistle(words, seconds=0.4)[0], np.zeros(48_000)]), 16_000, subtype="PCM_16")
-    flags = [*FLAGS, "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream", f"--use-file-for-fake-audio-capture={tmp_path/'microphone.wav'}%noloop"]
+
+    sf.write(
+        tmp_path / "microphone.wav", np.concatenate([np.zeros(8000), whistle(words, seconds=0.4)[0], np.zeros(48_000)]),
+        16_000, subtype="PCM_16"
+    )
+    flags = [
+        *FLAGS,
+        "--use-fake-device-for-media-stream",
+        "--use-fake-ui-for-media-stream",
+        f"--use-file-for-fake-audio-capture={tmp_path / 'microphone.wav'}%noloop",
+    ]
     detector = {} if kind == "streaming_ctc" else dict(vad="loudness") # Silero does not take tones for speech
     async with running(toy_bundle(tmp_path/"bundle", kind=kind), **detector, **settings) as service, async_playwright() as playwright:
-        context = await playwright.chromium.launch_persistent_context(tmp_path/"profile", executable_path=CHROMIUM, headless=True, args=flags, color_scheme=scheme, permissions=["microphone"])
+        context = await playwright.chromium.launch_persistent_context(
+            tmp_path / "profile", executable_path=CHROMIUM, headless=True, args=flags, color_scheme=scheme, permissions=["microphone"]
+        )
         try:
             page, requests, errors = context.pages[0], [], []
             page.set_default_timeout(20_000)
@@ -62,7 +76,11 @@ async def shows(page, words):
 @pytest.mark.parametrize("kind", ["streaming_ctc", "chunk_ctc", "ctc", "whisper"])
 def test_microphone(tmp_path, kind):
     async def main():
-        async with opened(tmp_path, "một hai ba", kind=kind, **({} if kind == "streaming_ctc" else dict(every=0.2))) as (service, page, errors):
+        async with opened(tmp_path, "một hai ba", kind=kind, **({} if kind == "streaming_ctc" else dict(every=0.2))) as (
+            service,
+            page,
+            errors,
+        ):
             await page.get_by_role("button", name="Start microphone").click()
             await state(page, "Listening")
             await shows(page, "một") # before the microphone stops
@@ -112,11 +130,14 @@ def test_dropped_file_and_killed_worker(tmp_path):
     sf.write(tmp_path/"talk.wav", whistle("hai")[0], 16_000)
     async def main():
         async with opened(tmp_path) as (service, page, errors):
-            await page.evaluate("""async bytes => {
+            await page.evaluate(
+                """async bytes => {
                 const given = new DataTransfer();
                 given.items.add(new File([new Uint8Array(bytes)], "talk.wav"));
                 document.getElementById("drop").dispatchEvent(new DragEvent("drop", {dataTransfer: given, bubbles: true, cancelable: true}));
-            }""", list((tmp_path/"talk.wav").read_bytes()))
+            }""",
+                list((tmp_path / "talk.wav").read_bytes()),
+            )
             await state(page, "Done.")
             assert await page.get_by_role("log").inner_text() == "Hai."
             await page.get_by_role("button", name="Start microphone").click()

@@ -43,7 +43,9 @@ def test_ab_in_real_time(bundles, tmp_path):
     assert found["sides"]["A"]["wer"] == pytest.approx(lost/(3*len(names["A"]))) and found["sides"]["B"]["wer"] == 0
     assert found["difference"]["paired"] is False and "disagreement" not in found
     for side in found["sides"].values():
-        assert not side["errors"] and side["service"]["n"] > 0 and side["word"]["n"] > 0 and side["final"]["p50"] > 0 and side["flicker"] == 0
+        assert (
+            not side["errors"] and side["service"]["n"] > 0 and side["word"]["n"] > 0 and side["final"]["p50"] > 0 and side["flicker"] == 0
+        )
     assert "WER of A minus that of B" in table and "final latency p50, p95" in table
 
 
@@ -62,7 +64,11 @@ def test_bundles_of_different_kinds_are_compared(bundles, tmp_path, kind):
     other, audio = toy_bundle(tmp_path/"other", kind=kind), manifest(tmp_path, ["một hai ba", "hai sáu"])
     run_shadow_test(bundles[1], other, audio, share=1., shadow=True, fast=True, vad="loudness", to=tmp_path/"out.json")
     found = json.loads((tmp_path/"out.json").read_text("utf-8"))
-    assert found["disagreement"] == 0 and [found["sides"][s]["wer"] for s in "AB"] == [0, 0] and not any(s["errors"] for s in found["sides"].values())
+    assert (
+        found["disagreement"] == 0
+        and [found["sides"][s]["wer"] for s in "AB"] == [0, 0]
+        and not any(s["errors"] for s in found["sides"].values())
+    )
     assert all(0 < s["confidence"] <= 1 and s["final"]["n"] == 2 for s in found["sides"].values())
 
 

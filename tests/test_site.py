@@ -11,7 +11,10 @@ from ai2text.pipeline.site import GENERATOR, site
 from conftest import ROOT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run", "--disable-sync", "--disable-quic"]
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run",
+    "--disable-sync", "--disable-quic"
+]
 HOSTILE = """<script>document.title = "owned"</script><img src=x onerror='document.title = "owned"'><svg onload='document.title = "owned"'></svg>
 <a href="javascript:document.title='owned'">a</a><iframe src="https://else.invalid/"></iframe><meta http-equiv="refresh" content="0;url=https://else.invalid/">
 <form action="https://else.invalid/"><button>send</button></form><img src="https://else.invalid/p.png"><p style="background:url(https://else.invalid/q.png)">w</p>"""
@@ -64,8 +67,14 @@ def test_every_page_has_working_links_and_pictures(built, browser):
     for file, page in seen.items():
         assert page["title"] and page["wide"] <= 0 and not page["broken"] and not page["dead"], (file, page)
         assert set(page["links"]) <= {f.as_uri() for f in files}, f"{file}: dead link"
-    reports = [p.relative_to(ROOT).with_suffix(".html") for folder in ("papermill_runs", "compare/papermill_runs") for p in (ROOT/folder).rglob("*.ipynb")]
-    assert sorted(seen[built/"index.html"]["links"]) == sorted((built/r).as_uri() for r in reports) and len(reports) > 15, "the front page links each report once"
+    reports = [
+        p.relative_to(ROOT).with_suffix(".html")
+        for folder in ("papermill_runs", "compare/papermill_runs")
+        for p in (ROOT / folder).rglob("*.ipynb")
+    ]
+    assert sorted(seen[built / "index.html"]["links"]) == sorted((built / r).as_uri() for r in reports) and len(reports) > 15, (
+        "the front page links each report once"
+    )
     assert sum(page["images"] for page in seen.values()) >= 40
 
 
@@ -96,7 +105,8 @@ def test_front_page_has_the_figures_of_the_result_files(built):
         assert f"Recommended: {found['recommendation']['model']}" in text and found["recommendation"]["rule"] in text
         for m in found["models"]: assert f"{m['wer']:.1%} ({m['wer_low']:.1%} to {m['wer_high']:.1%})" in text
         for log in (folder/"results").glob("*/ttq_log.json"):
-            for goal in json.loads(log.read_text())["milestones"]: assert re.search(rf"<td>{goal['wer']:.1%}</td><td>[^<]+</td><td>{goal['state']}", text)
+            for goal in json.loads(log.read_text())["milestones"]:
+                assert re.search(rf"<td>{goal['wer']:.1%}</td><td>[^<]+</td><td>{goal['state']}", text)
     assert f"{json.loads((ROOT/'comparison/export.json').read_text())['wer']['stream']['wer']:.1%}" in text
 
 
@@ -105,12 +115,28 @@ def workspace(tmp_path):
     "A project with one report that has hostile text in every place for text."
     root = tmp_path/"project"
     data = lambda **kinds: dict(output_type="display_data", metadata={}, data={k.replace("_", "/"): v for k, v in kinds.items()})
-    outputs = [data(text_html=f"<table><tr><td>{HOSTILE}</td></tr></table>"), data(text_markdown=HOSTILE), data(application_javascript="document.title = 'owned'"), data(text_plain=HOSTILE),
-               data(**{"image/svg+xml": "<svg xmlns='http://www.w3.org/2000/svg' width='1' height='1'><script>document.title = 'owned'</script></svg>"}), dict(output_type="stream", name="stdout", text=HOSTILE),
-               dict(output_type="error", ename="E", evalue=HOSTILE, traceback=[HOSTILE])]
-    cells = [dict(cell_type="markdown", id="failure", metadata={}, source=f"**This stage failed.**\n\n```\n{HOSTILE}\n```"), dict(cell_type="markdown", id="a", metadata={}, source=f"# Train {HOSTILE}\n\n> {HOSTILE}"),
-             dict(cell_type="markdown", id="b", metadata={}, source=f"## {HOSTILE.splitlines()[0]}\n\n[x](javascript:document.title='owned') ![x](https://else.invalid/r.png)"),
-             dict(cell_type="code", id="c", metadata=dict(tags=[HOSTILE]), source=HOSTILE, execution_count=None, outputs=outputs)]
+    outputs = [
+        data(text_html=f"<table><tr><td>{HOSTILE}</td></tr></table>"), data(text_markdown=HOSTILE),
+        data(application_javascript="document.title = 'owned'"), data(text_plain=HOSTILE),
+        data(
+            **{
+                "image/svg+xml": "<svg xmlns='http://www.w3.org/2000/svg' width='1' height='1'><script>document.title = 'owned'</script></svg>"
+            }
+        ),
+        dict(output_type="stream", name="stdout", text=HOSTILE),
+        dict(output_type="error", ename="E", evalue=HOSTILE, traceback=[HOSTILE]),
+    ]
+    cells = [
+        dict(cell_type="markdown", id="failure", metadata={}, source=f"**This stage failed.**\n\n```\n{HOSTILE}\n```"),
+        dict(cell_type="markdown", id="a", metadata={}, source=f"# Train {HOSTILE}\n\n> {HOSTILE}"),
+        dict(
+            cell_type="markdown",
+            id="b",
+            metadata={},
+            source=f"## {HOSTILE.splitlines()[0]}\n\n[x](javascript:document.title='owned') ![x](https://else.invalid/r.png)",
+        ),
+        dict(cell_type="code", id="c", metadata=dict(tags=[HOSTILE]), source=HOSTILE, execution_count=None, outputs=outputs),
+    ]
     (root/"papermill_runs").mkdir(parents=True)
     (root/"papermill_runs/train-m.ipynb").write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata={}, cells=cells)))
     for name in ("dvc.yaml", "params.yaml"): (root/name).write_text("{}\n")
@@ -120,7 +146,9 @@ def workspace(tmp_path):
 def test_hostile_report_runs_and_loads_nothing(workspace, browser):
     index = site(workspace)
     for page in visit(browser, [index, index.parent/"papermill_runs/train-m.html"]).values():
-        assert "owned" not in page["title"] and not page["broken"] and not page["dead"] and all(h.endswith(".html") for h in page["links"]), page
+        assert (
+            "owned" not in page["title"] and not page["broken"] and not page["dead"] and all(h.endswith(".html") for h in page["links"])
+        ), page
         assert "failed" in page["text"]
 
 

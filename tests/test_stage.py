@@ -58,7 +58,9 @@ def project(root:Path, *cells:str, seed=2)->Path:
     (root/"dvc.yaml").touch()
     (root/"params.yaml").write_text(json.dumps(dict(shards=dict(seed=seed))))
     first = new_code_cell("workspace: str = ''\nconfig: dict = {}", metadata=dict(tags=["parameters"]))
-    notebook = new_notebook(cells=[first, *map(new_code_cell, cells)], metadata=dict(kernelspec=dict(name="python3", language="python", display_name="python3")))
+    notebook = new_notebook(
+        cells=[first, *map(new_code_cell, cells)], metadata=dict(kernelspec=dict(name="python3", language="python", display_name="python3"))
+    )
     nbformat.write(notebook, root/"nbs/stages/shards.ipynb")
     return root
 
@@ -74,8 +76,10 @@ def as_in_a_terminal():
 
 
 def start(root:Path, *command:str)->subprocess.Popen:
-    return subprocess.Popen(command or [sys.executable, *RUN], cwd=root, env=environment(), start_new_session=True, preexec_fn=as_in_a_terminal,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command or [sys.executable, *RUN], cwd=root, env=environment(), start_new_session=True,
+        preexec_fn=as_in_a_terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def alive(pid:int)->bool: return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -170,7 +174,8 @@ def test_death_of_the_parent_interrupts_the_kernel(tmp_path):
 @pytest.mark.parametrize("moment", ["in its imports", *too("before its first line")])
 def test_orphaned_runner_starts_no_stage(tmp_path, moment):
     root = project(tmp_path, TRAIN)
-    (root/"papermill.py").write_text("import os, pathlib, time\npathlib.Path('importing').write_text(str(os.getpid()))\ntime.sleep(600)") # shadows papermill, slowly
+    # shadows papermill, slowly
+    (root/"papermill.py").write_text("import os, pathlib, time\npathlib.Path('importing').write_text(str(os.getpid()))\ntime.sleep(600)")
     command = [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, *{RUN}])"]
     if moment == "before its first line": command = ["sh", "-c", f"DVC_STAGE=shards {sys.executable} {' '.join(RUN)} & echo $! > importing"]
     parent = start(root, *command)

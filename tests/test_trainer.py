@@ -86,7 +86,9 @@ def test_the_host_synchronises_once_a_step():
             if name in {"item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__"}: waits[name] += 1
             return function(*args, **kwargs or {})
     model = Model()
-    trainer = TrainerOptimized(model, torch.optim.AdamW(model.parameters(), fused=True), None, 4, 5, amp_dtype="fp16", ema_decay=.9, device="cpu")
+    trainer = TrainerOptimized(
+        model, torch.optim.AdamW(model.parameters(), fused=True), None, 4, 5, amp_dtype="fp16", ema_decay=0.9, device="cpu"
+    )
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1.)
     window = list(Loader())[:3]
     trainer.train_step(window)
@@ -121,7 +123,12 @@ class Model(nn.Module):
 
     def forward(self, batch):
         guess = self.net(batch.audio)[:,0].float()
-        return Loss((guess - batch.audio.square().sum(1)).square().sum(), torch.tensor(float(len(batch))), dict(long=torch.tensor(float(len(batch) > 2))))
+        return Loss(
+            (guess - batch.audio.square().sum(1)).square().sum(),
+            torch.tensor(float(len(batch))),
+            dict(long=torch.tensor(float(len(batch) > 2))),
+        )
+
 
 class Loader:
     "Thirteen uneven micro-batches an epoch, the last of one utterance, distributed over ranks like the real loader."
@@ -130,7 +137,11 @@ class Loader:
     def __iter__(self):
         while self.next < 13:
             start, self.next = self.next, min(13, self.next + self.world)
-            yield self.batch(start + self.rank, slice(None)) if start + self.world <= 13 else self.batch(start, slice(self.rank, self.rank + 1))
+            yield (
+                self.batch(start + self.rank, slice(None))
+                if start + self.world <= 13
+                else self.batch(start, slice(self.rank, self.rank + 1))
+            )
         self.epoch, self.next = self.epoch + 1, 0
 
     def batch(self, i, part):
@@ -153,10 +164,15 @@ class StopAt:
 def train(ranks, folder, criterion=None, observers=(), **more):
     "The run under test; four micro-batches a step for any number of ranks."
     model = Model()
-    trainer = TrainerOptimized(model, torch.optim.AdamW(model.parameters(), lr=0.01), criterion, 4, 4//ranks.world, amp_dtype="fp32", schedule=WarmupConstantDecay(5),
-                               ema_decay=0.9, device="cpu", threads=1, max_bad_steps=3, ranks=ranks)
-    result = trainer.fit(Loader(ranks.rank, ranks.world), more.pop("budget", Budget(STEPS)), observers, folder, evaluate=measure, evaluate_every=Every(steps=7),
-                         checkpoint_every=Every(steps=3), **more)
+    trainer = TrainerOptimized(
+        model, torch.optim.AdamW(model.parameters(), lr=0.01), criterion, 4, 4 // ranks.world, amp_dtype="fp32",
+        schedule=WarmupConstantDecay(5), ema_decay=0.9, device="cpu", threads=1, max_bad_steps=3, ranks=ranks
+    )
+    result = trainer.fit(
+        Loader(ranks.rank, ranks.world), more.pop("budget", Budget(STEPS)), observers, folder, evaluate=measure,
+        evaluate_every=Every(steps=7), checkpoint_every=Every(steps=3),
+        **more,
+    )
     (folder/f"rank-{ranks.rank}.json").write_text(json.dumps(result, sort_keys=True))
 
 def full(ranks, limit):
@@ -248,7 +264,10 @@ def close(a, b):
         for name,w in weights(a)[0][kind].items(): torch.testing.assert_close(w, weights(b)[0][kind][name], rtol=1e-4, atol=1e-6)
 
 def same(a, b):
-    for file in ("model", "ema"): assert (latest(a/"checkpoints")/f"{file}.safetensors").read_bytes() == (latest(b/"checkpoints")/f"{file}.safetensors").read_bytes()
+    for file in ("model", "ema"):
+        assert (latest(a / "checkpoints") / f"{file}.safetensors").read_bytes() == (
+            latest(b / "checkpoints") / f"{file}.safetensors"
+        ).read_bytes()
     curve = lambda folder: [{k: v for k,v in row.items() if k != "hours"} for row in weights(folder)[1]["run"]["curve"]]
     assert curve(a) == curve(b)
 

@@ -5,7 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from ai2text.training.budget import Budget
-from ai2text.ttq.log import ACHIEVED, LATE, MISSED, TTQObserver, TTQTracker, forecast_run, load_log, read_entries, read_milestones, forecast_outcomes
+from ai2text.ttq.log import (
+    ACHIEVED, LATE, MISSED, TTQObserver, TTQTracker, forecast_run, load_log, read_entries, read_milestones,
+    forecast_outcomes
+)
 
 PLAN = [dict(wer=.30, budget_hours=4), dict(wer=.20, budget_hours=12), dict(wer=.15, budget_hours=48), dict(wer=.10, budget_hours=120)]
 
@@ -23,7 +26,10 @@ def messages(): return []
 @pytest.fixture
 def tracker(tmp_path, clock, messages):
     "Makes trackers of one log."
-    return lambda milestones=PLAN, **kw: TTQTracker(milestones, tmp_path/"results/ttq_log.json", clock=clock, announce=messages.append, **kw)
+    return lambda milestones=PLAN, **kw: TTQTracker(
+        milestones, tmp_path / "results/ttq_log.json", clock=clock, announce=messages.append, **kw
+    )
+
 
 def log_evaluations(run, clock, wers, hours=1., **more):
     for epoch,wer in enumerate(wers, 1):
@@ -103,8 +109,14 @@ def test_device_hours_and_cost(tracker, clock):
     totals = view(run)["totals"]
     assert (totals["device_hours"], totals["cost"], view(run)["achieved"][0]["cost"]) == (4, 6, 6)
 
-@pytest.mark.parametrize("wers, interval, confirmed", [
-    ([.5, .29, .31], None, False), ([.5, .29, .31, .29, .28], None, True), ([.5, .29, math.nan, .29], None, False), ([.5, .29], (.28, .299), True), ([.5, .29], (.27, .31), False)])
+@pytest.mark.parametrize(
+    "wers, interval, confirmed",
+    [
+        ([0.5, 0.29, 0.31], None, False), ([0.5, 0.29, 0.31, 0.29, 0.28], None, True),
+        ([0.5, 0.29, math.nan, 0.29], None, False), ([0.5, 0.29], (0.28, 0.299), True),
+        ([0.5, 0.29], (0.27, 0.31), False)
+    ],
+)
 def test_a_single_crossing_is_not_confirmed(tracker, clock, wers, interval, confirmed):
     run = tracker(PLAN[:1])
     with warnings.catch_warnings():
@@ -126,9 +138,16 @@ def test_an_invalid_wer_is_recorded(tracker, clock, wer):
     with pytest.warns(UserWarning, match="recorded as invalid"): log_evaluations(run, clock, [wer])
     assert view(run)["achieved"] == [] and view(run)["history"][0]["val_wer"] is None and view(run)["totals"]["invalid"] == 1
 
-@pytest.mark.parametrize("milestones, error", [
-    ([dict(wer=30, budget_hours=4)], "write 0.30 for 30%"), ([dict(wer=math.nan, budget_hours=4)], "wer: nan"), ([dict(wer=.3, budget_hours=math.nan)], "budget_hours: nan"),
-    ([dict(wer=.3, budget_hours=0)], "budget_hours"), (PLAN + PLAN[:1], "is there twice"), ([dict(wer=.3, budget_hours=4), dict(wer=.2, budget_hours=2)], "less than the 4"), ([dict(wer=.3)], "missing")])
+@pytest.mark.parametrize(
+    "milestones, error",
+    [
+        ([dict(wer=30, budget_hours=4)], "write 0.30 for 30%"), ([dict(wer=math.nan, budget_hours=4)], "wer: nan"),
+        ([dict(wer=0.3, budget_hours=math.nan)], "budget_hours: nan"),
+        ([dict(wer=0.3, budget_hours=0)], "budget_hours"), (PLAN + PLAN[:1], "is there twice"),
+        ([dict(wer=0.3, budget_hours=4), dict(wer=0.2, budget_hours=2)], "less than the 4"),
+        ([dict(wer=0.3)], "missing")
+    ],
+)
 def test_invalid_milestones_are_errors(milestones, error):
     with pytest.raises(ValueError, match=error): read_milestones(milestones)
 
@@ -170,8 +189,14 @@ def test_time_and_cost_to_milestones_are_forecast(tracker, clock):
     half_a_run(run, clock)
     forecast = run.forecast
     twenty, fifteen, ten = forecast["milestones"]
-    assert (forecast["step"], forecast["at_hours"], forecast["progress"], forecast["refused"], forecast["horizon_hours"]) == (100, 5, .5, None, 10)
-    assert 5 < twenty["early_hours"] <= twenty["middle_hours"] <= 7 and twenty["cost"] == pytest.approx(3*twenty["middle_hours"]) and twenty["probability"] > .8
+    assert (forecast["step"], forecast["at_hours"], forecast["progress"], forecast["refused"], forecast["horizon_hours"]) == (
+        100, 5, 0.5, None, 10
+    )
+    assert (
+        5 < twenty["early_hours"] <= twenty["middle_hours"] <= 7
+        and twenty["cost"] == pytest.approx(3 * twenty["middle_hours"])
+        and twenty["probability"] > 0.8
+    )
     assert ten["early_hours"] is None and ten["cost"] is None and ten["probability"] < .05
     assert fifteen["probability"] <= twenty["probability"] and forecast["end"]["low"] < forecast["end"]["middle"] < forecast["end"]["high"]
     assert "curve" not in forecast and forecast_run(view(run)) == forecast | dict(curve=forecast_run(view(run))["curve"])
@@ -208,7 +233,9 @@ def test_a_log_without_forecasts_is_read(tracker, clock):
     run.truth.write_text("".join(old))
     log = load_log(run.truth)
     assert log["forecasts"] == [] and log["calibration"]["forecasts"] == 0 and forecast_run(log) == forecast_run(before)
-    assert {k: v for k,v in log.items() if k not in ("forecasts", "calibration")} == {k: v for k,v in before.items() if k not in ("forecasts", "calibration")}
+    assert {k: v for k, v in log.items() if k not in ("forecasts", "calibration")} == {
+        k: v for k, v in before.items() if k not in ("forecasts", "calibration")
+    }
     run.log_file.write_text(json.dumps({k: v for k,v in before.items() if k not in ("forecasts", "calibration")}))
     assert load_log(run.log_file)["forecasts"] == []
 
@@ -236,7 +263,11 @@ def test_forecasts_of_another_schedule_are_not_scored(tracker, clock, tmp_path):
 
 def test_a_stopped_run_records_its_reason(tracker, clock):
     phases = dict.fromkeys(("startup", "data", "training", "evaluation", "checkpoint", "lost"), 0.)
-    trainer = SimpleNamespace(folder=None, audio_hours=1., state=SimpleNamespace(step=0, units=8., best={}), clocks=SimpleNamespace(read=lambda: dict(phases)), budget=Budget(max_steps=200), schedule=None, stopped="hopeless")
+    trainer = SimpleNamespace(
+        folder=None, audio_hours=1.0, state=SimpleNamespace(step=0, units=8.0, best={}),
+        clocks=SimpleNamespace(read=lambda: dict(phases)), budget=Budget(max_steps=200), schedule=None,
+        stopped="hopeless"
+    )
     run = tracker()
     observer = TTQObserver(run)
     observer.on_start(trainer)
@@ -261,9 +292,14 @@ def test_the_observer_in_a_trainer(tmp_path):
         def load_state_dict(self, state): pass
     def fit(steps, name):
         model = Model()
-        trainer = TrainerOptimized(model, torch.optim.SGD(model.parameters(), lr=.001), batch_size=2, accumulation_steps=1, amp_dtype="fp32")
+        trainer = TrainerOptimized(
+            model, torch.optim.SGD(model.parameters(), lr=0.001), batch_size=2, accumulation_steps=1, amp_dtype="fp32"
+        )
         run = TTQTracker([dict(wer=.5, budget_hours=1)], tmp_path/name/"ttq_log.json", announce=len)
-        trainer.fit(Loader(), Budget(max_steps=steps), [TTQObserver(run)], tmp_path/name, evaluate=lambda m: dict(val_wer=.4, val_wer_low=.3, val_wer_high=.45), evaluate_every=Every(steps=4))
+        trainer.fit(
+            Loader(), Budget(max_steps=steps), [TTQObserver(run)], tmp_path / name,
+            evaluate=lambda m: dict(val_wer=0.4, val_wer_low=0.3, val_wer_high=0.45), evaluate_every=Every(steps=4)
+        )
         return load_log(run.log_file)
     log = fit(8, "a")
     assert [h["step"] for h in log["history"]] == [4, 8] and log["finished"]

@@ -17,7 +17,8 @@ from ai2text.ttq.log import load_log, read_entries
 from conftest import too
 
 ROOT = Path(__file__).resolve().parent.parent
-PLAN = [dict(wer=wer, budget_hours=hours) for wer,hours in ((.8, .1), (.6, 2), (.45, 3), (.35, 500), (.3, 500), (.1, 500))] # the last is never reached
+# the last is never reached
+PLAN = [dict(wer=wer, budget_hours=hours) for wer,hours in ((.8, .1), (.6, 2), (.45, 3), (.35, 500), (.3, 500), (.1, 500))]
 JUMP = 9. # largest error of a jumping wall clock, hours
 UNLOGGED_SECONDS = 6.5 # largest mean time between the last entry of an attempt and its end: 5 of a heartbeat and 1.5 of a step
 
@@ -79,7 +80,10 @@ def run_attempt(log, attempt:int, step:int, wall:float, jump:float, rng, most:in
     with tempfile.NamedTemporaryFile() as page:
         page.write(struct.pack("d", 0.))
         page.flush()
-        process = subprocess.Popen([sys.executable, "-c", ATTEMPT, *map(str, (log, page.name, attempt, step, wall, jump, rng.random()))], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", ATTEMPT, *map(str, (log, page.name, attempt, step, wall, jump, rng.random()))],
+            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         process.stdin.write(json.dumps(PLAN) + "\n")
         process.stdin.flush()
         lines = [process.stdout.readline() for _ in range(1 + rng.randrange(most))][1:] # the first is the start
@@ -111,7 +115,9 @@ def judge_entries(entries, attempts)->dict:
     for e in entries:
         if e["kind"] == "start": number = e["about"]["attempt"]
         elif e["kind"] in ("resume", "beat", "evaluation", "checkpoint"): logged[number].append((e["kind"], e["step"]))
-    pairs = [pair for number,attempt in enumerate(attempts) for pair in zip_longest(attempt.reported, logged[number][:len(attempt.reported)])]
+    pairs = [
+        pair for number, attempt in enumerate(attempts) for pair in zip_longest(attempt.reported, logged[number][: len(attempt.reported)])
+    ]
     return dict(told=sum(len(attempt.reported) for attempt in attempts), lost=sum(mine != entry for mine,entry in pairs),
                 untold=sum(len(logged[number]) - len(attempt.reported) for number,attempt in enumerate(attempts)))
 
@@ -122,24 +128,41 @@ def judge_milestones(entries, log, attempts)->dict:
     first = {m["wer"]: (e["val_wer"], e["step"]) for m in PLAN for e in reversed(evaluations) if e["val_wer"] <= m["wer"]}
     achieved = Counter(a["target_wer"] for a in log["achieved"])
     announced = Counter(words.split()[3] for attempt in attempts for words in attempt.announced if "achieved" in words)
-    return dict(evaluations=len(evaluations), repeated=sum(bool(h.get("repeated")) for h in log["history"]), crossed=len(first), missing=len(first.keys() - achieved.keys()),
-                doubled=sum(n > 1 for n in (*achieved.values(), *announced.values())), wrong=sum((a["achieved_wer"], a["step"]) != first[a["target_wer"]] for a in log["achieved"]))
+    return dict(
+        evaluations=len(evaluations), repeated=sum(bool(h.get("repeated")) for h in log["history"]), crossed=len(first),
+        missing=len(first.keys() - achieved.keys()),
+        doubled=sum(n > 1 for n in (*achieved.values(), *announced.values())),
+        wrong=sum((a["achieved_wer"], a["step"]) != first[a["target_wer"]] for a in log["achieved"])
+    )
 
 
 def judge_time(entries, log, attempts, true_clock:bool)->dict:
     "Errors of the hours of attempts, of down time and of lost work, as shares of all hours."
     starts = [i for i,e in enumerate(entries) if e["kind"] == "start"]
-    resumed = max(entries[i]["about"]["attempt"] for i in starts if entries[i+1:i+2] and entries[i+1]["kind"] == "resume") # lost time is computed at a resume
+    # lost time is computed at a resume
+    resumed = max(entries[i]["about"]["attempt"] for i in starts if entries[i+1:i+2] and entries[i+1]["kind"] == "resume")
     lost = sum(attempt.seconds - (attempt.saved[1] if attempt.saved else 0) for attempt in attempts[:resumed])
-    hours, down, totals = sum(attempt.seconds for attempt in attempts)/3600, sum(attempt.down for attempt in attempts[:-1])/3600, log["totals"]
-    return dict(hours=hours, hours_error=totals["elapsed_hours"]/hours - 1, lost_hours=lost/3600, lost_error=(totals["lost_hours"] - lost/3600)/hours,
-                down_error=totals["down_hours"]/down - 1 if true_clock else None)
+    hours, down, totals = (
+        sum(attempt.seconds for attempt in attempts) / 3600,
+        sum(attempt.down for attempt in attempts[:-1]) / 3600,
+        log["totals"],
+    )
+    return dict(
+        hours=hours, hours_error=totals["elapsed_hours"] / hours - 1, lost_hours=lost / 3600,
+        lost_error=(totals["lost_hours"] - lost / 3600) / hours,
+        down_error=totals["down_hours"] / down - 1 if true_clock else None
+    )
 
 
 def judge_kills(path, attempts, true_clock:bool)->dict:
     "The log of a killed run against its attempts."
     entries, log = read_entries(path.with_suffix(".jsonl"))[0], load_log(path.with_suffix(".jsonl"))
-    return dict(kills=len(attempts)) | judge_entries(entries, attempts) | judge_milestones(entries, log, attempts) | judge_time(entries, log, attempts, true_clock)
+    return (
+        dict(kills=len(attempts))
+        | judge_entries(entries, attempts)
+        | judge_milestones(entries, log, attempts)
+        | judge_time(entries, log, attempts, true_clock)
+    )
 
 
 @pytest.mark.parametrize("kills, jump", [(15, 0.), *too((25, 0.), (25, JUMP))])
@@ -151,6 +174,8 @@ def test_a_run_killed_many_times_loses_nothing(tmp_path, kills, jump):
     assert found["lost"] == 0 and found["untold"] <= len(attempts), "each reported entry is in the log, and at most one more an attempt"
     assert found["crossed"] >= 2 and found["missing"] == found["doubled"] == found["wrong"] == 0, "milestones"
     unlogged = len(attempts)*UNLOGGED_SECONDS/3600/found["hours"]
-    assert all(-unlogged < found[error] < .001 for error in ("hours_error", "lost_error")), "all hours up to the last entry of each attempt, and no more"
+    assert all(-unlogged < found[error] < 0.001 for error in ("hours_error", "lost_error")), (
+        "all hours up to the last entry of each attempt, and no more"
+    )
     assert jump or abs(found["down_error"]) < .01, "the time between attempts, where the wall clock is true"
     assert found["repeated"], "lost work was repeated"

@@ -40,10 +40,28 @@ def add_family(root:Path):
     cells = ["".join(c["source"]) for c in json.loads((ROOT/"nbs/tutorials/family.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
     family, = [source for source in cells if "class Gru(" in source]
     end = "#| hide\nimport nbdev; nbdev.nbdev_export()"
-    needs, test = "#| hide\nfrom ai2text.text.tokenizer import CharTokenizer", "assert Gru.from_config(dict(width=8), CharTokenizer()).config == dict(width=8, layers=2)"
-    write(new_notebook(cells=[new_markdown_cell("# Gru\n> A bidirectional GRU."), new_code_cell("#| default_exp models.gru"), *(new_code_cell(f"#| export\n{part}") for part in split(family)),
-                              new_code_cell(needs), new_code_cell(test), new_code_cell(end)], metadata=dict(kernelspec=dict(display_name="python3", language="python", name="python3"))), root/"nbs/models/45_gru.ipynb")
-    for name, old, new in (("models/50_registry", 'wav2vec=\\"Wav2Vec2\\")', 'wav2vec=\\"Wav2Vec2\\", gru=\\"Gru\\")'), ("testing/05_family_check", 'wav2vec=dict(size=\\"tiny\\"))', 'wav2vec=dict(size=\\"tiny\\"), gru=dict(width=16))')):
+    needs, test = (
+        "#| hide\nfrom ai2text.text.tokenizer import CharTokenizer",
+        "assert Gru.from_config(dict(width=8), CharTokenizer()).config == dict(width=8, layers=2)",
+    )
+    write(
+        new_notebook(
+            cells=[
+                new_markdown_cell("# Gru\n> A bidirectional GRU."),
+                new_code_cell("#| default_exp models.gru"),
+                *(new_code_cell(f"#| export\n{part}") for part in split(family)),
+                new_code_cell(needs),
+                new_code_cell(test),
+                new_code_cell(end),
+            ],
+            metadata=dict(kernelspec=dict(display_name="python3", language="python", name="python3")),
+        ),
+        root / "nbs/models/45_gru.ipynb",
+    )
+    for name, old, new in (
+        ("models/50_registry", 'wav2vec=\\"Wav2Vec2\\")', 'wav2vec=\\"Wav2Vec2\\", gru=\\"Gru\\")'),
+        ("testing/05_family_check", 'wav2vec=dict(size=\\"tiny\\"))', 'wav2vec=dict(size=\\"tiny\\"), gru=dict(width=16))'),
+    ):
         path = root/f"nbs/{name}.ipynb"
         text = path.read_text()
         assert text.count(old) == 1, old

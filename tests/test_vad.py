@@ -31,7 +31,8 @@ def test_long_pauses_end_utterances_and_short_ones_do_not(recording, snr):
     found = ends(SpeechDetector()(wave)) + ends.finish(len(wave))
     wanted = [spans[0], (spans[1][0], spans[2][1]), *spans[3:]]  # the second pause is too short to end an utterance
     assert [s.reason for s in found] == ["silence"]*4
-    for segment, (start, end) in zip(found, wanted, strict=True): assert abs(segment.start - start) < 0.15*RATE and abs(segment.end - end) < 0.25*RATE
+    for segment, (start, end) in zip(found, wanted, strict=True):
+        assert abs(segment.start - start) < 0.15 * RATE and abs(segment.end - end) < 0.25 * RATE
 
 
 def test_blocks_of_any_size_give_the_segments_of_the_file(recording):

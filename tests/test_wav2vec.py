@@ -48,8 +48,13 @@ def released(folder, kind, **shape):
     "Save a CTC model of transformers with random weights like a release: the base configuration, but smaller."
     import transformers
     name = dict(wav2vec2="Wav2Vec2", hubert="Hubert")[kind]
-    config = getattr(transformers, f"{name}Config")(**dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-                                                          conv_dim=[16]*7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, vocab_size=TOKENIZER.vocab_size) | shape)
+    config = getattr(transformers, f"{name}Config")(
+        **dict(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, conv_dim=[16] * 7,
+            num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, vocab_size=TOKENIZER.vocab_size
+        )
+        | shape
+    )
     torch.manual_seed(2)
     model = getattr(transformers, f"{name}ForCTC")(config).eval()
     for n,p in model.named_parameters():
@@ -91,7 +96,8 @@ def test_published_model_needs_neither_network_nor_release(tmp_path):
 
 # Learning
 
-def syllables(*pitches): return np.concatenate([np.sin(2*np.pi*f*np.arange(6400)/SAMPLE_RATE)*np.hanning(6400) for f in pitches]).astype(np.float32)
+def syllables(*pitches):
+    return np.concatenate([np.sin(2 * np.pi * f * np.arange(6400) / SAMPLE_RATE) * np.hanning(6400) for f in pitches]).astype(np.float32)
 
 
 def test_overfits_one_batch():
@@ -143,7 +149,10 @@ def test_masks_depend_on_the_trainers_seed_only():
 def tiny(): return Layout(tiny_workspace("shards"))
 
 
-def settings(**values): return make(PretrainConfig, dict(batch_seconds=8, batch_size=4, lr=1e-2, warmup_steps=4, mask_time_length=4, threads=1) | values, "pretrain")
+def settings(**values):
+    return make(
+        PretrainConfig, dict(batch_seconds=8, batch_size=4, lr=1e-2, warmup_steps=4, mask_time_length=4, threads=1) | values, "pretrain"
+    )
 
 
 @pytest.mark.slow

@@ -76,20 +76,27 @@ def test_a_folder_needs_no_network(whole, no_network):
     assert len(model.eval().transcribe(batch_of(16_000))) == 1
 
 
-@pytest.mark.parametrize("params, message", [
-    (dict(init=NAME), f"whisper.revision: '' does not pin {NAME}; write the 40 digits of a commit"),
-    (dict(init=NAME, revision="main"), f"whisper.revision: 'main' does not pin {NAME}"),
-    (dict(init=NAME, revision=REVISION), f"whisper.init: {NAME} at {REVISION} is not in this machine's cache, and nothing is fetched while a stage runs; "
-     f"fetch it first: hf download {NAME} --revision {REVISION} --include '*.json' --include '*.txt' --include '*.safetensors'"),
-    (dict(init="./no/such/folder"), "whisper.init: there is no folder "),
-    (dict(init="../secret"), "is no released name with its revision"),
-    (dict(init=NAME, revision=REVISION, size="base"), "whisper.size: no such parameter"),
-    (dict(init=NAME, revision=REVISION, trust_remote_code=True), "whisper.trust_remote_code: no such parameter"),
-])
+@pytest.mark.parametrize(
+    "params, message",
+    [
+        (dict(init=NAME), f"whisper.revision: '' does not pin {NAME}; write the 40 digits of a commit"),
+        (dict(init=NAME, revision="main"), f"whisper.revision: 'main' does not pin {NAME}"),
+        (
+            dict(init=NAME, revision=REVISION),
+            f"whisper.init: {NAME} at {REVISION} is not in this machine's cache, and nothing is fetched while a stage runs; "
+            f"fetch it first: hf download {NAME} --revision {REVISION} --include '*.json' --include '*.txt' --include '*.safetensors'",
+        ),
+        (dict(init="./no/such/folder"), "whisper.init: there is no folder "),
+        (dict(init="../secret"), "is no released name with its revision"),
+        (dict(init=NAME, revision=REVISION, size="base"), "whisper.size: no such parameter"),
+        (dict(init=NAME, revision=REVISION, trust_remote_code=True), "whisper.trust_remote_code: no such parameter"),
+    ],
+)
 def test_a_missing_checkpoint_is_an_error_with_the_fix(params, message, no_network): assert message in refused(params)
 
 
-def test_a_folder_has_no_revision(whole): assert "is a folder and has no revisions; leave revision out" in refused(dict(init=str(whole), revision=REVISION))
+def test_a_folder_has_no_revision(whole):
+    assert "is a folder and has no revisions; leave revision out" in refused(dict(init=str(whole), revision=REVISION))
 
 
 def test_a_released_name_comes_from_the_cache(whole, tmp_path, monkeypatch, no_network):
@@ -118,7 +125,9 @@ def test_a_vocabulary_without_vietnamese_is_refused(tmp_path):
 
 def test_tokens_and_weights_must_match(folder):
     edit(folder/"config.json", vocab_size=100)
-    assert "config.json says vocab_size 100; they are of different checkpoints, copy the whole checkpoint there" in refused(dict(init=str(folder)))
+    assert "config.json says vocab_size 100; they are of different checkpoints, copy the whole checkpoint there" in refused(
+        dict(init=str(folder))
+    )
 
 
 def test_shapes_of_config_and_weights_must_match(folder):
@@ -129,7 +138,9 @@ def test_shapes_of_config_and_weights_must_match(folder):
 def test_a_checkpoint_converted_for_another_runtime_is_refused(folder):
     write_json(folder/"config.json", dict(alignment_heads=[], lang_ids=[]))
     (folder/"model.bin").write_bytes(b"x")
-    assert "converted for CTranslate2, which cannot be trained; name the checkpoint that it was made from" in refused(dict(init=str(folder)))
+    assert "converted for CTranslate2, which cannot be trained; name the checkpoint that it was made from" in refused(
+        dict(init=str(folder))
+    )
 
 
 def test_a_tokenizer_that_lost_its_first_merge_is_refused(folder):
@@ -141,7 +152,9 @@ def test_a_tokenizer_that_lost_its_first_merge_is_refused(folder):
 
 def test_weights_with_nan_are_named(folder):
     path = folder/"model.safetensors"
-    save_file({k: v.fill_(float("nan")) if k.endswith("layers.0.fc1.weight") else v for k,v in load_file(path).items()}, path, dict(format="pt"))
+    save_file(
+        {k: v.fill_(float("nan")) if k.endswith("layers.0.fc1.weight") else v for k, v in load_file(path).items()}, path, dict(format="pt")
+    )
     assert "holds values that are no numbers" in refused(dict(init=str(folder)))
 
 
@@ -211,7 +224,8 @@ def test_half_precision_weights_are_trained_in_float32(folder):
     assert {p.dtype for p in Whisper.start(dict(init=str(folder)), None).parameters()} == {torch.float32}
 
 
-def test_freezing_more_layers_than_there_are_is_refused(whole): assert "whisper.freeze_layers: 3, but this encoder has 2 layers" in refused(dict(init=str(whole), freeze_layers=3))
+def test_freezing_more_layers_than_there_are_is_refused(whole):
+    assert "whisper.freeze_layers: 3, but this encoder has 2 layers" in refused(dict(init=str(whole), freeze_layers=3))
 
 
 # Between trainer and published folder
@@ -236,7 +250,9 @@ def test_averaged_weights_are_published_and_loaded(optimizer, lr, tmp_path):
 def test_a_finetuned_model_needs_no_release(folder, tmp_path):
     model = Whisper.start(dict(init=str(folder), freeze_encoder=True), None)
     frozen = {n: p.clone() for n,p in model.named_parameters() if not p.requires_grad}
-    trainer = TrainerOptimized(model, make_optimizer(model, "adamw", 1e-3), batch_size=None, accumulation_steps=1, checkpointing=True, device="cpu")
+    trainer = TrainerOptimized(
+        model, make_optimizer(model, "adamw", 1e-3), batch_size=None, accumulation_steps=1, checkpointing=True, device="cpu"
+    )
     trainer.fit([batch_of(9_000, 32_000)]*3, Budget(max_steps=3))
     assert frozen and all(torch.equal(p, frozen[n]) for n,p in model.named_parameters() if n in frozen)
     saved = save_model(tmp_path/"m", model, trainer.weights(), lambda part: model.tokenizer.save(part/"tokenizer"), "whisper")

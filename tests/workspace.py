@@ -13,9 +13,16 @@ ROOT = Path(__file__).resolve().parent.parent
 M = "conformer_ctc"
 # Short stages; training long enough to be interrupted.
 SMALL = dict(
-    corpora=dict(demo=dict(sentences=24, dev_sentences=4, test_sentences=4, processes=1)), prepare=dict(tokenizer="char", processes=1), shards=dict(shard_size=20, processes=1),
-    train=dict(max_steps=60, batch_seconds=8., warmup_steps=5, evaluate_every_steps=20, checkpoint_minutes=0.01, amp_dtype="fp32", threads=1, seed=3),
-    models={M: dict(size="tiny", dynamic_chunk_prob=0.5)}, export=dict(min_utterances=1, utterances=2, runtime_utterances=1, max_wer_gap=1., max_int8_gap=1.))
+    corpora=dict(demo=dict(sentences=24, dev_sentences=4, test_sentences=4, processes=1)),
+    prepare=dict(tokenizer="char", processes=1),
+    shards=dict(shard_size=20, processes=1),
+    train=dict(
+        max_steps=60, batch_seconds=8.0, warmup_steps=5, evaluate_every_steps=20, checkpoint_minutes=0.01,
+        amp_dtype="fp32", threads=1, seed=3
+    ),
+    models={M: dict(size="tiny", dynamic_chunk_prob=0.5)},
+    export=dict(min_utterances=1, utterances=2, runtime_utterances=1, max_wer_gap=1.0, max_int8_gap=1.0),
+)
 STAGES = ("identity", "corpus@demo", "prepare", "shards", f"init@{M}", f"train@{M}", f"evaluate@{M}", "compare", "export")
 
 
@@ -58,12 +65,16 @@ class Workspace:
 
     def run(self, *command, ok=True, stderr=False, **changes)->str:
         done = subprocess.run(command, cwd=self.root, capture_output=True, text=True, env=environment(**changes), stdin=subprocess.DEVNULL)
-        assert done.returncode == 0 or not ok, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert done.returncode == 0 or not ok, (
+            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        )
         return done.stdout + done.stderr*stderr
 
     def repro(self, *targets:str)->set:
         "Run the pipeline, or a part of it; returns the stages that ran, except `starts`, which always runs."
-        return {line.split("'")[1] for line in self.run("dvc", "repro", *targets).splitlines() if line.startswith("Running stage")} - {"starts"}
+        return {line.split("'")[1] for line in self.run("dvc", "repro", *targets).splitlines() if line.startswith("Running stage")} - {
+            "starts"
+        }
 
     def start(self, *targets:str, **changes)->subprocess.Popen:
         return subprocess.Popen(["dvc", "repro", *targets], cwd=self.root, env=environment(**changes), stdin=subprocess.DEVNULL,

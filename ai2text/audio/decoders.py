@@ -15,8 +15,11 @@ import numpy as np
 import soundfile as sf
 
 # %% ../../nbs/audio/00_decoders.ipynb #750c85e7
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".m4a", ".mp4", ".aac", ".3gp", ".amr", ".webm", ".mkv", ".mka", ".wma", ".caf", ".aif", ".aiff", ".aifc", ".au",
-                  ".m4b", ".m4v", ".mov", ".3g2", ".3gpp", ".awb", ".weba", ".mp2", ".mpga", ".adts", ".asf", ".wmv", ".avi", ".flv", ".mpg", ".w64", ".wv") # of recordings in folders, and of members of shards
+AUDIO_SUFFIXES = (
+    ".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".m4a", ".mp4", ".aac", ".3gp", ".amr", ".webm", ".mkv", ".mka",
+    ".wma", ".caf", ".aif", ".aiff", ".aifc", ".au", ".m4b", ".m4v", ".mov", ".3g2", ".3gpp", ".awb", ".weba", ".mp2",
+    ".mpga", ".adts", ".asf", ".wmv", ".avi", ".flv", ".mpg", ".w64", ".wv"
+) # of recordings in folders, and of members of shards
 
 class AudioError(ValueError):
     "A recording that cannot be used, with its name and the cause."
@@ -29,28 +32,38 @@ class AudioError(ValueError):
         self.name, self.why, self.reason = name, why, reason
     def __str__(self): return f"{self.name}: {self.why}" if self.name else self.why
 
-_MAGIC = ( # offset, bytes, FFmpeg's name of the format
-    (4, b"ftyp", "mov"), (4, b"moov", "mov"), (4, b"mdat", "mov"), (4, b"wide", "mov"), (4, b"free", "mov"), (0, b"\x1aE\xdf\xa3", "matroska"), (0, b"0&\xb2u\x8ef\xcf\x11", "asf"),
-    (0, b"#!AMR", "amr"), (8, b"WAVE", "wav"), (8, b"AVI ", "avi"), (0, b"OggS", "ogg"), (0, b"fLaC", "flac"), (8, b"AIFF", "aiff"), (8, b"AIFC", "aiff"), (0, b"caff", "caf"),
-    (0, b".snd", "au"), (0, b"wvpk", "wv"), (0, b"FLV\1", "flv"), (0, b"\0\0\1\xba", "mpeg"), (0, b"riff.\x91\xcf\x11", "w64"))
+_MAGIC = (  # offset, bytes, FFmpeg's name of the format
+    (4, b"ftyp", "mov"), (4, b"moov", "mov"), (4, b"mdat", "mov"), (4, b"wide", "mov"), (4, b"free", "mov"),
+    (0, b"\x1aE\xdf\xa3", "matroska"), (0, b"0&\xb2u\x8ef\xcf\x11", "asf"),
+    (0, b"#!AMR", "amr"),
+    (8, b"WAVE", "wav"), (8, b"AVI ", "avi"), (0, b"OggS", "ogg"), (0, b"fLaC", "flac"), (8, b"AIFF", "aiff"),
+    (8, b"AIFC", "aiff"), (0, b"caff", "caf"), (0, b".snd", "au"), (0, b"wvpk", "wv"), (0, b"FLV\1", "flv"),
+    (0, b"\0\0\1\xba", "mpeg"), (0, b"riff.\x91\xcf\x11", "w64")
+)
 
 @lru_cache(1)
 def _mpeg_sizes()->dict:
     "Bytes of a frame of MPEG audio, layers II and III, by the first three bytes of its header."
     low, found = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160), {}
-    high = {1: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320), 2: (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384)}
+    high = {
+        1: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+        2: (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    }
     for version,divide in ((3, 1), (2, 2), (0, 4)): # MPEG 1, 2 and 2.5
         for layer in (1, 2): # III and II
             for bits in range(256):
                 kbps, hertz = bits >> 4, bits >> 2 & 3
                 if not 1 <= kbps <= 14 or hertz == 3: continue
-                size = (72 if version < 3 and layer == 1 else 144)*1000*(high[layer] if version == 3 else low)[kbps - 1]//((44100, 48000, 32000)[hertz]//divide) + (bits >> 1 & 1)
+                size = (72 if version < 3 and layer == 1 else 144) * 1000 * (high[layer] if version == 3 else low)[kbps - 1] // (
+                    (44100, 48000, 32000)[hertz] // divide
+                ) + (bits >> 1 & 1)
                 for checked in (0, 1): found[bytes((255, 0xe0 | version << 3 | layer << 1 | checked, bits))] = size
     return found
 
 def _after_id3(data, at:int=0)->int:
     "The offset after the ID3v2 tags at `at`."
-    while data[at:at+3] == b"ID3" and len(head := data[at:at+10]) == 10: at += 10 + sum((byte & 127) << shift for byte,shift in zip(head[6:], (21, 14, 7, 0))) + 10*(head[5] >> 4 & 1)
+    while data[at : at + 3] == b"ID3" and len(head := data[at : at + 10]) == 10:
+        at += 10 + sum((byte & 127) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0))) + 10 * (head[5] >> 4 & 1)
     return at
 
 def format_of(
@@ -66,7 +79,8 @@ def format_of(
         if end >= len(data) or data[end:end+2] == head[:2] or data[end:end+3] in _mpeg_sizes(): return "aac" if _adts_size(head) else "mp3"
     return "mp3" if at else ""
 
-def _adts_size(head)->int: return (int.from_bytes(head[3:6], "big") >> 5 & 0x1fff) if len(head) > 6 and head[0] == 255 and head[1] & 0xf6 == 0xf0 else 0
+def _adts_size(head) -> int:
+    return (int.from_bytes(head[3:6], "big") >> 5 & 0x1FFF) if len(head) > 6 and head[0] == 255 and head[1] & 0xF6 == 0xF0 else 0
 
 # %% ../../nbs/audio/00_decoders.ipynb #7b1cd914
 NOTES = dict(
@@ -97,14 +111,22 @@ class Chunk(NamedTuple):
     def has_more_audio(self, data)->bool:
         "Whether audio follows its end."
         rest = data[(end := self.at + self.size):end + 64]
-        if len(rest) < 9 or rest[:3] in (b"TAG", b"ID3") or not any(data[at:at + (1 << 16)].strip(b"\0") for at in range(end, len(data), 1 << 16)): return False
+        if (
+            len(rest) < 9
+            or rest[:3] in (b"TAG", b"ID3")
+            or not any(data[at : at + (1 << 16)].strip(b"\0") for at in range(end, len(data), 1 << 16))
+        ):
+            return False
         order, width = self.field[2], self.field[1]
         for at in (0, 1): # some writers omit the byte after an odd chunk
             name, size = rest[at:at+4], int.from_bytes(rest[at+4:at+4+width], order)
             if name in _CHUNK_NAMES or name.isascii() and name.decode().isprintable() and size <= self.available - self.size: return False
         return True
 
-_CHUNK_NAMES = (b"LIST", b"id3 ", b"ID3 ", b"fact", b"cue ", b"bext", b"smpl", b"JUNK", b"junk", b"PEAK", b"iXML", b"_PMX", b"PAD ", b"FLLR", b"pakt", b"info", b"free", b"chan", b"kuki", b"MARK", b"COMT")
+_CHUNK_NAMES = (
+    b"LIST", b"id3 ", b"ID3 ", b"fact", b"cue ", b"bext", b"smpl", b"JUNK", b"junk", b"PEAK", b"iXML", b"_PMX", b"PAD ",
+    b"FLLR", b"pakt", b"info", b"free", b"chan", b"kuki", b"MARK", b"COMT"
+)
 # by the start of a file: order and width of sizes, length of the head, whether chunks are padded to even length, name of the audio chunk
 _CHUNKED = {
     b"RIFF": ("little", 4, 12, True, b"data"), b"FORM": ("big", 4, 12, True, b"SSND"), b"caff": ("big", 8, 8, False, b"data")}
@@ -191,7 +213,8 @@ def walk_mpeg(
         elif (after := _after_tag(data, at)) > at: close(at); at, part, count = after, None, 0
         else: # two headers in sequence are frames again
             junk, at = at, data.find(b"\xff", at + 1, end)
-            while at >= 0 and not ((size := get(data[at:at+3])) and (at + size == end or get(data[at+size:at+size+3]))): at = data.find(b"\xff", at + 1, end)
+            while at >= 0 and not ((size := get(data[at : at + 3])) and (at + size == end or get(data[at + size : at + size + 3]))):
+                at = data.find(b"\xff", at + 1, end)
             if at < 0: end = junk
             elif part: notes.add("junk")
     close(end)
@@ -227,7 +250,10 @@ def walk_ogg(
             if heads: parts[-1] = parts[-1]._replace(streams=parts[-1].streams + 1)
             else: parts.append(Ogg(at, 0, 1, data[at + 27 + head[26]:at + 35 + head[26]], False))
         heads, at = bool(head[5] & 2), at + size
-        if parts: parts[-1] = parts[-1]._replace(end=at, ended=bool(head[5] & 4)) if head[5] & 4 or not parts[-1].ended else parts[-1]._replace(end=at)
+        if parts:
+            parts[-1] = (
+                parts[-1]._replace(end=at, ended=bool(head[5] & 4)) if head[5] & 4 or not parts[-1].ended else parts[-1]._replace(end=at)
+            )
     return parts, lost
 
 # %% ../../nbs/audio/00_decoders.ipynb #24cfc936
@@ -261,7 +287,10 @@ def missing_bytes(
 # %% ../../nbs/audio/00_decoders.ipynb #8503d730
 class _Part(io.RawIOBase):
     "A part of a file as a file, with other numbers in its header if need be."
-    def __init__(self, data, start:int=0, end:int=None, places:dict=None): self.data, self.start, self.end, self.places, self.pos = data, start, len(data) if end is None else end, places or {}, 0
+
+    def __init__(self, data, start: int = 0, end: int = None, places: dict = None):
+        self.data, self.start, self.end, self.places, self.pos = data, start, len(data) if end is None else end, places or {}, 0
+
     def readable(self): return True
     def seekable(self): return True
     def tell(self): return self.pos
@@ -301,7 +330,8 @@ class _Sndfile:
 
     def read(self, count:int):
         "The next samples, (T, channels) float32; none at the end."
-        if self.frames is not None and (count := min(count, self.frames - self.at)) <= 0: return np.zeros((0, self.channels), np.float32) # libsndfile repeats old samples after a truncated MP3
+        # libsndfile repeats old samples after a truncated MP3
+        if self.frames is not None and (count := min(count, self.frames - self.at)) <= 0: return np.zeros((0, self.channels), np.float32)
         try: block_TC = self.file.read(count, dtype="float32", always_2d=True)
         except sf.SoundFileError as e: raise AudioError("", _cause(e), "truncated") from e
         self.at += len(block_TC)
@@ -320,7 +350,11 @@ class _Sndfile:
         got, whole = self.at/self.rate, (self.at if self.frames is None else self.frames)/self.rate
         if self.lost: return f"{got:.2f} s, {self.lost}"
         if self.file.format == "FLAC" and got >= whole:
-            here, end = ((os.lseek(self.raw, 0, os.SEEK_CUR), os.fstat(self.raw).st_size) if isinstance(self.raw, int) else (self.raw.tell(), self.raw.seek(0, 2)))
+            here, end = (
+                (os.lseek(self.raw, 0, os.SEEK_CUR), os.fstat(self.raw).st_size)
+                if isinstance(self.raw, int)
+                else (self.raw.tell(), self.raw.seek(0, 2))
+            )
             if end > here: return f"{got:.2f} s, and {end - here} bytes follow that its header does not count"
         for declared,available in _SIZES.findall(self.file.extra_info) if self.file.format in ("W64", "RF64") else ():
             if is_truncated(int(declared), int(available)): return f"{got:.2f} s, with {available} of {declared} bytes"
@@ -329,8 +363,13 @@ class _Sndfile:
     def close(self): self.file.close()
 
 # %% ../../nbs/audio/00_decoders.ipynb #49180064
-_CODECS = ("aac,aac_latm,ac3,adpcm_g722,adpcm_g726,adpcm_g726le,adpcm_ima_qt,adpcm_ima_wav,adpcm_ms,adpcm_swf,adpcm_yamaha,alac,amrnb,amrwb,ape,dca,eac3,flac,g722,g723_1,g726,g726le,g729,gsm,gsm_ms,mp1,mp1float,mp2,mp2float,mp3,mp3float,"
-           "opus,libopus,pcm_alaw,pcm_mulaw,pcm_f32be,pcm_f32le,pcm_f64be,pcm_f64le,pcm_s16be,pcm_s16le,pcm_s24be,pcm_s24le,pcm_s32be,pcm_s32le,pcm_bluray,pcm_dvd,pcm_s8,pcm_u8,qdm2,speex,libspeex,truehd,truespeech,vorbis,wavpack,wmav1,wmav2,wmapro,wmalossless,wmavoice")
+_CODECS = (
+    "aac,aac_latm,ac3,adpcm_g722,adpcm_g726,adpcm_g726le,adpcm_ima_qt,adpcm_ima_wav,adpcm_ms,adpcm_swf,"
+    "adpcm_yamaha,alac,amrnb,amrwb,ape,dca,eac3,flac,g722,g723_1,g726,g726le,g729,gsm,gsm_ms,mp1,mp1float,mp2,"
+    "mp2float,mp3,mp3float,opus,libopus,pcm_alaw,pcm_mulaw,pcm_f32be,pcm_f32le,pcm_f64be,pcm_f64le,pcm_s16be,"
+    "pcm_s16le,pcm_s24be,pcm_s24le,pcm_s32be,pcm_s32le,pcm_bluray,pcm_dvd,pcm_s8,pcm_u8,qdm2,speex,libspeex,"
+    "truehd,truespeech,vorbis,wavpack,wmav1,wmav2,wmapro,wmalossless,wmavoice"
+)
 _TIMED, _PREROLL = ("mov", "matroska"), 1. # formats with packet times to seek by; s decoded before the target
 _TRAILING = 4096                           # samples that a codec may add at the end
 
@@ -349,14 +388,22 @@ class _Ffmpeg:
     ):
         self.raw, self.format, self.frames, self.at, self.lost, self.notes, self.held = file, format, frames, 0, lost, list(notes), []
         try:
-            self.box = _av().open(file, format=format, metadata_errors="ignore", options=dict(protocol_whitelist="none", codec_whitelist=_CODECS))
+            self.box = _av().open(
+                file, format=format, metadata_errors="ignore", options=dict(protocol_whitelist="none", codec_whitelist=_CODECS)
+            )
             if not self.box.streams.audio: raise AudioError("", "has no sound track")
             self.track, tracks = self.box.streams.audio[0], len(self.box.streams.audio)
             if tracks > 1: self.notes.append(NOTES["tracks"])
             if self.track.codec_context is None: raise AudioError("", "not readable as audio (its codec is not known)")
             if (codec := self.track.codec_context).name in ("wmav1", "wmav2"): # FFmpeg drops a frame too many
                 codec.flags2 |= _av().codec.context.Flags2.skip_manual
-                skip = 512 if codec.sample_rate <= 16_000 else 1024 if codec.sample_rate <= (22_050 if codec.name == "wmav2" else 32_000) else 2048
+                skip = (
+                    512
+                    if codec.sample_rate <= 16_000
+                    else 1024
+                    if codec.sample_rate <= (22_050 if codec.name == "wmav2" else 32_000)
+                    else 2048
+                )
             coming = self._frames()
             if (first := next(coming, None)) is None: raise AudioError("", "holds no samples")
         except _av().error.FFmpegError as e: file.close(); raise AudioError("", f"not readable as audio ({_cause(e)})") from e
@@ -389,7 +436,8 @@ class _Ffmpeg:
                 raise
             for frame in found:
                 now = frame.sample_rate, frame.layout.nb_channels
-                if shape not in (None, now): raise AudioError("", f"changes from {shape[0]} Hz and {shape[1]} channels to {now[0]} Hz and {now[1]}")
+                if shape not in (None, now):
+                    raise AudioError("", f"changes from {shape[0]} Hz and {shape[1]} channels to {now[0]} Hz and {now[1]}")
                 shape, self.rate = now, now[0]
                 most = 8 if frame.format.is_planar else MAX_CHANNELS # of more, PyAV reads out of bounds
                 if now[1] > most: raise AudioError("", f"declares {now[1]} channels; at most {most} can be read")
@@ -418,8 +466,11 @@ class _Ffmpeg:
     def read(self, count:int):
         "The next samples, (T, channels) float32; none at the end."
         try:
-            while self.have < count and (wave_TC := next(self.coming, None)) is not None: self.held.append(wave_TC); self.have += len(wave_TC)
-        except _av().error.FFmpegError as e: raise AudioError("", _cause(e), "truncated") from e
+            while self.have < count and (wave_TC := next(self.coming, None)) is not None:
+                self.held.append(wave_TC)
+                self.have += len(wave_TC)
+        except _av().error.FFmpegError as e:
+            raise AudioError("", _cause(e), "truncated") from e
         wave_TC = self.held[0] if len(self.held) == 1 else np.concatenate(self.held or [np.zeros((0, self.channels), np.float32)])
         self.held, self.have = [wave_TC[count:]] if self.have > count else [], max(0, self.have - count)
         self.at += len(wave_TC[:count])
@@ -432,7 +483,8 @@ class _Ffmpeg:
             self.box.seek(int(place/self.track.time_base), stream=self.track)
             frames = self._frames()
             first = next(frames, None)
-            if first is None or first[0] - self.start - self.skip > frame: raise AudioError("", f"has no sound at {frame/self.rate:.2f} s", "truncated")
+            if first is None or first[0] - self.start - self.skip > frame:
+                raise AudioError("", f"has no sound at {frame / self.rate:.2f} s", "truncated")
             self.held, self.have, self.at = [], 0, first[0] - self.start - self.skip
             whole = round((self.at - self.short)/len(first[1]))*len(first[1]) + self.short # Matroska rounds times to 1 ms
             if abs(whole - self.at) <= 0.002*self.rate: self.at = whole
@@ -479,7 +531,11 @@ class _Joined:
         self.frames = None if any(part.frames is None for part in parts) else sum(part.frames for part in parts)
         self.header_seconds = sum(part.header_seconds for part in parts)
         if differ := [part for part in parts if (part.rate, part.channels) != (self.rate, self.channels)]:
-            raise AudioError("", f"joins recordings of {self.rate} Hz, {self.channels} channels and of {differ[0].rate} Hz, {differ[0].channels}; write them to a file each")
+            raise AudioError(
+                "",
+                f"joins recordings of {self.rate} Hz, {self.channels} channels and of {differ[0].rate} Hz, "
+                f"{differ[0].channels}; write them to a file each",
+            )
 
     def read(self, count:int):
         "The next samples, (T, channels) float32; none at the end."
@@ -494,7 +550,9 @@ class _Joined:
     def seek(self, frame:int):
         "Continue at that sample."
         self.left, at = self.parts, 0
-        while len(self.left) > 1 and self.left[0].frames is not None and frame - at >= self.left[0].frames: at += self.left[0].frames; self.left = self.left[1:]
+        while len(self.left) > 1 and self.left[0].frames is not None and frame - at >= self.left[0].frames:
+            at += self.left[0].frames
+            self.left = self.left[1:]
         for part in self.left: part.seek(0)
         self.left[0].seek(frame - at)
         self.at = frame
@@ -569,9 +627,15 @@ def open_decoder(
         if format and audio is None and source.head[:4] in _CHUNKED: audio = find_audio_chunk(source.data)
         if audio: return _open_chunked(source, format, audio)
         if not format and str(given).lower().endswith(_RAW):
-            raise AudioError("", "raw samples without a sample rate; write them as WAV, as `ffmpeg -f s16le -ar 8000 -ac 1 -i a.raw a.wav` does")
+            raise AudioError(
+                "", "raw samples without a sample rate; write them as WAV, as `ffmpeg -f s16le -ar 8000 -ac 1 -i a.raw a.wav` does"
+            )
         if not format and (text := source.head[:4096].decode("utf-8", "ignore")) and all(c.isprintable() or c.isspace() for c in text):
-            raise AudioError("", f"not readable as audio (it is text, {text.split(chr(10))[0].strip()[:60]!r})" + ("; fetch the file itself, with `git lfs pull`" if "git-lfs" in text else ""))
+            raise AudioError(
+                "",
+                f"not readable as audio (it is text, {text.split(chr(10))[0].strip()[:60]!r})"
+                + ("; fetch the file itself, with `git lfs pull`" if "git-lfs" in text else ""),
+            )
         return _either(source, format)
     finally: source.close()
 
@@ -594,7 +658,8 @@ def _open_chunked(source, format:str, audio:Chunk):
         if is_truncated(declared, available): cut = cut or f"with {available} of {declared} bytes"
     if audio.size + audio.size % 2 < audio.available and not cut:
         end = audio.at + audio.size + audio.size % 2
-        if riff and source.data[end:end+4] == b"RIFF" and source.data[end+8:end+12] == b"WAVE": return _Joined([open_decoder(source.data[:end]), open_decoder(source.data[end:])])
+        if riff and source.data[end : end + 4] == b"RIFF" and source.data[end + 8 : end + 12] == b"WAVE":
+            return _Joined([open_decoder(source.data[:end]), open_decoder(source.data[end:])])
         if audio.has_more_audio(source.data): notes = [NOTES["short" if audio.size else "zero"]]
     size = audio.available if notes else min(audio.size, audio.available)
     tag, channels, rate, _, _, bits = struct.unpack("<HHIIHH", audio.format[:16].ljust(16, b"\0")) if riff else (1, 0, 0, 0, 0, 0)
@@ -620,7 +685,9 @@ class _Pcm:
     def read(self, count:int):
         "The next samples, (T, channels) float32; none at the end."
         size, at = 2*self.channels*min(count, self.frames - self.at), self.start + 2*self.channels*self.at
-        wave_TC = np.frombuffer(self.data[at:at + size] if self.fd is None else os.pread(self.fd, size, at), "<i2").reshape(-1, self.channels)
+        wave_TC = np.frombuffer(self.data[at : at + size] if self.fd is None else os.pread(self.fd, size, at), "<i2").reshape(
+            -1, self.channels
+        )
         self.at += len(wave_TC)
         return wave_TC*np.float32(1/32768)
 
@@ -630,7 +697,13 @@ class _Pcm:
 
     def missing(self)->str:
         "What the file lacks by the header."
-        return f"{self.at/self.rate:.2f} s, {self.lost}" if self.lost else "" if self.at >= self.frames else f"{self.at/self.rate:.2f} of {self.frames/self.rate:.2f} s"
+        return (
+            f"{self.at / self.rate:.2f} s, {self.lost}"
+            if self.lost
+            else ""
+            if self.at >= self.frames
+            else f"{self.at / self.rate:.2f} of {self.frames / self.rate:.2f} s"
+        )
 
     def close(self):
         if self.fd is not None: os.close(self.fd); self.fd = None
@@ -650,7 +723,12 @@ def _open_mpeg(source, at:int, end:int, lost="", notes=()):
         if found and (cut or found.file.frames - skip >= part.samples): return _Mp3(found, data, part)
         if found: found.close()
         if part.declared: notes = [*notes, NOTES["count"]]
-        return _Mp3(_Ffmpeg(source.file() if whole else _Part(data, part.start, part.end), "mp3", None if cut else part.samples, skip, cut, notes), data, part)
+        return _Mp3(
+            _Ffmpeg(source.file() if whole else _Part(data, part.start, part.end), "mp3", None if cut else part.samples, skip, cut, notes),
+            data,
+            part,
+        )
+
     if len(parts) == 1: return one(parts[0], [*notes, *found_notes])
     return _Joined([one(part, []) for part in parts], [*notes, *found_notes])
 
@@ -660,7 +738,8 @@ def _open_ogg(source):
     parts, lost = walk_ogg(data)
     def one(part, file, lost):
         notes = [] if part.ended or lost else [NOTES["open"]]
-        if part.streams == 1 and part.first.startswith((b"OpusHead", b"\1vorbis", b"\x7fFLAC")): return _either(source, "ogg", file, lost=lost, notes=notes)
+        if part.streams == 1 and part.first.startswith((b"OpusHead", b"\1vorbis", b"\x7fFLAC")):
+            return _either(source, "ogg", file, lost=lost, notes=notes)
         return _Ffmpeg(file() if file else source.file(), "ogg", lost=lost, notes=notes)
     if len(parts) < 2: return one(parts[0], None, lost) if parts else _either(source, "ogg", lost=lost)
     slice = lambda part: lambda: _Part(data, part.start, part.end)
@@ -670,5 +749,6 @@ def _open_ffmpeg(source, format:str):
     "Formats that libsndfile does not decode."
     try: return _Ffmpeg(source.file(), format, lost=missing_bytes(source.data, format))
     except AudioError as e:
-        if format == "mov" and source.data.find(b"moov") < 0: raise AudioError("", "not readable as audio (it has no index: its recorder was stopped before it wrote one)") from e
+        if format == "mov" and source.data.find(b"moov") < 0:
+            raise AudioError("", "not readable as audio (it has no index: its recorder was stopped before it wrote one)") from e
         raise

@@ -44,7 +44,12 @@ class Recording:
         if self.channels > MAX_CHANNELS: raise AudioError("", f"declares {self.channels} channels; at most {MAX_CHANNELS} can be read")
         self.channel = None if channel == "mix" else _SIDES.get(channel, channel)
         if self.channel is not None:
-            if not (isinstance(self.channel, int) and 0 <= self.channel < self.channels): raise AudioError("", f"channel {channel}: the recording has {self.channels}; choose mix, left, right, or a number from 0 to {self.channels - 1}")
+            if not (isinstance(self.channel, int) and 0 <= self.channel < self.channels):
+                raise AudioError(
+                    "",
+                    f"channel {channel}: the recording has {self.channels}; choose mix, left, right, or a number from 0 to "
+                    f"{self.channels - 1}",
+                )
             self.channels = 1
         try: offset, duration = float(offset), None if duration is None else float(duration)
         except (TypeError, ValueError): offset = math.nan
@@ -75,8 +80,13 @@ class Recording:
         "All samples, once, `frames` at a time, (T, channels) float32; then `AudioError` if the recording is truncated or empty."
         lost = ""
         while self.wanted is None or self.decoded < self.wanted:
-            try: block_TC = self.file.read(min(frames or self.block, self.wanted - self.decoded) if self.wanted is not None else frames or self.block)
-            except AudioError as e: lost = f"{self.decoded/self.rate:.2f} s ({e.why})"; break
+            try:
+                block_TC = self.file.read(
+                    min(frames or self.block, self.wanted - self.decoded) if self.wanted is not None else frames or self.block
+                )
+            except AudioError as e:
+                lost = f"{self.decoded / self.rate:.2f} s ({e.why})"
+                break
             if not len(block_TC): break
             self.decoded += len(block_TC)
             yield block_TC if self.channel is None else block_TC[:,self.channel:self.channel + 1]
@@ -117,7 +127,10 @@ class Recording:
 
 def segment_args(row:dict)->dict:
     "Arguments for `Recording` from a row of a manifest: its `channel`, and with an `offset` also `offset` and `duration` in seconds."
-    return dict(channel=row.get("channel") if row.get("channel") is not None else "mix") | ({k: row.get(k) for k in ("offset", "duration")} if row.get("offset") is not None else {})
+    return dict(channel=row.get("channel") if row.get("channel") is not None else "mix") | (
+        {k: row.get(k) for k in ("offset", "duration")} if row.get("offset") is not None else {}
+    )
+
 
 def sides(channels:int)->list:
     "The channels of a recording, as `Recording` takes them: mix for one channel, left and right for two, else indices."
@@ -147,7 +160,8 @@ def read_plain(path, most:int):
     except OSError: return None
     try:
         about = os.fstat(fd)
-        if stat.S_ISREG(about.st_mode) and about.st_size <= most and os.pread(fd, 4, 0) == b"RIFF": return plain_pcm(os.read(fd, about.st_size))
+        if stat.S_ISREG(about.st_mode) and about.st_size <= most and os.pread(fd, 4, 0) == b"RIFF":
+            return plain_pcm(os.read(fd, about.st_size))
     finally: os.close(fd)
 
 def encode(
@@ -157,7 +171,14 @@ def encode(
 )->bytes:
     "The bytes of a 16-bit file; both codecs are lossless."
     pcm = wave if wave.dtype == np.int16 else np.round(wave*32767).astype(np.int16)
-    if codec == "wav": return struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 36 + pcm.nbytes, b"WAVEfmt ", 16, 1, 1, sample_rate, 2*sample_rate, 2, 16, b"data", pcm.nbytes) + pcm.data
+    if codec == "wav":
+        return (
+            struct.pack(
+                "<4sI8sIHHIIHH4sI", b"RIFF", 36 + pcm.nbytes, b"WAVEfmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2,
+                16, b"data", pcm.nbytes
+            )
+            + pcm.data
+        )
     sf.write(buffer := io.BytesIO(), pcm, sample_rate, format="FLAC", subtype="PCM_16")
     return buffer.getvalue()
 

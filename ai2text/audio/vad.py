@@ -28,7 +28,8 @@ def _network():
     if home is None or not home.origin:
         raise ConfigError("the package silero-vad, which detects speech, is not installed; pip install silero-vad")
     path = Path(home.origin).parent/"data"/_GRAPH
-    if not path.is_file(): raise ConfigError(f"{path}: no such file; this release of silero-vad does not fit: pip install 'silero-vad>=6.2,<7'")
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; this release of silero-vad does not fit: pip install 'silero-vad>=6.2,<7'")
     try: import onnxruntime
     except ImportError as e: raise ConfigError(f"onnxruntime cannot be imported ({e}), which runs {_GRAPH}; pip install onnxruntime") from e
     options = onnxruntime.SessionOptions()
@@ -77,10 +78,19 @@ class Endpointer:
         after:float=0.2,               # s of margin after it
     ):
         if not 0 < threshold < 1: raise ConfigError(f"threshold {threshold}: give a probability between 0 and 1")
-        if not (0.05 <= silence_after_words <= longest/2 and 1 <= longest and silence > 0): raise ConfigError(f"silence_after_words {silence_after_words}, longest {longest}, silence {silence}: give seconds; silence_after_words from 0.05 on and at most half of longest, longest from 1 on, silence above 0")
-        if min(before, after, shortest) < 0 or before > longest/4: raise ConfigError(f"before {before}, after {after}, shortest {shortest}: give seconds from 0 on; before at most a quarter of longest")
+        if not (0.05 <= silence_after_words <= longest / 2 and 1 <= longest and silence > 0):
+            raise ConfigError(
+                f"silence_after_words {silence_after_words}, longest {longest}, silence {silence}: give seconds; "
+                "silence_after_words from 0.05 on and at most half of longest, longest from 1 on, silence above 0"
+            )
+        if min(before, after, shortest) < 0 or before > longest / 4:
+            raise ConfigError(
+                f"before {before}, after {after}, shortest {shortest}: give seconds from 0 on; before at most a quarter of longest"
+            )
         samples = lambda seconds: seconds*SAMPLE_RATE if math.isinf(seconds) else round(seconds*SAMPLE_RATE)
-        self.silence, self.silence_after_words, self.longest, self.before, self.after = map(samples, (silence, silence_after_words, longest, before, min(after, silence_after_words)))
+        self.silence, self.silence_after_words, self.longest, self.before, self.after = map(
+            samples, (silence, silence_after_words, longest, before, min(after, silence_after_words))
+        )
         self.threshold, self.shortest = threshold, shortest*SAMPLE_RATE/SPEECH_WINDOW
         self.at, self.free, self.start = 0, 0, None # windows so far; sample after the last segment; start of the current one
 
@@ -107,13 +117,19 @@ class Endpointer:
         now = self.at*SPEECH_WINDOW
         if self.start is None:
             if p < self.threshold: return self._emit(now, "nothing") if now - self.free >= self.silence else []
-            self.first, self.start, self.prob_N, self.quiet, self.least = self.at - 1, max(self.free, now - SPEECH_WINDOW - self.before), [p], None, self.shortest
+            self.first, self.start, self.prob_N, self.quiet, self.least = (
+                self.at - 1, max(self.free, now - SPEECH_WINDOW - self.before), [p], None, self.shortest
+            )
             return []
         self.prob_N.append(p)
         if p >= self.threshold: self.quiet = None
         elif p < self.threshold - _BELOW and self.quiet is None: self.quiet = self.at - 1
         if self.quiet is None: return self._cut() if now + SPEECH_WINDOW > self.start + self.longest else []
-        return self._end(min(self.quiet*SPEECH_WINDOW + self.after, now), "silence") if now - self.quiet*SPEECH_WINDOW >= self.silence_after_words else []
+        return (
+            self._end(min(self.quiet * SPEECH_WINDOW + self.after, now), "silence")
+            if now - self.quiet * SPEECH_WINDOW >= self.silence_after_words
+            else []
+        )
 
     def _cut(self)->list[Segment]:
         "Split a long segment where speech is least probable; the next one starts there."

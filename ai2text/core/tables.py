@@ -60,14 +60,29 @@ def fact_rows(
 )->list[dict]:     # what, value
     "Facts as rows in words: bytes as MB, no braces, nothing that is empty."
     def spell(value):
-        if isinstance(value, dict): return ", ".join(f"{str(k).replace('_', ' ')} {spell(v)}" for k,v in value.items() if v not in (None, "", 0)) or "none"
+        if isinstance(value, dict):
+            return ", ".join(f"{str(k).replace('_', ' ')} {spell(v)}" for k, v in value.items() if v not in (None, "", 0)) or "none"
         if isinstance(value, (list, tuple)): return ", ".join(str(spell(v)) for v in value) or "none"
-        return {True: "yes", False: "no"}[value] if isinstance(value, bool) else f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else value
+        return (
+            {True: "yes", False: "no"}[value]
+            if isinstance(value, bool)
+            else f"{value:,}"
+            if isinstance(value, int)
+            else f"{value:.3g}"
+            if isinstance(value, float)
+            else value
+        )
+
     rows = []
     for name,value in facts.items():
         if value is None or value == "": continue
         size = name.endswith("bytes") and isinstance(value, (int, float))
-        rows.append(dict(what=(name.removesuffix("bytes") + "MB" if size else name).replace("_", " "), value=spell(round(value/1e6) if size else value)))
+        rows.append(
+            dict(
+                what=(name.removesuffix("bytes") + "MB" if size else name).replace("_", " "),
+                value=spell(round(value / 1e6) if size else value),
+            )
+        )
     return rows
 
 # %% ../../nbs/core/60_tables.ipynb #73145a31

@@ -45,10 +45,11 @@ class Voice:
 # %% ../../nbs/corpora/00_tts.ipynb #438a4ead
 VARIANTS = dict(
     train="""Alex Alicia Andy Denis Diogo Gene Gene2 Henrique Mario Michael Mike Nguyen adam aunty belinda benjamin boris edward edward2
-        f2 f4 f5 grandma gustave iven2 iven3 john klatt3 klatt4 linda m1 m3 m4 m5 m7 m8 marcelo max michel miguel mike2 norbert paul quincy robert
-        shelby travis victor""".split(),
+        f2 f4 f5 grandma gustave iven2 iven3 john klatt3 klatt4 linda m1 m3 m4 m5 m7 m8 marcelo max michel miguel mike2 norbert
+        paul quincy robert shelby travis victor""".split(),
     dev="f3 m2 pablo steph".split(),
-    test="Annie ed f1 m6".split())
+    test="Annie ed f1 m6".split(),
+)
 
 def voice_names(split:str)->list[str]:
     "The speakers of a split, as vi-vn-x-south+f3: each variant in each region."

@@ -27,11 +27,16 @@ def read_result(
     "The text of a result; raises `ConfigError` where there is none."
     path = Path("results")/path
     if not rev:
-        try: return (layout.root/path).read_text("utf-8")
-        except FileNotFoundError: raise ConfigError(f"{layout.root/path}: no such result; train and evaluate the model with `dvc repro`") from None
+        try:
+            return (layout.root / path).read_text("utf-8")
+        except FileNotFoundError:
+            raise ConfigError(f"{layout.root / path}: no such result; train and evaluate the model with `dvc repro`") from None
     command = ["git", "show", "--end-of-options", f"{rev}:./{path.as_posix()}"]
-    done = subprocess.run(command, cwd=layout.root, capture_output=True, text=True, encoding="utf-8") # nosec B603 B607 # the user's own git; no shell, and the revision is not an option
-    if done.returncode: raise ConfigError(f"{path} at {rev}: {done.stderr.strip() or 'git found nothing'}; `git log -- {path}` lists the commits that have it")
+    done = subprocess.run(command, cwd=layout.root, capture_output=True, text=True, encoding="utf-8")  # nosec B603 B607 # own git; no shell
+    if done.returncode:
+        raise ConfigError(
+            f"{path} at {rev}: {done.stderr.strip() or 'git found nothing'}; `git log -- {path}` lists the commits that have it"
+        )
     return done.stdout
 
 EXPECTED_LATENCY = dict(conformer="0.1 to 0.2 s", whisper="1 to 2 s")  # of a family, from the project's plan
@@ -48,17 +53,24 @@ def gather(
     rows = [json.loads(line) for line in read_result(layout, f"{name}-eval/utterances.jsonl", rev).splitlines()]
     latency = timing.get("latency") or []
     return dict(
-        model=f"{name} at {rev}" if rev else name, family=metrics.get("family"), **{k: metrics[k] for k in ("val_wer", "val_wer_low", "val_wer_high")},
+        model=f"{name} at {rev}" if rev else name,
+        family=metrics.get("family"),
+        **{k: metrics[k] for k in ("val_wer", "val_wer_low", "val_wer_high")},
         **{k: quality[k] for k in ("wer", "wer_low", "wer_high", "cer", "cer_low", "cer_high", "normaliser", "evaluation_set")},
-        **{k: quality.get(k) for k in ("wer_variants", "written_wer", "written_cer")}, streams={k[6:]: v["wer"] for k,v in quality.items() if k.startswith("chunk_")},
-        hours=log["totals"]["elapsed_hours"], budget=log["about"].get("budget"), audio_hours=log["totals"]["audio_hours"], steps=metrics["steps"],
-        cost=log["totals"]["cost"], milestones=to_target(log),
-        parameters=metrics["parameters"], training_memory=ttq.get("memory_bytes"), memory=timing.get("memory_single_bytes"),
-        real_time_factor=timing["real_time_factor"], latency=latency, claim=EXPECTED_LATENCY.get(metrics.get("family")),
+        **{k: quality.get(k) for k in ("wer_variants", "written_wer", "written_cer")},
+        streams={k[6:]: v["wer"] for k, v in quality.items() if k.startswith("chunk_")},
+        hours=log["totals"]["elapsed_hours"], budget=log["about"].get("budget"),
+        audio_hours=log["totals"]["audio_hours"], steps=metrics["steps"], cost=log["totals"]["cost"],
+        milestones=to_target(log), parameters=metrics["parameters"], training_memory=ttq.get("memory_bytes"),
+        memory=timing.get("memory_single_bytes"), real_time_factor=timing["real_time_factor"], latency=latency,
+        claim=EXPECTED_LATENCY.get(metrics.get("family")),
         hardware=" / ".join(str(timing["environment"].get(k)) for k in ("processor", "gpu", "threads")),
         caveats=caveats("dev", metrics.get("seen", {})) + caveats("test", quality.get("seen", {})),
-        curve=[dict(hours=h["elapsed_hours"], audio_hours=h["audio_hours"], wer=h["val_wer"], loss=h["train_loss"]) for h in log["history"]],
-        utterances=rows)
+        curve=[
+            dict(hours=h["elapsed_hours"], audio_hours=h["audio_hours"], wer=h["val_wer"], loss=h["train_loss"]) for h in log["history"]
+        ],
+        utterances=rows,
+    )
 
 # %% ../../nbs/evaluation/50_compare.ipynb #1e1f28a9
 SIGNIFICANT = 0.05  # p below which a difference is significant
@@ -83,13 +95,17 @@ def recommend(
     "The model to use, with caveats."
     if len({m["evaluation_set"] for m in models}) > 1 or len({m["normaliser"] for m in models}) > 1:
         sets = "; ".join(f"{m['model']}: {m['evaluation_set']}, normaliser {m['normaliser']}" for m in models)
-        raise ConfigError(f"these models were not scored on the same test set and by the same normaliser ({sets}); evaluate them again with `dvc repro`")
+        raise ConfigError(
+            f"these models were not scored on the same test set and by the same normaliser ({sets}); evaluate them again with `dvc repro`"
+        )
     used = [m["hours"] for m in models]
     apart = 1 - min(used)/max(used)
     waits = {m["model"]: text_after(m) for m in models}
     allowed = [m for m in models if not config.latency or waits[m["model"]] <= config.latency]
     best = min(allowed, key=lambda m: (m["val_wer"], m["parameters"]), default=None)
-    rule = f"of the models whose text comes within {config.latency:g} s, the lowest WER on dev" if config.latency else "the lowest WER on dev"
+    rule = (
+        f"of the models whose text comes within {config.latency:g} s, the lowest WER on dev" if config.latency else "the lowest WER on dev"
+    )
     out = dict(latency=config.latency, rule=rule, model=best and best["model"], budgets_apart=apart, others=[], doubts=[])
     if best is None:
         first = min(waits, key=waits.get)
@@ -104,8 +120,11 @@ def recommend(
     for o in out["others"]:
         evidence = f"{o['difference']:+.1%}, p {spell_p(o['p'])}"
         if o["difference"] < 0 and o["p"] < SIGNIFICANT:
-            out["doubts"].append(f"{o['model']} is better on test ({evidence})" + ("" if o["allowed"] else ", but is not allowed by the rule"))
-        elif o["p"] >= SIGNIFICANT: out["doubts"].append(f"{best['model']} and {o['model']} do not differ significantly on test ({evidence})")
+            out["doubts"].append(
+                f"{o['model']} is better on test ({evidence})" + ("" if o["allowed"] else ", but is not allowed by the rule")
+            )
+        elif o["p"] >= SIGNIFICANT:
+            out["doubts"].append(f"{best['model']} and {o['model']} do not differ significantly on test ({evidence})")
     if len(models) == 1: out["doubts"].append("there is no other model to compare with")
     if apart > 0.05: out["doubts"].append(f"the training times differ by {apart:.0%}")
     out["doubts"].append("one run of each model: another seed may order them otherwise")
@@ -129,13 +148,24 @@ def comparison_rows(
     rows = []
     for m in models:
         reached, middle = {t["wer"]: t for t in m["milestones"]}, _middle(m["latency"])
-        row = {"model": m["model"], "family": m["family"], "WER on dev": percent(m["val_wer"]), "WER on test": f"{m['wer']:.1%} ({m['wer_low']:.1%} to {m['wer_high']:.1%})",
-               "WER, variants equal": percent(m.get("wer_variants")), "CER": percent(m["cer"])}
+        row = {
+            "model": m["model"], "family": m["family"], "WER on dev": percent(m["val_wer"]),
+            "WER on test": f"{m['wer']:.1%} ({m['wer_low']:.1%} to {m['wer_high']:.1%})",
+            "WER, variants equal": percent(m.get("wer_variants")), "CER": percent(m["cer"])
+        }
         if writes: row |= {f"{rate.upper()} as written": percent(m.get(f"written_{rate}")) for rate in ("wer", "cer")}
         row |= {f"WER in chunks of {40*int(c)} ms": percent(m["streams"][c]) if c in m["streams"] else "does not stream" for c in chunks}
-        row |= {"training time": spell_hours(m["hours"]), "training speech, h": round(m["audio_hours"], 1), **{f"time to {w:.0%}": _time_text(reached.get(w, {})) for w in targets}}
-        row |= {"million parameters": _size(m["parameters"], 1e6, 2), "memory in training, MB": _size(m["training_memory"], 1e6), "memory in use, MB": _size(m["memory"], 1e6),
-                "real-time factor": round(m["real_time_factor"], 4), "latency, s": middle.get("seconds"), "length of that utterance, s": middle.get("audio_seconds"), "expected latency": m["claim"] or ""}
+        row |= {
+            "training time": spell_hours(m["hours"]),
+            "training speech, h": round(m["audio_hours"], 1),
+            **{f"time to {w:.0%}": _time_text(reached.get(w, {})) for w in targets},
+        }
+        row |= {
+            "million parameters": _size(m["parameters"], 1e6, 2),
+            "memory in training, MB": _size(m["training_memory"], 1e6), "memory in use, MB": _size(m["memory"], 1e6),
+            "real-time factor": round(m["real_time_factor"], 4), "latency, s": middle.get("seconds"),
+            "length of that utterance, s": middle.get("audio_seconds"), "expected latency": m["claim"] or ""
+        }
         rows.append(row | ({"caveats": "; ".join(m.get("caveats", ()))} if caveated else {}))
     return rows
 

@@ -47,8 +47,14 @@ def time_single(
             model.transcribe(batch.to(device))
             sync()
             taken.append(time.perf_counter() - begin)
-        if taken: rows.append(dict(length=name, utterances=len(taken), audio_seconds=float(np.median(durations[chosen])), seconds=float(np.median(taken)),
-                                   slowest=max(taken), real_time_factor=sum(taken)/float(durations[chosen].sum())))
+        if taken:
+            rows.append(
+                dict(
+                    length=name, utterances=len(taken), audio_seconds=float(np.median(durations[chosen])),
+                    seconds=float(np.median(taken)), slowest=max(taken),
+                    real_time_factor=sum(taken) / float(durations[chosen].sum())
+                )
+            )
     return rows
 
 # %% ../../nbs/evaluation/40_evaluate.ipynb #2a2e1a40
@@ -75,11 +81,19 @@ def evaluate(
     quality = dict(split="test", **dataclasses.asdict(score), evaluation_set=loader.fingerprint[:16], seen=loader.index.seen,
                    **details(rows, word_counts(layout.manifest("train"))))
     for chunk in (stream.chunk, 2*stream.chunk) if streams else ():
-        streamed = score_model(model, loader, manifest, device, f"test, chunks of {chunk}", chunk=chunk, left_chunks=stream.left_chunks, **scored)
+        streamed = score_model(
+            model, loader, manifest, device, f"test, chunks of {chunk}", chunk=chunk, left_chunks=stream.left_chunks, **scored
+        )
         quality[f"chunk_{chunk}"] = rates_beside(*streamed, rows)
     write_jsonl(results/"utterances.jsonl", rows)
-    write_json(results/"timing.json", dict(seconds=seconds, audio_seconds=audio, real_time_factor=seconds/audio, utterances_per_second=len(rows)/seconds,
-        parameters=sum(p.numel() for p in model.parameters()), memory_bytes=memory.bytes, memory_single_bytes=single.bytes, memory_before_bytes=before, memory_measured=memory.how,
-        streams=streams, latency=latency, environment=environment()))
+    write_json(
+        results / "timing.json",
+        dict(
+            seconds=seconds, audio_seconds=audio, real_time_factor=seconds / audio,
+            utterances_per_second=len(rows) / seconds, parameters=sum(p.numel() for p in model.parameters()),
+            memory_bytes=memory.bytes, memory_single_bytes=single.bytes, memory_before_bytes=before,
+            memory_measured=memory.how, streams=streams, latency=latency, environment=environment()
+        ),
+    )
     write_json(results/"eval.json", quality)
     return quality

@@ -24,7 +24,11 @@ def _mark_words(ref:str, hyp:str)->tuple[str,str]:
     if not ref or not hyp: return tuple(_mark(text, colour) or "·" for text,colour in zip((ref, hyp), colours))
     runs = [(equal, ["".join(p[side] for p in run) for side in (1, 2)]) # neighbours share one mark
             for equal,run in ((k, list(g)) for k,g in groupby(align(ref, hyp, letters=True), lambda p: p[0] == "equal"))]
-    return tuple("".join(html.escape(text[side]) if equal else _mark(text[side], colour) for equal,text in runs) for side,colour in enumerate(colours))
+    return tuple(
+        "".join(html.escape(text[side]) if equal else _mark(text[side], colour) for equal, text in runs)
+        for side, colour in enumerate(colours)
+    )
+
 
 def mark_differences(
     ref:str,        # reference
@@ -36,7 +40,9 @@ def mark_differences(
     lines = []
     for i in range(0, len(cells), columns):
         for side,name in enumerate(("reference", "hypothesis")):
-            lines.append(f"<tr><th>{name}</th>" + "".join(f'<td style="text-align:left">{c[side]}</td>' for c in cells[i:i+columns]) + "</tr>")
+            lines.append(
+                f"<tr><th>{name}</th>" + "".join(f'<td style="text-align:left">{c[side]}</td>' for c in cells[i : i + columns]) + "</tr>"
+            )
     return Html("<table>" + "".join(lines) + "</table>")
 
 # %% ../../nbs/evaluation/20_examples.ipynb #df5de764
@@ -44,5 +50,10 @@ def error_examples(
     rows, # `utterance_rows`, as of `worst`
 )->Html:
     "Each row's id, speaker, errors and marked differences."
-    return Html("".join(f"<p><code>{html.escape(str(r['id']))}</code> {html.escape(str(r['speaker']))}: errors {r['errors']}, words {r['words']}</p>"
-                        + mark_differences(r["reference"], r["hypothesis"]) for r in rows))
+    return Html(
+        "".join(
+            f"<p><code>{html.escape(str(r['id']))}</code> {html.escape(str(r['speaker']))}: errors {r['errors']}, words {r['words']}</p>"
+            + mark_differences(r["reference"], r["hypothesis"])
+            for r in rows
+        )
+    )

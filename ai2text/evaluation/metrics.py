@@ -140,13 +140,19 @@ class Score:
     rates = property(lambda self: {k: getattr(self, k) for k in SCORE_RATES}, doc="the fields of a table row")
 
     def __str__(self):
-        if self.wer is None: return f"no reference has a word, so WER and CER are not defined; {self.insertions} words inserted in {self.utterances} utterances"
+        if self.wer is None:
+            return (
+                f"no reference has a word, so WER and CER are not defined; {self.insertions} words inserted in {self.utterances} utterances"
+            )
         rate = lambda k: spell_rate(*(getattr(self, k + end) for end in ("", "_low", "_high")))
         empty = f", {self.empty} without words" if self.empty else ""
-        text = f"WER {rate('wer')}, CER {rate('cer')}; {self.utterances} utterances{empty}, {self.words} words; 95% interval by {self.unit} ({self.units})"
+        text = (f"WER {rate('wer')}, CER {rate('cer')}; {self.utterances} utterances{empty}, {self.words} words; "
+                f"95% interval by {self.unit} ({self.units})")
         if self.written_wer is not None: text += f"\nas written: WER {rate('written_wer')}, CER {rate('written_cer')}"
         if self.wer_variants is None: return text
-        return f"{text}\nWER {rate('wer_variants')} with variants equal: " + (", ".join(f"{name} {n}" for name,n in self.variants.items()) or "none occurred")
+        return f"{text}\nWER {rate('wer_variants')} with variants equal: " + (
+            ", ".join(f"{name} {n}" for name, n in self.variants.items()) or "none occurred"
+        )
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #2d228b2e
 def _texts(references, hypotheses, normaliser):
@@ -193,8 +199,15 @@ def score(
     rates = [rate_interval(total_K[e], total_K[n], drawn_SK[:,[e,n]]) for e,n in ((0,1), (2,3), (4,1)) if e < len(total_K)]
     hits, subs, dels, ins = words_NK.sum(0).tolist()
     unit, units = ("speaker", len(names)) if by_speaker else ("utterance", len(refs))
-    return Score(*rates[0], *rates[1], hits, subs, dels, ins, total_K[1], total_K[3], len(refs), unit, units, samples, seed, normaliser_name(normaliser), sum(not t for t in refs),
-                 *(rates[2] if variants else (None,)*3), used, variants.fingerprint if variants else "")
+    return Score(
+        *rates[0],
+        *rates[1],
+        hits, subs, dels, ins, total_K[1], total_K[3], len(refs), unit, units, samples, seed,
+        normaliser_name(normaliser), sum(not t for t in refs),
+        *(rates[2] if variants else (None,) * 3),
+        used,
+        variants.fingerprint if variants else "",
+    )
 
 # %% ../../nbs/evaluation/00_metrics.ipynb #2fa6b49d
 def utterance_rows(
@@ -208,14 +221,22 @@ def utterance_rows(
     utterances = list(utterances)
     several = len({u.get("corpus") for u in utterances}) > 1
     if missing := [u["id"] for u in utterances if u["id"] not in hypotheses]:
-        raise ValueError(f"{len(missing)} of {len(utterances)} utterances have no hypothesis, the first is {missing[0]!r}; transcribe the whole split")
+        raise ValueError(
+            f"{len(missing)} of {len(utterances)} utterances have no hypothesis, the first is {missing[0]!r}; transcribe the whole split"
+        )
     refs, hyps = _texts([u["text"] for u in utterances], [hypotheses[u["id"]] for u in utterances], normaliser)
     length = lambda c: max(c.ref_end_idx - c.ref_start_idx, c.hyp_end_idx - c.hyp_start_idx)
     signs = ["".join(SIGNS[c.type]*length(c) for c in chunks) for chunks in _chunks(refs, hyps)]
     speaker = lambda u: f"{u.get('corpus')} {u['speaker']}" if several and u.get("speaker") else u.get("speaker") or ""
-    return [dict(id=u["id"], speaker=speaker(u), reference=r, hypothesis=h, duration=u.get("duration"), errors=len(s) - s.count("="), words=len(s) - s.count("I"),
-                 alignment=s, reference_raw=u.get("text_raw") or u["text"], hypothesis_raw=hypotheses[u["id"]], **{k: u.get(k) for k in keep})
-            for u,r,h,s in zip(utterances, refs, hyps, signs)]
+    return [
+        dict(
+            id=u["id"], speaker=speaker(u), reference=r, hypothesis=h, duration=u.get("duration"),
+            errors=len(s) - s.count("="), words=len(s) - s.count("I"), alignment=s,
+            reference_raw=u.get("text_raw") or u["text"], hypothesis_raw=hypotheses[u["id"]],
+            **{k: u.get(k) for k in keep},
+        )
+        for u, r, h, s in zip(utterances, refs, hyps, signs)
+    ]
 
 def aligned(
     row,                     # of `utterance_rows`

@@ -23,7 +23,11 @@ def group_rows(
     "Groups as rows of a report."
     head = {"wer": "WER (95% interval), %", "error_rate": "missed (95% interval), %"}[rate]
     counts = ("speakers", "utterances", "words", "missed")
-    return [{name: g["group"], **{k: g[k] for k in counts if k in g}, head: spell_rate(g[rate], g[f"{rate}_low"], g[f"{rate}_high"])} for g in found]
+    return [
+        {name: g["group"], **{k: g[k] for k in counts if k in g}, head: spell_rate(g[rate], g[f"{rate}_low"], g[f"{rate}_high"])}
+        for g in found
+    ]
+
 
 def rate_rows(
     rates:dict,        # what was scored -> rates; of `rates_beside` with a difference
@@ -33,17 +37,32 @@ def rate_rows(
     rows = []
     for name,r in rates.items():
         low, high = r.get("difference_low"), r.get("difference_high")
-        difference = "" if r.get("difference") is None else f"{100*r['difference']:+.1f}" + ("" if low is None else f" ({100*low:+.1f} to {100*high:+.1f})")
-        rows.append({"scored": name, "WER (95% interval), %": spell_rate(r["wer"], r["wer_low"], r["wer_high"]), "CER": spell_rate(r["cer"]),
-                     f"difference to {beside}, points of WER": difference, "p": spell_p(r.get("p"))})
+        difference = (
+            ""
+            if r.get("difference") is None
+            else f"{100 * r['difference']:+.1f}" + ("" if low is None else f" ({100 * low:+.1f} to {100 * high:+.1f})")
+        )
+        rows.append(
+            {
+                "scored": name, "WER (95% interval), %": spell_rate(r["wer"], r["wer_low"], r["wer_high"]),
+                "CER": spell_rate(r["cer"]), f"difference to {beside}, points of WER": difference,
+                "p": spell_p(r.get("p"))
+            }
+        )
     return rows
 
 def latency_rows(
     latency:list,      # of `time_single`
 )->list[dict]:
     "Latencies as rows of a report."
-    return [{"utterance length": r["length"], "utterances": r["utterances"], "median length, s": r["audio_seconds"], "median latency, ms": 1000*r["seconds"],
-             "slowest, ms": 1000*r["slowest"], "real-time factor": r["real_time_factor"]} for r in latency]
+    return [
+        {
+            "utterance length": r["length"], "utterances": r["utterances"], "median length, s": r["audio_seconds"],
+            "median latency, ms": 1000 * r["seconds"], "slowest, ms": 1000 * r["slowest"],
+            "real-time factor": r["real_time_factor"]
+        }
+        for r in latency
+    ]
 
 def confusion_rows(
     found:list,        # of `confusions`
@@ -56,7 +75,16 @@ def _bars(ax, found, rate:str, title:str):
     "A bar a group with its interval; number of words in brackets."
     found = [g for g in found if g[rate] is not None] # the others have no reference word
     names, at, values = [str(g["group"]) for g in found], np.arange(len(found)), np.array([100*g[rate] for g in found])
-    ends = np.array([[0, 0] if g[rate + "_low"] is None else [100*(g[rate] - g[rate + "_low"]), 100*(g[rate + "_high"] - g[rate])] for g in found]).reshape(-1, 2).T.clip(0)
+    ends = (
+        np.array(
+            [
+                [0, 0] if g[rate + "_low"] is None else [100 * (g[rate] - g[rate + "_low"]), 100 * (g[rate + "_high"] - g[rate])]
+                for g in found
+            ]
+        )
+        .reshape(-1, 2)
+        .T.clip(0)
+    )
     ax.barh(at, values, .7, color=REFERENCE_COLOUR, alpha=.3)
     has = ends.any(0)
     ax.errorbar(values[has], at[has], xerr=ends[:,has], fmt="none", ecolor="0.46", elinewidth=1.8, capsize=3, capthick=1.4)
@@ -100,7 +128,11 @@ def plot_tones(
     image = ax.imshow(wrong, cmap=colours, vmin=0, vmax=top)
     for i,j in np.ndindex(*counts.shape):
         dark = i != j and shares[i,j] > .6*top
-        if counts[i,j]: ax.text(j, i, f"{shares[i,j]:.1f}%\n{counts[i,j]}", ha="center", va="center", fontsize=8, color="white" if dark else "black", weight="bold" if i == j else "normal")
+        if counts[i, j]:
+            ax.text(
+                j, i, f"{shares[i, j]:.1f}%\n{counts[i, j]}", ha="center", va="center", fontsize=8,
+                color="white" if dark else "black", weight="bold" if i == j else "normal"
+            )
     ax.set_xticks(range(len(TONE_NAMES)), TONE_NAMES)
     ax.set_yticks(range(len(TONE_NAMES)), [f"{name} ({n})" for name,n in zip(TONE_NAMES, counts.sum(1))])
     ax.set(xlabel="tone recognised", ylabel="tone of the reference (aligned syllables)")
@@ -122,7 +154,8 @@ def plot_chunks(
         line = sorted((r for r in rows if r["left_chunks"] == left), key=lambda r: r["latency_ms"])
         ax.plot([r["latency_ms"] for r in line], [100*r["wer"] for r in line], ".-", label=f"left context {left} chunks")
     for r in rows:
-        if (r["chunk"], r["left_chunks"]) == chosen: ax.plot(r["latency_ms"], 100*r["wer"], "o", ms=11, mfc="none", color="0.46", label="exported bundle")
+        if (r["chunk"], r["left_chunks"]) == chosen:
+            ax.plot(r["latency_ms"], 100 * r["wer"], "o", ms=11, mfc="none", color="0.46", label="exported bundle")
     ax.axhline(100*full, color="0.46", ls=":", label="full context")
     ax.set(xlabel="latency: longest time from a sound to its score, ms", ylabel="WER on test, %")
     ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
@@ -182,17 +215,22 @@ def _quality_axis(models:list, looks:list, ax):
         for i,(c,wer) in enumerate(sorted((int(c), wer) for c,wer in m["streams"].items()), 1):
             ax.plot(100*wer, y + i*rise, marker="|", markersize=8, markeredgewidth=2, color=look["color"])
             ax.annotate(f"{40*c} ms", (100*wer, y + i*rise), xytext=(4, 0), textcoords="offset points", fontsize=7, va="center")
-    ax.set(yticks=range(len(models)), yticklabels=[m["model"] for m in models], ylim=(-.4, len(models) - .1), xlabel="WER on test, % (95% interval; ticks above: in chunks)")
+    ax.set(
+        yticks=range(len(models)), yticklabels=[m["model"] for m in models], ylim=(-0.4, len(models) - 0.1),
+        xlabel="WER on test, % (95% interval; ticks above: in chunks)"
+    )
     ax.margins(x=.12)
 
 def _trade(models:list, looks:list, ax):
     "Test WER against latency, and the Pareto front."
     latency = lambda m: m["latency"][len(m["latency"])//2]["seconds"]
     known = [(m, look, (1000*latency(m), 100*m["wer"])) for m,look in zip(models, looks) if m["latency"]]
-    for m,look,point in known: ax.plot(*point, linestyle="none", markersize=9, label=f"{m['model']}, {m['parameters']/1e6:.2g} M parameters", **look)
+    for m, look, point in known:
+        ax.plot(*point, linestyle="none", markersize=9, label=f"{m['model']}, {m['parameters'] / 1e6:.2g} M parameters", **look)
     points = [point for _,_,point in known]
     on = [points[i] for i in pareto_front(points)]
-    if len(points) > 1: ax.step([x for x,_ in on], [y for _,y in on], where="post", color="0.46", linestyle=":", zorder=0, label="Pareto front")
+    if len(points) > 1:
+        ax.step([x for x, _ in on], [y for _, y in on], where="post", color="0.46", linestyle=":", zorder=0, label="Pareto front")
     ax.set(xlabel="latency of an utterance of median length, ms", ylabel="WER on test, %")
     ax.margins(.25)
     ax.legend()

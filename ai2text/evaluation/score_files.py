@@ -20,7 +20,8 @@ from .variants import read_variants
 
 # %% ../../nbs/evaluation/80_score_files.ipynb #073198b6
 KINDS_OF_FILE = ("lines", "ids", "manifest")
-TEXTS = dict(reference=("text", "text_raw", "reference"), hypothesis=("pred_text", "hypothesis", "text")) # fields of a manifest; the first that all rows have
+# fields of a manifest; the first that all rows have
+TEXTS = dict(reference=("text", "text_raw", "reference"), hypothesis=("pred_text", "hypothesis", "text"))
 PATHS = ("audio_filepath", "file") # fields that identify an utterance without an id
 
 _TRN = re.compile(r"\s*(.*?)\s*\(([^\s()]*[\d_-][^\s()]*)\)\s*")
@@ -33,7 +34,8 @@ def _lines(path)->list[str]:
     except UnicodeDecodeError as e: raise ConfigError(f"{path}: not UTF-8 ({e}); save it as UTF-8") from None
     lines = [line.rstrip("\n") for line in io.StringIO(text, newline=None)]
     behind = [_TRN.fullmatch(line) for line in lines if line.strip()]
-    if all(behind) and len({m[2] for m in behind}) == len(behind) > 1: lines = [f"{m[2]}\t{m[1]}" for m in behind] # sclite: the id follows the text
+    # sclite: the id follows the text
+    if all(behind) and len({m[2] for m in behind}) == len(behind) > 1: lines = [f"{m[2]}\t{m[1]}" for m in behind]
     if not lines: raise ConfigError(f"{path}: the file is empty; give an utterance a line")
     return lines
 
@@ -48,7 +50,11 @@ def kind_of_file(
     lines = [line for line in lines if line.strip()]
     if lines and lines[0].lstrip()[0] == "{": return "manifest"
     ids = _ids(lines)
-    like_ids = all("\t" in line for line in lines) or not all(re.fullmatch(r"[\d\s]+", line) for line in lines) and all(i.isascii() and re.search(r"\d|_" if len(ids) > 1 else r"\d.*[_-]|[_-].*\d", i) for i in ids)
+    like_ids = (
+        all("\t" in line for line in lines)
+        or not all(re.fullmatch(r"[\d\s]+", line) for line in lines)
+        and all(i.isascii() and re.search(r"\d|_" if len(ids) > 1 else r"\d.*[_-]|[_-].*\d", i) for i in ids)
+    )
     return "ids" if ids and len(set(ids)) == len(ids) and like_ids else "lines"
 
 # %% ../../nbs/evaluation/80_score_files.ipynb #8ae7d537
@@ -57,13 +63,20 @@ def _manifest(path, lines, side:str)->tuple:
     rows = []
     for number,line in enumerate(lines, 1):
         if not line.strip(): continue
-        try: row = loads(line)
-        except ValueError as e: raise ConfigError(f"{path}, line {number}: {line.strip()[:40]!r} is not JSON ({e}); a manifest has one object a line") from None
-        if not isinstance(row, dict): raise ConfigError(f"{path}, line {number}: {line.strip()[:40]!r} is not a JSON object; a manifest has one object a line")
+        try:
+            row = loads(line)
+        except ValueError as e:
+            raise ConfigError(f"{path}, line {number}: {line.strip()[:40]!r} is not JSON ({e}); a manifest has one object a line") from None
+        if not isinstance(row, dict):
+            raise ConfigError(f"{path}, line {number}: {line.strip()[:40]!r} is not a JSON object; a manifest has one object a line")
         rows.append(row)
     name = next((k for k in TEXTS[side] if all(k in r for r in rows)), None)
-    if name is None: raise ConfigError(f"{path}: no field with the {side} in all rows (the first has {', '.join(rows[0])}); name it {' or '.join(TEXTS[side])}")
-    if wrong := [n for n,r in enumerate(rows, 1) if not isinstance(r[name], str)]: raise ConfigError(f"{path}, row {wrong[0]}: {name} is {rows[wrong[0] - 1][name]!r}; write a string, empty if nothing was spoken")
+    if name is None:
+        raise ConfigError(
+            f"{path}: no field with the {side} in all rows (the first has {', '.join(rows[0])}); name it {' or '.join(TEXTS[side])}"
+        )
+    if wrong := [n for n, r in enumerate(rows, 1) if not isinstance(r[name], str)]:
+        raise ConfigError(f"{path}, row {wrong[0]}: {name} is {rows[wrong[0] - 1][name]!r}; write a string, empty if nothing was spoken")
     return [dict(r, text=r[name], text_raw=r.get("text_raw") or r[name]) for r in rows], name
 
 def _numbered(path, lines, side:str)->tuple:
@@ -82,7 +95,8 @@ def _name(sides:list, paths:list):
     for path,rows in zip(paths, sides):
         if lost := [n for n,r in enumerate(rows, 1) if not any(k in r for k in PATHS)]:
             raise ConfigError(f"{path}, row {lost[0]}: no id of the utterance; both manifests need id in all rows, or {' or '.join(PATHS)}")
-        if wrong := [n for n,r in enumerate(rows, 1) if not isinstance(r.get("offset") or 0, (int, float))]: raise ConfigError(f"{path}, row {wrong[0]}: offset is {rows[wrong[0] - 1]['offset']!r}; write a number of seconds")
+        if wrong := [n for n, r in enumerate(rows, 1) if not isinstance(r.get("offset") or 0, (int, float))]:
+            raise ConfigError(f"{path}, row {wrong[0]}: offset is {rows[wrong[0] - 1]['offset']!r}; write a number of seconds")
     named = [[str(next(r[k] for k in PATHS if k in r)) for r in rows] for rows in sides]
     if not {*named[0]} & {*named[1]}: named = [[re.split(r"[\\/]", n)[-1] for n in names] for names in named]
     for rows,names in zip(sides, named):
@@ -99,9 +113,16 @@ def read_sides(
     lines = [_lines(p) for p in paths]
     kinds = [kind_of_file(l) if kind == "auto" else kind for l in lines]
     for path,found in zip(paths, kinds):
-        if kind == "auto" and path.suffix in (".json", ".jsonl") and found != "manifest": raise ConfigError(f"{path}: not a manifest; write one JSON object a line, or give its kind with --kind lines or ids")
-        if kind == "auto" and path.suffix in (".csv", ".tsv") and found == "lines": raise ConfigError(f"{path}: a table; write an id and a text in each line, or a manifest (JSON Lines), or give --kind lines if each line is text")
-    if kind == "auto" and {*kinds} == {"ids", "lines"} and {*_ids(lines[kinds.index("lines")])} <= {*_ids(lines[kinds.index("ids")])}: kinds = ["ids", "ids"] # of a short file
+        if kind == "auto" and path.suffix in (".json", ".jsonl") and found != "manifest":
+            raise ConfigError(f"{path}: not a manifest; write one JSON object a line, or give its kind with --kind lines or ids")
+        if kind == "auto" and path.suffix in (".csv", ".tsv") and found == "lines":
+            raise ConfigError(
+                f"{path}: a table; write an id and a text in each line, or a manifest (JSON Lines), or give --kind lines if "
+                "each line is text"
+            )
+    # of a short file
+    if kind == "auto" and {*kinds} == {"ids", "lines"} and {*_ids(lines[kinds.index("lines")])} <= {*_ids(lines[kinds.index("ids")])}:
+        kinds = ["ids", "ids"]
     if kinds[0] != kinds[1]:
         names = dict(lines="text line by line", ids="an id and a text in each line", manifest="a manifest (JSON Lines)")
         raise ConfigError(f"{paths[0]} is {names[kinds[0]]}, but {paths[1]} is {names[kinds[1]]}; "
@@ -111,11 +132,15 @@ def read_sides(
                           "so leave a line empty where nothing was recognised, or put an id in front of each line")
     read = dict(lines=_unnumbered, ids=_numbered, manifest=_manifest)[kinds[0]]
     sides, names = zip(*(read(p, l, side) for p,l,side in zip(paths, lines, TEXTS)))
-    if names[0] and names[0] == names[1] and paths[0].resolve() == paths[1].resolve(): raise ConfigError(f"{paths[0]}: reference and hypothesis are both its {names[0]}; a manifest of both has the hypothesis as pred_text")
+    if names[0] and names[0] == names[1] and paths[0].resolve() == paths[1].resolve():
+        raise ConfigError(
+            f"{paths[0]}: reference and hypothesis are both its {names[0]}; a manifest of both has the hypothesis as pred_text"
+        )
     if kinds[0] == "manifest": _name(sides, paths)
     for path,rows in zip(paths, sides):
         seen = set()
-        if twice := next((r["id"] for r in rows if r["id"] in seen or seen.add(r["id"])), None): raise ConfigError(f"{path}: {twice!r} is there twice; give each utterance one line, with an id of its own")
+        if twice := next((r["id"] for r in rows if r["id"] in seen or seen.add(r["id"])), None):
+            raise ConfigError(f"{path}: {twice!r} is there twice; give each utterance one line, with an id of its own")
     return kinds[0], *sides
 
 # %% ../../nbs/evaluation/80_score_files.ipynb #9ab8a074
@@ -133,12 +158,22 @@ def match(
     found, wanted = {r["id"]: r["text"] for r in hyps}, {r["id"] for r in refs}
     lost, extra = [r["id"] for r in refs if r["id"] not in found], [i for i in found if i not in wanted]
     if len(lost) == len(refs):
-        raise ConfigError(f"no utterance is in both files: the reference has {_named([r['id'] for r in refs])}, the hypothesis {_named([*found])}; give both files the same ids")
+        raise ConfigError(
+            f"no utterance is in both files: the reference has {_named([r['id'] for r in refs])}, the hypothesis "
+            f"{_named([*found])}; give both files the same ids"
+        )
     if missing == "refuse" and (lost or extra):
         sides = (lost, "reference", "hypothesis"), (extra, "hypothesis", "reference")
-        parts = [f"{len(ids)} of the {side} {'is' if len(ids) == 1 else 'are'} not in the {other}: {_named(ids)}" for ids,side,other in sides if ids]
-        raise ConfigError(f"{'; '.join(parts)}. Recognise the missing ones, or choose --missing empty (all their words are deletions) or --missing skip (left out); "
-                          "utterances without a reference are left out then")
+        parts = [
+            f"{len(ids)} of the {side} {'is' if len(ids) == 1 else 'are'} not in the {other}: {_named(ids)}"
+            for ids, side, other in sides
+            if ids
+        ]
+        raise ConfigError(
+            f"{'; '.join(parts)}. Recognise the missing ones, or choose --missing empty (all their words are deletions) or "
+            "--missing skip (left out); "
+            "utterances without a reference are left out then"
+        )
     if missing == "empty": found |= dict.fromkeys(lost, "")
     return [r for r in refs if r["id"] in found], found, lost, extra
 
@@ -165,35 +200,57 @@ class FileScores:
     def __str__(self):
         s, tone, percent = self.score, self.kinds["syllables"], lambda v: "-" if v is None else f"{v:.1%}"
         kind = dict(lines="line by line", ids="matched by id", manifest="manifests, matched by id")[self.kind]
-        out = [f"{s.utterances} utterances, {kind}; normaliser {s.normaliser}{'' if s.normaliser == 'none' else f' ({self.normaliser_of})'}", str(s)]
+        out = [
+            f"{s.utterances} utterances, {kind}; normaliser {s.normaliser}{'' if s.normaliser == 'none' else f' ({self.normaliser_of})'}",
+            str(s),
+        ]
         if self.missing: out.append(f"{len(self.missing)} without a hypothesis: {_named(self.missing)}")
         if self.extra: out.append(f"{len(self.extra)} without a reference, left out: {_named(self.extra)}")
-        out += ["", columns([["words", "correct", "substituted", "deleted", "inserted"], [s.words, s.hits, s.substitutions, s.deletions, s.insertions]])]
+        out += [
+            "",
+            columns(
+                [["words", "correct", "substituted", "deleted", "inserted"], [s.words, s.hits, s.substitutions, s.deletions, s.insertions]]
+            ),
+        ]
         if s.words:
-            out += [f"of {tone['aligned']} aligned syllables: {tone['tone']} wrong in the tone, {tone['letters']} in the letters, {tone['both']} in both",
-                    f"WER without tones {percent(self.kinds['no_tones']['wer'])}, without any diacritics {percent(self.kinds['no_diacritics']['wer'])}, "
-                    f"as written {percent(self.kinds['raw']['wer'])} (CER {percent(self.kinds['raw']['cer'])})"]
+            out += [
+                f"of {tone['aligned']} aligned syllables: {tone['tone']} wrong in the tone, {tone['letters']} in the "
+                f"letters, {tone['both']} in both",
+                f"WER without tones {percent(self.kinds['no_tones']['wer'])}, without any diacritics "
+                f"{percent(self.kinds['no_diacritics']['wer'])}, "
+                f"as written {percent(self.kinds['raw']['wer'])} (CER {percent(self.kinds['raw']['cer'])})",
+            ]
         interval = lambda g: "" if g["wer_low"] is None else f"{percent(g['wer_low'])} to {percent(g['wer_high'])}"
         speakers = [[g["group"], g["utterances"], g["words"], percent(g["wer"]), interval(g)] for g in self.speakers]
         if speakers: out += ["", columns([["speaker", "utterances", "words", "WER", "95% interval"], *speakers])]
         for name,found in (("word", self.words), ("letter", self.letters)):
-            if found: out += ["", columns([[name, "recognised as", "count"], *([f["reference"] or "·", f["hypothesis"] or "·", f["count"]] for f in found)])]
+            if found:
+                out += [
+                    "",
+                    columns(
+                        [[name, "recognised as", "count"], *([f["reference"] or "·", f["hypothesis"] or "·", f["count"]] for f in found)]
+                    ),
+                ]
         for r in self.worst:
             pairs = [(a or "·", b or "·", "" if kind == "equal" else kind[0].upper()) for kind,a,b in aligned(r)]
-            out += ["", f"{r['id']}{' ' + str(r['speaker']) if r['speaker'] else ''}: errors {r['errors']}, words {r['words']}", columns(zip(*pairs))]
+            out += [
+                "",
+                f"{r['id']}{' ' + str(r['speaker']) if r['speaker'] else ''}: errors {r['errors']}, words {r['words']}",
+                columns(zip(*pairs)),
+            ]
         return "\n".join(out)
 
 def score_files(
-    ref:Path,              # references: text line by line, an id and a text in each line, or a manifest (JSON Lines with text)
-    hyp:Path,              # hypotheses: the same kind of file (of a manifest pred_text, hypothesis or text)
-    kind:str="auto",       # kind of the files: lines, ids or manifest; auto: detect
-    normaliser:str="",     # of both sides: a normaliser.json, or a folder with one (of a model, a bundle); none = not normalised; empty = the project's, or the package's
-    variants:str="",       # table of variants; none = only the strict rate; empty = the table of the package
-    missing:str="refuse",  # for an id that the hypothesis lacks: refuse, empty (all its words are deletions) or skip
-    speakers:Path=None,    # file with an id and its speaker in each line, as Kaldi's utt2spk
-    worst_count:int=5,     # utterances with the highest error rates to show
-    confusion_count:int=10, # most frequent confusions to show
-    json:bool=False,       # JSON instead of text
+    ref: Path,  # references: text line by line, an id and a text in each line, or a manifest (JSON Lines with text)
+    hyp: Path,  # hypotheses: the same kind of file (of a manifest pred_text, hypothesis or text)
+    kind: str = "auto",  # kind of the files: lines, ids or manifest; auto: detect
+    normaliser: str = "",  # of both sides: a normaliser.json, or a folder with one; none = off; empty = the project's, or the package's
+    variants: str = "",  # table of variants; none = only the strict rate; empty = the table of the package
+    missing: str = "refuse",  # for an id that the hypothesis lacks: refuse, empty (all its words are deletions) or skip
+    speakers: Path = None,  # file with an id and its speaker in each line, as Kaldi's utt2spk
+    worst_count: int = 5,  # utterances with the highest error rates to show
+    confusion_count: int = 10,  # most frequent confusions to show
+    json: bool = False,  # JSON instead of text
 ):
     "Score transcripts in files; the exit status is 0 when they were scored, whatever the rate."
     found_kind, refs, hyps = read_sides(ref, hyp, kind)
@@ -207,6 +264,9 @@ def score_files(
     rows = utterance_rows(refs, found, normaliser=clean)
     known = all(r["speaker"] for r in rows)
     total = score_rows(rows, normaliser=clean, variants=() if variants == "none" else read_variants(variants))
-    result = FileScores(total, found_kind, error_kinds(rows), groups(rows, "speaker") if known else [], [r for r in worst(rows, worst_count) if r["errors"]],
-                        confusions(rows, confusion_count), confusions(rows, confusion_count, letters=True), lost, extra, where)
+    result = FileScores(
+        total, found_kind, error_kinds(rows), groups(rows, "speaker") if known else [],
+        [r for r in worst(rows, worst_count) if r["errors"]], confusions(rows, confusion_count),
+        confusions(rows, confusion_count, letters=True), lost, extra, where
+    )
     return dumps(result.as_dict(), ensure_ascii=False, indent=2) if json else str(result)

@@ -28,7 +28,8 @@ def transcribe_split(
     "Transcribe every utterance of a split."
     found = {}
     for batch in tqdm(loader, desc=show, disable=not show, unit="batch", total=len(loader)):
-        if len(batch): found |= zip(batch.ids, model.transcribe(batch.to(device or "cpu"), **how)) # a rank may have no part of the last batches
+        # a rank may have no part of the last batches
+        if len(batch): found |= zip(batch.ids, model.transcribe(batch.to(device or "cpu"), **how))
         if beat: beat()
     return found
 
@@ -39,15 +40,20 @@ def split_loader(
     num_workers:int=1,    # threads that read ahead
     ranks:Ranks=Ranks(),  # that share the split
 ):
-    "A split in a fixed order, each utterance once; raises `ConfigError` if the shards lack a recording, since the error rate would be of another set."
-    loader = create_webdataset_loader(layout.split_shards(split), 10_000, num_workers, index=layout.split_index(split), batch_seconds=batch_seconds,
-                                      shuffle=False, max_skip_share=0., rank=ranks.rank, world=ranks.world)
+    "A split in a fixed order, each utterance once; raises `ConfigError` if the shards lack a recording: the WER would be of another set."
+    loader = create_webdataset_loader(
+        layout.split_shards(split), 10_000, num_workers, index=layout.split_index(split), batch_seconds=batch_seconds,
+        shuffle=False, max_skip_share=0.0, rank=ranks.rank, world=ranks.world
+    )
     normaliser = Normaliser.load(layout.tokenizer/NORMALISER_FILE)
     check_normaliser(loader.index.normaliser, layout.split_index(split), "write the shards again with `dvc repro`", normaliser)
     if lost := loader.index.rejected:
         listed = "; ".join(f"{r['id']} ({r['reason']})" for r in lost[:5]) + ("; ..." if len(lost) > 5 else "")
-        raise ConfigError(f"{layout.split_index(split)}: {len(lost)} of {len(lost) + len(loader.index)} recordings of {split} could not go into the shards: {listed}. "
-                          "Fix them or take them out of the corpus, and run `dvc repro`")
+        raise ConfigError(
+            f"{layout.split_index(split)}: {len(lost)} of {len(lost) + len(loader.index)} recordings of {split} could not go "
+            f"into the shards: {listed}. "
+            "Fix them or take them out of the corpus, and run `dvc repro`"
+        )
     return loader
 
 def evenly(

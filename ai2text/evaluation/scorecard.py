@@ -29,7 +29,8 @@ class Bins:
 
 LENGTHS = Bins("duration", (1, 2, 4, 8, 16), ("under 1 s", "1 to 2 s", "2 to 4 s", "4 to 8 s", "8 to 16 s", "over 16 s"))
 SNRS = Bins("snr_db", (10, 20, 30, 40), ("under 10 dB", "10 to 20 dB", "20 to 30 dB", "30 to 40 dB", "over 40 dB"))
-SEEN = Bins("", (1, 10, 100, 1000), ("never", "1 to 9 times", "10 to 99 times", "100 to 999 times", "1000 times or more")) # frequency of a word in the training text
+# frequency of a word in the training text
+SEEN = Bins("", (1, 10, 100, 1000), ("never", "1 to 9 times", "10 to 99 times", "100 to 999 times", "1000 times or more"))
 
 # %% ../../nbs/evaluation/30_scorecard.ipynb #badd19b1
 def _draw(rows, values_NK, samples, seed):
@@ -46,9 +47,9 @@ def _rate(rows, wrong_N, all_N)->tuple:
     return (rate, None, None) if units < MIN_SPEAKERS or not rate else (rate, *ends)
 
 def groups(
-    rows,       # of utterances.jsonl
-    key,        # a field's name, or `Bins`
-)->list[dict]:  # group, speakers, utterances, words, wer (None without words), wer_low, wer_high; bins in their order, others by falling WER
+    rows,  # of utterances.jsonl
+    key,  # a field's name, or `Bins`
+)->list[dict]: # group, speakers, utterances, words, wer (None without words), wer_low, wer_high; bins in order, others by falling WER
     "WER of each group of rows, with intervals."
     parts, out = {}, []
     for row in rows: parts.setdefault(key(row) if callable(key) else row[key] or "unknown", []).append(row)
@@ -57,14 +58,18 @@ def groups(
         speakers = len({r["speaker"] for r in mine})
         out.append(dict(group=group, speakers=speakers, utterances=len(mine), words=sum(words), wer=wer, wer_low=low, wer_high=high))
     order = [*getattr(key, "names", ()), "unknown"]
-    return sorted(out, key=lambda o: order.index(o["group"]) if isinstance(key, Bins) else (o["wer"] is None, -(o["wer"] or 0), str(o["group"])))
+    return sorted(
+        out, key=lambda o: order.index(o["group"]) if isinstance(key, Bins) else (o["wer"] is None, -(o["wer"] or 0), str(o["group"]))
+    )
 
 # %% ../../nbs/evaluation/30_scorecard.ipynb #13019325
 def word_counts(
     manifest, # path of a JSON Lines file with `text`
 )->Counter:   # word -> frequency
     "Word frequencies of a split."
-    with open(manifest, encoding="utf-8") as f: return Counter(word for line in f if line.strip() for word in json.loads(line)["text"].split())
+    with open(manifest, encoding="utf-8") as f:
+        return Counter(word for line in f if line.strip() for word in json.loads(line)["text"].split())
+
 
 def rare_words(
     rows,            # of utterances.jsonl
@@ -124,10 +129,15 @@ def _pairs(rows_a, rows_b)->list:
     by_id = {r["id"]: r for r in rows_b}
     if len(rows_a) != len(rows_b) or (missing := [r["id"] for r in rows_a if r["id"] not in by_id]):
         example = f", as {missing[0]!r}" if len(rows_a) == len(rows_b) else ""
-        raise ValueError(f"{len(rows_a)} and {len(rows_b)} utterances, and not the same ones{example}; score both systems on the same split")
+        raise ValueError(
+            f"{len(rows_a)} and {len(rows_b)} utterances, and not the same ones{example}; score both systems on the same split"
+        )
     for a in rows_a:
         if a["reference"] != (other := by_id[a["id"]]["reference"]):
-            raise ValueError(f"{a['id']}: the references differ, {a['reference']!r} and {other!r}; score both systems on the same text, with the same normaliser")
+            raise ValueError(
+                f"{a['id']}: the references differ, {a['reference']!r} and {other!r}; score both systems on the same text, "
+                "with the same normaliser"
+            )
     return [(a, by_id[a["id"]]) for a in rows_a]
 
 def segments(
@@ -167,11 +177,11 @@ def spell_p(
     return "" if p is None else "< 0.001" if p < .001 else f"{p:.2g}"
 
 def paired_difference(
-    rows_a,             # of utterances.jsonl
-    rows_b,             # of another system, same utterances in any order
-    samples:int=10_000, # draws
-    seed:int=0,
-)->dict:                # difference (WER of a minus that of b), difference_low, difference_high (95%), a_better (share of draws), unit, units, samples
+    rows_a,  # of utterances.jsonl
+    rows_b,  # of another system, same utterances in any order
+    samples: int = 10_000,  # draws
+    seed: int = 0,
+) -> dict:  # difference (WER of a minus that of b), difference_low, difference_high (95%), a_better (share of draws), unit, units, samples
     "Difference of the WERs, by a bootstrap that draws both systems together."
     pairs = _pairs(rows_a, rows_b)
     values_NK = np.array([(a["errors"] - b["errors"], a["words"]) for a,b in pairs])
@@ -182,10 +192,10 @@ def paired_difference(
     return dict(difference=difference, difference_low=low, difference_high=high, a_better=a_better, unit=unit, units=units, samples=samples)
 
 def rates_beside(
-    found:Score,
-    rows,        # of `found`
-    others,      # rows of the same utterances in another mode
-)->dict:         # wer, wer_low, wer_high, cer; difference, difference_low, difference_high (WER minus that of the others), p (matched pairs)
+    found: Score,
+    rows,  # of `found`
+    others,  # rows of the same utterances in another mode
+) -> dict:  # wer, wer_low, wer_high, cer; difference, difference_low, difference_high (WER minus that of the others), p (matched pairs)
     "The rates of one mode, and their difference to another."
     difference = {k: v for k,v in paired_difference(rows, others).items() if k.startswith("difference")}
     return found.rates | difference | dict(p=matched_pairs(rows, others)["p"])

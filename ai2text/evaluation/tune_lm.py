@@ -30,14 +30,18 @@ def tune_lm(
     layout = Layout(root or find_root())
     recogniser = load_model(layout.model(model), load_tokenizer(layout.tokenizer))
     if not hasattr(recogniser, "log_probs"):
-        raise ConfigError(f"{layout.model(model)}: not of a CTC family; a language model is for CTC families, so name such a model with --model")
+        raise ConfigError(
+            f"{layout.model(model)}: not of a CTC family; a language model is for CTC families, so name such a model with --model"
+        )
     loader, scores = split_loader(layout, "dev"), {}
     for batch in loader:
         found, frames = recogniser.log_probs(batch)
         scores |= {i: s[:n].numpy() for i,s,n in zip(batch.ids, found, frames.tolist())}
     rows = read_jsonl(layout.manifest("dev"))
     rows = [rows[i] for i in evenly(len(rows), utterances)]
-    weights, tried = tune(recogniser.tokenizer, lm, [scores[r["id"]] for r in rows], [r["text"] for r in rows], beam=beam, processes=processes,
-                          show=lambda row: print(row, file=sys.stderr))
+    weights, tried = tune(
+        recogniser.tokenizer, lm, [scores[r["id"]] for r in rows], [r["text"] for r in rows], beam=beam,
+        processes=processes, show=lambda row: print(row, file=sys.stderr)
+    )
     save_weights(lm, weights, model=model, split="dev", utterances=len(rows), beam=beam)
     return f"{lm}: {len(tried)} settings tried on {len(rows)} utterances of dev, WER {min(r['wer'] for r in tried):.1%} with {weights}"

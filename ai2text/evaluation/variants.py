@@ -46,7 +46,11 @@ class Rule:
     def template(self)->str:
         "The first form, as a replacement template."
         seen = []
-        return " ".join("".join(p if isinstance(p, str) else rf"\g<{p[1]}>" for p in _numbered(word, seen)) for word in self.first.split() if word[:2] != "<!")
+        return " ".join(
+            "".join(p if isinstance(p, str) else rf"\g<{p[1]}>" for p in _numbered(word, seen))
+            for word in self.first.split()
+            if word[:2] != "<!"
+        )
 
     def __call__(self, text:str)->str:
         for _ in text.split():
@@ -91,9 +95,12 @@ def read_variants(
 )->Variants:
     "Read a table of variants; raises `ConfigError` with file, line and fix."
     path = Path(path) if path else files("ai2text")/"variants.tsv"
-    try: lines = path.read_text("utf-8-sig").splitlines()
-    except FileNotFoundError: raise ConfigError(f"{path}: no such file; name a table of variants, or leave it out for the one of the package") from None
-    except UnicodeDecodeError as e: raise ConfigError(f"{path}: not UTF-8 ({e}); save it as UTF-8") from None
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; name a table of variants, or leave it out for the one of the package") from None
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path}: not UTF-8 ({e}); save it as UTF-8") from None
     sets, rows = {}, {}
     for number,line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"): continue

@@ -52,11 +52,13 @@ class ConformerConfig:
         if self.d_model % (2*self.heads): raise ConfigError(f"d_model: {self.d_model} is not a multiple of twice heads ({self.heads})")
 
 SIZES = dict(
-    tiny = dict(d_model=16, layers=2, heads=2, ff=32, kernel=5, channels=4, dropout=0.),
-    demo = dict(d_model=96, layers=4, ff=384, kernel=15, dropout=0., dynamic_chunk_prob=0.5, freq_width=12, time_share=0.05, warp=0.1, tempo=0.1),
-    small = dict(d_model=144, layers=6, ff=576, kernel=15),
-    plan = dict(),
-    large = dict(d_model=320, layers=13, heads=5, ff=1280),
+    tiny=dict(d_model=16, layers=2, heads=2, ff=32, kernel=5, channels=4, dropout=0.0),
+    demo=dict(
+        d_model=96, layers=4, ff=384, kernel=15, dropout=0.0, dynamic_chunk_prob=0.5, freq_width=12, time_share=0.05, warp=0.1, tempo=0.1
+    ),
+    small=dict(d_model=144, layers=6, ff=576, kernel=15),
+    plan=dict(),
+    large=dict(d_model=320, layers=13, heads=5, ff=1280),
 )
 
 # %% ../../nbs/models/10_conformer.ipynb #482031d7
@@ -99,7 +101,8 @@ class Subsampling(nn.Module):
         x = nnf.relu_(nnf.conv2d(x_BFM[...,None].permute(0, 3, 1, 2), *params(self.conv1), 2))
         x, (weight, bias) = nnf.relu_(nnf.conv2d(x, *params(self.conv2), 2)), params(self.out)
         if not cast: return nnf.linear(x.transpose(1, 2).flatten(2), weight, bias)
-        weight = weight.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1) # reorder the weight, which is smaller than `x`, to channels-last
+        # reorder the weight, which is smaller than `x`, to channels-last
+        weight = weight.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(1)
         return nnf.linear(x.permute(0, 2, 3, 1).flatten(2), weight, bias)
 
 # %% ../../nbs/models/10_conformer.ipynb #dc5d1f9a
@@ -248,7 +251,8 @@ def _rotate_(qkv:Tensor, rotary_freqs:Tensor)->Tensor:
     return qkv
 
 class RotaryQKV(torch.autograd.Function):
-    "Queries, keys and values of normalised frames, (B, H, N, D/H) each, the first two rotated; in the type of `x` on CUDA, in float32 elsewhere."
+    "Queries, keys and values of normalised frames, (B, H, N, D/H), queries and keys rotated; in the type of `x` on CUDA, else float32."
+
     @staticmethod
     def forward(ctx, x:Tensor, norm:Tensor, bias:Tensor, weight:Tensor, weight_bias:Tensor, rotary_freqs:Tensor, heads:int):
         normed, mean, rstd = _norm(x, norm, bias)

@@ -33,7 +33,10 @@ def build_model(
     "A model with its initial weights: random, pretrained, or with `init: FOLDER` those of a trained model of the same family."
     family, asked = model_class(params.get("family", "")), {k: v for k,v in params.items() if k not in ("family", *OWN_SECTIONS)}
     if not getattr(family, "spells", False) and (text := asked.pop("text", "normalised")) != "normalised":
-        raise ConfigError(f"{f'models.{name}' if name else params['family']}.text: {text!r}, but {params['family']} writes the tokens of the data, which are of normalised text; leave text out, or take family: whisper with released weights")
+        raise ConfigError(
+            f"{f'models.{name}' if name else params['family']}.text: {text!r}, but {params['family']} writes the tokens of "
+            "the data, which are of normalised text; leave text out, or take family: whisper with released weights"
+        )
     torch.manual_seed(seed)
     try:
         if folder := _trained(params): return continued(folder, family, asked, tokenizer)
@@ -78,7 +81,9 @@ def load_config(
     path = Path(folder)/"config.json"
     if not path.exists(): raise FileNotFoundError(f"{path}: no model is published here; run its train stage, or `dvc pull`")
     if not {"family", "config"} <= {*(found := read_json(path))}:
-        raise ConfigError(f"{path}: not of a trained model, but of a bundle or another tool; name the folder models/NAME that a train stage wrote")
+        raise ConfigError(
+            f"{path}: not of a trained model, but of a bundle or another tool; name the folder models/NAME that a train stage wrote"
+        )
     return found
 
 def load_weights(
@@ -127,7 +132,12 @@ def continued(
         if tensor.shape == trained[name].shape != (own.vocab_size, *tensor.shape[1:]): tensor.copy_(trained[name])
         elif len(trained[name]) == own.vocab_size and len(tensor) == tokenizer.vocab_size: tensor[list(new)] = trained[name][list(old)]
         else:
-            raise ConfigError(f"{folder}: {name} has the shape {tuple(trained[name].shape)}, and {tuple(tensor.shape)} with these parameters; "
-                                "leave out what changes the shape")
-    print(f"{folder}: {len(new)} of {tokenizer.vocab_size} symbols of the data are in its vocabulary; the others have new weights", file=sys.stderr)
+            raise ConfigError(
+                f"{folder}: {name} has the shape {tuple(trained[name].shape)}, and {tuple(tensor.shape)} with these parameters; "
+                "leave out what changes the shape"
+            )
+    print(
+        f"{folder}: {len(new)} of {tokenizer.vocab_size} symbols of the data are in its vocabulary; the others have new weights",
+        file=sys.stderr,
+    )
     return model

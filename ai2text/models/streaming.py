@@ -43,8 +43,11 @@ class Streaming(nn.Module):
         left_chunks:int=8,   # left context in chunks
     ):
         super().__init__()
-        if chunk < 1 or left_chunks < 0: \
-            raise ValueError(f"chunk={chunk}, left_chunks={left_chunks}: a stream needs a chunk of at least 1 frame and a bounded left context of at least 0 chunks")
+        if chunk < 1 or left_chunks < 0:
+            raise ValueError(
+                f"chunk={chunk}, left_chunks={left_chunks}: a stream needs a chunk of at least 1 frame and a bounded left "
+                "context of at least 0 chunks"
+            )
         self.model, self.chunk, self.history = model, chunk, chunk*left_chunks
         self.shift, self.window = SUBSAMPLING*chunk, SUBSAMPLING*(chunk - 1) + RIGHT_CONTEXT + 1
         c = model.shape

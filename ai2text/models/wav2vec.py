@@ -26,8 +26,11 @@ from .ctc import ctc_loss, greedy
 # %% ../../nbs/models/40_wav2vec.ipynb #16fc3a3b
 ARCHITECTURES = ("wav2vec2", "hubert")
 
-_small = dict(feat_extract_norm="layer", do_stable_layer_norm=True, feat_extract_activation="relu", hidden_act="relu",
-              num_attention_heads=4, conv_bias=True, layerdrop=0., hidden_dropout=0., activation_dropout=0., attention_dropout=0., final_dropout=0., mask_time_prob=0.)
+_small = dict(
+    feat_extract_norm="layer", do_stable_layer_norm=True, feat_extract_activation="relu", hidden_act="relu",
+    num_attention_heads=4, conv_bias=True, layerdrop=0.0, hidden_dropout=0.0, activation_dropout=0.0,
+    attention_dropout=0.0, final_dropout=0.0, mask_time_prob=0.0
+)
 SIZES = dict(
     tiny = dict(_small, hidden_size=32, num_hidden_layers=2, intermediate_size=64, conv_dim=(16, 16, 32), conv_stride=(20, 4, 4),
                 conv_kernel=(40, 4, 4), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4),
@@ -43,7 +46,11 @@ CODES = dict(  # quantizer of pre-training; HuBERT has none
 @dataclass
 class Wav2VecConfig:
     "A section models.M of params.yaml, without `family` and `train`."
-    init: str          = opt("scratch", "initial weights: scratch, a released name such as facebook/wav2vec2-base, or a folder with config.json and model.safetensors")
+
+    init: str = opt(
+        "scratch",
+        "initial weights: scratch, a released name such as facebook/wav2vec2-base, or a folder with config.json and model.safetensors",
+    )
     revision: str      = opt("", "commit of the release: 40 hexadecimal digits")
     architecture: str  = opt("wav2vec2", "architecture with init: scratch; a release has its own", choices=ARCHITECTURES)
     size: str          = opt("demo", "size with init: scratch; a release has its own", choices=tuple(SIZES))
@@ -81,9 +88,14 @@ def encoder_config(
     except (ValueError, TypeError) as e:
         raise ConfigError(f"{where}: {' '.join(str(e).split())}") from e # huggingface_hub's own exception is a ValueError too
     if config.hidden_size % config.num_attention_heads:
-        raise ConfigError(f"{where}: hidden_size: {config.hidden_size} is not a multiple of num_attention_heads ({config.num_attention_heads})")
+        raise ConfigError(
+            f"{where}: hidden_size: {config.hidden_size} is not a multiple of num_attention_heads ({config.num_attention_heads})"
+        )
     if getattr(config, "conv_pos_batch_norm", False):
-        raise ConfigError(f"{where}: conv_pos_batch_norm: batch norm makes an utterance's scores depend on its neighbours' padding; take a release without it")
+        raise ConfigError(
+            f"{where}: conv_pos_batch_norm: batch norm makes an utterance's scores depend on its neighbours' padding; take a "
+            "release without it"
+        )
     return config
 
 # %% ../../nbs/models/40_wav2vec.ipynb #b0b123a4
@@ -114,7 +126,10 @@ class UtteranceNorm(nn.GroupNorm):
     def of(cls, norm:nn.GroupNorm)->'UtteranceNorm':
         "The same norm, with the same parameters."
         if norm.num_groups != norm.num_channels:
-            raise ConfigError(f"the feature encoder's group norm has {norm.num_groups} groups of {norm.num_channels} channels; only groups of one channel are supported")
+            raise ConfigError(
+                f"the feature encoder's group norm has {norm.num_groups} groups of {norm.num_channels} channels; only groups "
+                "of one channel are supported"
+            )
         new = cls(norm.num_groups, norm.num_channels, eps=norm.eps)
         new.weight, new.bias = norm.weight, norm.bias
         return new
@@ -155,17 +170,26 @@ def find_release(
     if folder.is_dir():
         for name in ("config.json", WEIGHTS):
             if not (folder/name).is_file():
-                raise ConfigError(f"init: {folder/name}: no such file; a folder of weights has config.json and {WEIGHTS} (pickled weights are not read: convert them)")
+                raise ConfigError(
+                    f"init: {folder / name}: no such file; a folder of weights has config.json and {WEIGHTS} (pickled "
+                    "weights are not read: convert them)"
+                )
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", init) or init.startswith("."):
         raise ConfigError(f"init: {init!r} is no folder, and no name of a release such as facebook/wav2vec2-base; or write scratch")
     if not re.fullmatch("[0-9a-f]{40}", revision):
-        raise ConfigError(f"init: {init}: revision: {revision!r} is no commit; write the 40 hexadecimal digits that its page shows under `Files and versions`, so that the weights stay the same")
+        raise ConfigError(
+            f"init: {init}: revision: {revision!r} is no commit; write the 40 hexadecimal digits that its page shows under "
+            "`Files and versions`, so that the weights stay the same"
+        )
     from transformers.utils import cached_file
     try: return [Path(cached_file(init, name, revision=revision)) for name in ("config.json", WEIGHTS)][-1].parent
     except (OSError, ValueError) as e:
-        raise ConfigError(f"init: {init} at {revision} is not in the cache and could not be fetched ({' '.join(str(e).split())[:200]}); where there is a network: "
-                          f"`hf download {init} config.json {WEIGHTS} --revision {revision}`, then copy the cache or give its folder as init") from e
+        raise ConfigError(
+            f"init: {init} at {revision} is not in the cache and could not be fetched ({' '.join(str(e).split())[:200]}); "
+            "where there is a network: "
+            f"`hf download {init} config.json {WEIGHTS} --revision {revision}`, then copy the cache or give its folder as init"
+        ) from e
 
 def read_release(
     folder:Path,       # with config.json and model.safetensors
@@ -187,10 +211,15 @@ def read_release(
         encoder, info = _classes(kind)[1].from_pretrained(folder, config=config, use_safetensors=True, local_files_only=True,
                                                           dtype=torch.float32, output_loading_info=True)
     except (SafetensorError, RuntimeError, OSError, ValueError) as e:
-        raise ConfigError(f"{path}: cannot be read as {kind}: {' '.join(str(e).split())[:300]}; fetch it again, or take out what changes the shape") from e
+        raise ConfigError(
+            f"{path}: cannot be read as {kind}: {' '.join(str(e).split())[:300]}; fetch it again, or take out what changes the shape"
+        ) from e
     lost = [k for k in info["missing_keys"] if not k.endswith("masked_spec_embed")]
     if lost:
-        raise ConfigError(f"{path}: {len(lost)} tensors of the encoder are missing, such as {sorted(lost)[0]}; these are not the weights of this config.json")
+        raise ConfigError(
+            f"{path}: {len(lost)} tensors of the encoder are missing, such as {sorted(lost)[0]}; these are not the weights "
+            "of this config.json"
+        )
     return kind, encoder, found
 
 # %% ../../nbs/models/40_wav2vec.ipynb #7d51bdd5
@@ -215,8 +244,9 @@ class Wav2Vec2(nn.Module):
         if not hasattr(encoder, "masked_spec_embed"): encoder.masked_spec_embed = nn.Parameter(torch.rand(c.hidden_size))
         encoder.masked_spec_embed.requires_grad_(c.mask_time_prob > 0)
         first = encoder.feature_extractor.conv_layers[0]
-        self.norm = [first.layer_norm] if c.feat_extract_norm == "group" else [] # in a list, so that it is not registered twice
-        if self.norm and not isinstance(first.layer_norm, UtteranceNorm): self.norm[0] = first.layer_norm = UtteranceNorm.of(first.layer_norm)
+        self.norm = [first.layer_norm] if c.feat_extract_norm == "group" else []  # in a list, so that it is not registered twice
+        if self.norm and not isinstance(first.layer_norm, UtteranceNorm):
+            self.norm[0] = first.layer_norm = UtteranceNorm.of(first.layer_norm)
         self.freeze(freeze_features)
 
     @classmethod

@@ -29,7 +29,10 @@ from ..core.batch import SAMPLE_RATE, Batch, Hypothesis, Loss
 from ..audio.fbank import HOP
 from ..audio.augment import spec_augment, stretch
 from .whisper_net import WhisperNet, from_release, hz_to_mel, mel_edges, mel_to_hz
-from .whisper_writing import SPECIAL_TOKENS, TIME_STEP, Decoded, ReleasedText, Rules, WhisperTokens, load_tokens, repeats, search, remove_repeats
+from ai2text.models.whisper_writing import (
+    SPECIAL_TOKENS, TIME_STEP, Decoded, ReleasedText, Rules, WhisperTokens, load_tokens, repeats, search,
+    remove_repeats
+)
 
 # %% ../../nbs/models/30_whisper.ipynb #c384cabb
 @dataclass
@@ -49,10 +52,22 @@ class EncoderConfig:
 @dataclass
 class StartConfig(EncoderConfig):
     "Parameters of every Whisper."
-    init: str              = opt("scratch", "initial weights: scratch, a folder (relative to the project, or absolute), or a released name such as openai/whisper-small")
-    text: str              = opt("normalised", "form of the output: normalised (lower-case words), or written (capitals, punctuation and digits; released tokens only)", choices=("normalised", "written"))
+
+    init: str = opt(
+        "scratch",
+        "initial weights: scratch, a folder (relative to the project, or absolute), or a released name such as openai/whisper-small",
+    )
+    text: str = opt(
+        "normalised",
+        "form of the output: normalised (lower-case words), or written (capitals, punctuation and digits; released tokens only)",
+        choices=("normalised", "written"),
+    )
     language: str          = opt("vi", "language token of every transcript", choices=("vi",))
-    window: str            = opt("auto", "encoder window: cut (the utterance and a little silence), full (30 s), auto (cut in training and after it)", choices=("auto", "cut", "full"))
+    window: str = opt(
+        "auto",
+        "encoder window: cut (the utterance and a little silence), full (30 s), auto (cut in training and after it)",
+        choices=("auto", "cut", "full"),
+    )
     freeze_encoder: bool   = opt(False, "freeze the whole encoder")
     label_smoothing: float = opt(0., "probability spread over all tokens in training", ge=0, lt=1)
     timestamps: float      = opt(0., "share of training utterances with timestamps of their start and end", ge=0, le=1)
@@ -62,7 +77,10 @@ class StartConfig(EncoderConfig):
     def __post_init__(self):
         for name in ("pauses", "tempo", "join") if self.window == "full" else ():
             if value := getattr(self, name):
-                raise ConfigError(f"{name}: {value} changes how long an utterance is, and window: full hides that; set it to 0, or window to cut")
+                raise ConfigError(
+                    f"{name}: {value} changes how long an utterance is, and window: full hides that; set it to 0, or window to cut"
+                )
+
 
 @dataclass
 class ReleasedConfig(StartConfig):
@@ -77,7 +95,9 @@ class ScratchConfig(StartConfig):
     heads: int            = opt(6, "attention heads", ge=1)
     ff: int               = opt(1536, "width inside the feed-forward modules", ge=8)
     n_mels: int           = opt(80, "mel channels", ge=1)
-    window_seconds: float = opt(30., "longest window, seconds; longer utterances are not trained on, longer files are segmented", gt=0, le=30)
+    window_seconds: float = opt(
+        30.0, "longest window, seconds; longer utterances are not trained on, longer files are segmented", gt=0, le=30
+    )
     max_tokens: int       = opt(448, "most tokens of a transcript, prompt included", ge=8)
 
     def __post_init__(self):
@@ -111,9 +131,12 @@ def shape_of(
     tokens:WhisperTokens,
 )->dict: # what `WhisperNet` takes
     "The shape of a new Whisper."
-    return dict(d_model=c.d_model, encoder_layers=c.layers, decoder_layers=c.layers, encoder_attention_heads=c.heads, decoder_attention_heads=c.heads,
-        encoder_ffn_dim=c.ff, decoder_ffn_dim=c.ff, num_mel_bins=c.n_mels, max_source_positions=round(c.window_seconds/TIME_STEP),
-        max_target_positions=c.max_tokens, vocab_size=tokens.vocab_size)
+    return dict(
+        d_model=c.d_model, encoder_layers=c.layers, decoder_layers=c.layers, encoder_attention_heads=c.heads,
+        decoder_attention_heads=c.heads, encoder_ffn_dim=c.ff, decoder_ffn_dim=c.ff, num_mel_bins=c.n_mels,
+        max_source_positions=round(c.window_seconds / TIME_STEP), max_target_positions=c.max_tokens,
+        vocab_size=tokens.vocab_size
+    )
 
 def kept(
     c:StartConfig,
@@ -160,7 +183,10 @@ class Whisper(nn.Module):
         self.samples = 2*HOP*self.window
         self.register_buffer("cut", torch.tensor(c["init"] == "scratch"))
         if self.writes and not isinstance(tokenizer.text, ReleasedText):
-            raise ConfigError("whisper.text: written, but its tokens are those of the data, which have lower-case letters only; name released weights in init, or leave text out")
+            raise ConfigError(
+                "whisper.text: written, but its tokens are those of the data, which have lower-case letters only; name "
+                "released weights in init, or leave text out"
+            )
         g, t = c["generation"], tokenizer
         suppressed = lambda key: tuple(i for i in g.get(key) or () if i < c["net"]["vocab_size"] and not (self.writes and i < t.end))
         self.rules = Rules(t.end, t.first_timestamp, suppressed("suppress_tokens"), suppressed("begin_suppress_tokens"),
@@ -378,7 +404,10 @@ def _decode(self:Whisper, waves_BT:Tensor, lengths_B:Tensor, margin, timestamps:
     t = self.tokenizer
     limits = [MOST_TOKENS[0] + int(MOST_TOKENS[1]*n/SAMPLE_RATE) for n in lengths_B.tolist()]
     states, ends = self.net.encode(*self.net.features(waves_BT, lengths_B, margin))
-    return search(self.net, states, ends, t.prompt(timestamps), self.rules, limits, timestamps, beams, temperature, t.special.get("no_speech"))
+    return search(
+        self.net, states, ends, t.prompt(timestamps), self.rules, limits, timestamps, beams, temperature, t.special.get("no_speech")
+    )
+
 
 @patch
 def _decode_with_fallback(self:Whisper, waves_BT:Tensor, lengths_B:Tensor, timestamps:bool=False, beams:int=1)->list[Decoded]:
@@ -405,7 +434,9 @@ def transcribe(self:Whisper,
     "A `Hypothesis` for each utterance; `score` is the mean log probability of its tokens. Tokens are spread evenly between two timestamps."
     has_timestamps = self.config["timestamps"] > 0 or self.config["init"] != "scratch"
     if timestamps and not has_timestamps:
-        raise ValueError("timestamps: this model was trained from random weights without timestamps; train it with models.M.timestamps above 0")
+        raise ValueError(
+            "timestamps: this model was trained from random weights without timestamps; train it with models.M.timestamps above 0"
+        )
     segments, parts = [], [[] for _ in batch.ids]
     for i,(wave,n) in enumerate(zip(batch.audio, batch.lengths.tolist())):
         if n > self.samples and timestamps: parts[i] = self._decode_long(wave[:n], beams)
@@ -484,14 +515,23 @@ def checkpoint_folder(
         if c.revision: raise ConfigError(f"{where}.revision: {c.init} is a folder and has no revisions; leave revision out")
         return folder, "copy the whole checkpoint there"
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", c.init) or not c.revision and folder.parent.is_dir():
-        raise ConfigError(f"{where}.init: there is no folder {folder}, and {c.init!r} is no released name with its revision, such as openai/whisper-small; write one of these, or scratch")
+        raise ConfigError(
+            f"{where}.init: there is no folder {folder}, and {c.init!r} is no released name with its revision, such as "
+            "openai/whisper-small; write one of these, or scratch"
+        )
     if not re.fullmatch(r"[0-9a-f]{40}", c.revision):
-        raise ConfigError(f"{where}.revision: {c.revision!r} does not pin {c.init}; write the 40 digits of a commit from its history (as a folder: there is none at {folder})")
+        raise ConfigError(
+            f"{where}.revision: {c.revision!r} does not pin {c.init}; write the 40 digits of a commit from its history (as a "
+            f"folder: there is none at {folder})"
+        )
     fetch = f"hf download {c.init} --revision {c.revision} --include '*.json' --include '*.txt' --include '*.safetensors'"
     from transformers.utils import try_to_load_from_cache # `cached_file` uses the network even with `local_files_only`
     found = try_to_load_from_cache(c.init, "config.json", revision=c.revision)
     if not isinstance(found, str):
-        raise ConfigError(f"{where}.init: {c.init} at {c.revision} is not in this machine's cache, and nothing is fetched while a stage runs; fetch it first: {fetch}")
+        raise ConfigError(
+            f"{where}.init: {c.init} at {c.revision} is not in this machine's cache, and nothing is fetched while a stage "
+            f"runs; fetch it first: {fetch}"
+        )
     return Path(found).parent, f"fetch it: {fetch}"
 
 # %% ../../nbs/models/30_whisper.ipynb #f491b3df
@@ -512,7 +552,7 @@ def released_tokens(
     vocab_size:int, # of the model
     fix:str,        # for errors
 )->WhisperTokens:
-    "Tokens of a released checkpoint; raises `ConfigError` unless they are of a multilingual Whisper with Vietnamese, and match the weights."
+    "Tokens of a released checkpoint; raises `ConfigError` unless of a multilingual Whisper with Vietnamese that matches the weights."
     if not ((folder/"tokenizer.json").exists() or (folder/"vocab.json").exists() and (folder/"merges.txt").exists()):
         raise ConfigError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt; {fix}")
     try: text = ReleasedText.load(folder)
@@ -524,13 +564,20 @@ def released_tokens(
     if lacking := [s for s in SPECIAL_TOKENS.values() if s not in ids]:
         raise ConfigError(f"{folder}: its vocabulary lacks {', '.join(lacking)}; take a multilingual Whisper")
     if lost := unmade(text):
-        raise ConfigError(f"{folder}: {len(lost)} tokens of its vocabulary are made by no merge, such as {lost[0].replace(chr(0x120), ' ')!r}; words would be tokenised differently than in training. Take the tokenizer of the original release")
+        raise ConfigError(
+            f"{folder}: {len(lost)} tokens of its vocabulary are made by no merge, such as "
+            f"{lost[0].replace(chr(0x120), ' ')!r}; words would be tokenised differently than in training. Take the "
+            "tokenizer of the original release"
+        )
     special = {name: ids[s] for name,s in SPECIAL_TOKENS.items()}
     for s in NOTHING: special |= {"no_speech": ids[s]} if s in ids else {}
     tokens = WhisperTokens(text, special, vocab_size)
     needed = max(max(ids.values()) + 1, tokens.first_timestamp + TIMESTAMPS)
     if needed > vocab_size:
-        raise ConfigError(f"{folder}: the tokenizer needs {needed} ids, and config.json says vocab_size {vocab_size}; they are of different checkpoints, {fix}")
+        raise ConfigError(
+            f"{folder}: the tokenizer needs {needed} ids, and config.json says vocab_size {vocab_size}; they are of "
+            f"different checkpoints, {fix}"
+        )
     return tokens
 
 # %% ../../nbs/models/30_whisper.ipynb #8c2f2101
@@ -549,7 +596,10 @@ def _shape(folder:Path, fix:str)->dict:
         raise ConfigError(f"{folder}/config.json: model_type {about.get('model_type')!r} is no whisper; name another checkpoint")
     if lacking := [k for k in SHAPE if k not in about]: raise ConfigError(f"{folder}/config.json: lacks {', '.join(lacking)}; {fix}")
     if other := [k for k,v in UNLIKE.items() if about.get(k, v) != v]:
-        raise ConfigError(f"{folder}/config.json: {other[0]} is {about[other[0]]!r}, in all released Whispers {UNLIKE[other[0]]!r}; name another checkpoint")
+        raise ConfigError(
+            f"{folder}/config.json: {other[0]} is {about[other[0]]!r}, in all released Whispers {UNLIKE[other[0]]!r}; name "
+            "another checkpoint"
+        )
     return {k: about[k] for k in SHAPE}
 
 def _weights(folder:Path, fix:str)->dict:
@@ -561,7 +611,14 @@ def _weights(folder:Path, fix:str)->dict:
         if Path(name).name != name: raise ConfigError(f"{index}: names {name!r}, which leads out of the folder; {fix}")
         if not (folder/name).exists():
             pickled = any(folder.glob("*.bin"))
-            raise ConfigError(f"{folder}/{name}: no such file" + ("; weights in .bin files can run code and are never read: name a revision that has safetensors" if pickled else f"; {fix}"))
+            raise ConfigError(
+                f"{folder}/{name}: no such file"
+                + (
+                    "; weights in .bin files can run code and are never read: name a revision that has safetensors"
+                    if pickled
+                    else f"; {fix}"
+                )
+            )
         try: found |= load_file(folder/name)
         except (SafetensorError, RuntimeError, OSError, ValueError) as e:
             raise ConfigError(f"{folder}/{name}: cannot be read ({' '.join(str(e).split())[:300]}); delete it, and {fix}") from e
@@ -579,9 +636,12 @@ def released(
     except KeyError as e: raise ConfigError(f"{folder}/model.safetensors: lacks parameters, such as {e.args[0]}; {fix}") from e
     generation = read_json(folder/"generation_config.json") if (folder/"generation_config.json").exists() else {}
     model = Whisper(dict(net=shape, generation={k: generation[k] for k in SUPPRESSED if generation.get(k) is not None}, **kept(c)), tokens)
-    try: model.net.load_state_dict(state)
+    try:
+        model.net.load_state_dict(state)
     except RuntimeError as e:
-        raise ConfigError(f"{folder}/model.safetensors: of another shape than config.json says ({' '.join(str(e).split())[:300]}); {fix}") from e
+        raise ConfigError(
+            f"{folder}/model.safetensors: of another shape than config.json says ({' '.join(str(e).split())[:300]}); {fix}"
+        ) from e
     if wrong := [n for n,p in model.net.named_parameters() if not p.isfinite().all()]:
         raise ConfigError(f"{folder}/model.safetensors: {wrong[0]} holds values that are no numbers; {fix}")
     return model

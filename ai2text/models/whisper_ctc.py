@@ -21,13 +21,21 @@ from .ctc import ctc_loss, greedy
 from .conformer import FRAME_SECONDS, attention_mask, draw_chunks
 from .whisper_writing import load_tokens
 from .whisper_net import HIDDEN, WhisperNet
-from .whisper import EncoderConfig, ReleasedConfig, Whisper, checkpoint_folder, encoder_rates, freeze, mask_spectrogram, released, augment_spectrogram
+from ai2text.models.whisper import (
+    EncoderConfig, ReleasedConfig, Whisper, checkpoint_folder, encoder_rates, freeze, mask_spectrogram, released,
+    augment_spectrogram
+)
 
 # %% ../../nbs/models/34_whisper_ctc.ipynb #8af92af6
 @dataclass
 class WhisperCTCConfig(EncoderConfig):
     "Parameters of a Whisper encoder with CTC."
-    init: str          = opt("", "the Whisper whose encoder is taken: a trained model (models/M), the folder of a release, or a released name such as openai/whisper-base")
+
+    init: str = opt(
+        "",
+        "the Whisper whose encoder is taken: a trained model (models/M), the folder of a release, or a released name such as "
+        "openai/whisper-base",
+    )
     revision: str      = opt("", "commit of a released name, 40 digits")
     head_rate: float   = opt(20., "learning rate of the new head, as a multiple of the encoder's", gt=0)
     dynamic_chunk_prob: float = opt(0.6, "share of training batches under a chunk mask", ge=0, le=1)
@@ -109,7 +117,11 @@ def encode(self:WhisperCTC,
         positions, at = (frames + 1)//2, torch.randint(self.window, (len(x), 1))
     N = 2*((int(positions.max()) + 1)//2)
     x = nnf.pad(x, (0, max(0, 2*N - x.shape[2])))[...,:2*N]
-    hidden = torch.zeros(1, 1, 1, 1, device=x.device).masked_fill(~attention_mask(positions, N, 2*chunk, left_chunks), HIDDEN) if chunk else None
+    hidden = (
+        torch.zeros(1, 1, 1, 1, device=x.device).masked_fill(~attention_mask(positions, N, 2 * chunk, left_chunks), HIDDEN)
+        if chunk
+        else None
+    )
     states, _ = self.net.encode(x, positions, hidden, (at.to(x.device) + torch.arange(N, device=x.device)) % self.window)
     return self.head(states.unflatten(1, (N//2, 2)).flatten(2)), (positions + 1)//2
 

@@ -68,7 +68,11 @@ class LogMel(nn.Module):
             wave = nnf.pad(wave, (0, max(HOP*spoken, WINDOW) - wave.shape[1]))
             wave = nnf.pad(wave, (WINDOW//2, WINDOW//2*(spoken == 2*self.positions)), "reflect")
             wave = nnf.pad(wave, (0, max(0, HOP*spoken + WINDOW - wave.shape[1])))
-            power = torch.view_as_real(torch.stft(wave, WINDOW, HOP, window=self.window, center=False, return_complex=True)[...,:spoken]).square().sum(-1)
+            power = (
+                torch.view_as_real(torch.stft(wave, WINDOW, HOP, window=self.window, center=False, return_complex=True)[..., :spoken])
+                .square()
+                .sum(-1)
+            )
             x = nnf.pad((self.mel @ power).clamp_(min=MIN_POWER).log10_(), (0, frames - spoken), value=math.log10(MIN_POWER))
             beyond = torch.arange(frames, device=x.device) >= 2*positions_B[:,None]
             x = x.masked_fill_(beyond[:,None], math.log10(MIN_POWER))
@@ -92,7 +96,9 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None: k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
         causal = isinstance(hidden, str)
-        y = nnf.scaled_dot_product_attention(q, k, v, None if causal or hidden is None else hidden.to(q.dtype), is_causal=causal and q.shape[2] > 1)
+        y = nnf.scaled_dot_product_attention(
+            q, k, v, None if causal or hidden is None else hidden.to(q.dtype), is_causal=causal and q.shape[2] > 1
+        )
         return self.out(y.transpose(1, 2).flatten(2)), (k, v)
 
 class CrossAttention(nn.Module):
@@ -147,8 +153,10 @@ class WhisperNet(nn.Module):
         self.features = LogMel(shape["num_mel_bins"], shape["max_source_positions"])
         self.conv1, self.conv2 = nn.Conv1d(shape["num_mel_bins"], d, 3, padding=1), nn.Conv1d(d, d, 3, stride=2, padding=1)
         self.register_buffer("places", sinusoids(shape["max_source_positions"], d), persistent=False)
-        blocks = lambda side: nn.ModuleList(WhisperBlock(d, shape[f"{side}_attention_heads"], shape[f"{side}_ffn_dim"], side == "decoder", dropout)
-                                            for _ in range(shape[f"{side}_layers"]))
+        blocks = lambda side: nn.ModuleList(
+            WhisperBlock(d, shape[f"{side}_attention_heads"], shape[f"{side}_ffn_dim"], side == "decoder", dropout)
+            for _ in range(shape[f"{side}_layers"])
+        )
         self.encoder = blocks("encoder")
         self.encoder_norm, self.dropout = nn.LayerNorm(d), nn.Dropout(dropout)
         if not decoder: return
@@ -210,11 +218,18 @@ def _renamed(shape:dict, decoder:bool):
         for i in range(shape[f"{side}_layers"]):
             a, b = f"{side}.{i}", f"{side}.layers.{i}"
             yield f"{a}.attention.qkv", [f"{b}.self_attn.{x}_proj" for x in "qkv"]
-            inner = [("attention.out", "self_attn.out_proj"), ("norm", "self_attn_layer_norm"), ("ff_norm", "final_layer_norm"), ("up", "fc1"), ("down", "fc2")]
+            inner = [
+                ("attention.out", "self_attn.out_proj"), ("norm", "self_attn_layer_norm"),
+                ("ff_norm", "final_layer_norm"), ("up", "fc1"), ("down", "fc2")
+            ]
             yield from ((f"{a}.{x}", [f"{b}.{y}"]) for x,y in inner)
             if side == "decoder":
                 yield f"{a}.cross.kv", [f"{b}.encoder_attn.{x}_proj" for x in "kv"]
-                cross = [("cross.q", "encoder_attn.q_proj"), ("cross.out", "encoder_attn.out_proj"), ("cross_norm", "encoder_attn_layer_norm")]
+                cross = [
+                    ("cross.q", "encoder_attn.q_proj"),
+                    ("cross.out", "encoder_attn.out_proj"),
+                    ("cross_norm", "encoder_attn_layer_norm"),
+                ]
                 yield from ((f"{a}.{x}", [f"{b}.{y}"]) for x,y in cross)
 
 UNJOINED = {"embedding.weight": "decoder.embed_tokens.weight", "positions": "decoder.embed_positions.weight"}
@@ -228,7 +243,8 @@ def from_release(
     theirs, found = {k.removeprefix("model."): v for k,v in theirs.items()}, {}
     for ours,names in _renamed(shape, decoder):
         found[f"{ours}.weight"] = torch.cat([theirs[f"{n}.weight"] for n in names]).float()
-        bias = lambda n: theirs[f"{n}.bias"] if not n.endswith("k_proj") else torch.zeros(len(theirs[f"{n}.weight"])) # keys have none in a release
+        # keys have none in a release
+        bias = lambda n: theirs[f"{n}.bias"] if not n.endswith("k_proj") else torch.zeros(len(theirs[f"{n}.weight"]))
         found[f"{ours}.bias"] = torch.cat([bias(n) for n in names]).float()
     return found | {a: theirs[b].float() for a,b in UNJOINED.items() if decoder}
 

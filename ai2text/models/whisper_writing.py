@@ -23,7 +23,9 @@ from ..audio.fbank import HOP
 from .whisper_net import WhisperNet
 
 # %% ../../nbs/models/26_whisper_writing.ipynb #54906465
-SPECIAL_TOKENS = dict(end="<|endoftext|>", start="<|startoftranscript|>", language="<|vi|>", task="<|transcribe|>", no_timestamps="<|notimestamps|>")
+SPECIAL_TOKENS = dict(
+    end="<|endoftext|>", start="<|startoftranscript|>", language="<|vi|>", task="<|transcribe|>", no_timestamps="<|notimestamps|>"
+)
 TIME_STEP = 2*HOP/SAMPLE_RATE  # seconds between two timestamps, and between two encoder positions: 0.02
 
 class ReleasedText:
@@ -40,7 +42,10 @@ class ReleasedText:
         if written:
             if "<|" in text: raise ValueError(f"cannot encode {text!r}: <| begins a special token; take it out of the transcript")
         elif unknown := unknown_characters(text):
-            raise ValueError(f"cannot encode {text!r}: {' '.join(sorted(unknown))} is in no normalised text; normalise() it first, and reject what is still unknown")
+            raise ValueError(
+                f"cannot encode {text!r}: {' '.join(sorted(unknown))} is in no normalised text; normalise() it first, and "
+                "reject what is still unknown"
+            )
         return self.tokenizer.encode(f" {text}", add_special_tokens=False)
 
     def decode(self, ids:list[int])->str: return self.tokenizer.decode(ids)
@@ -56,7 +61,8 @@ class ReleasedText:
     @classmethod
     def load(cls, folder)->'ReleasedText':
         from transformers import WhisperTokenizer
-        return cls(WhisperTokenizer.from_pretrained(str(folder), local_files_only=True, clean_up_tokenization_spaces=False)) # nosec B615 # a local folder
+
+        return cls(WhisperTokenizer.from_pretrained(str(folder), local_files_only=True, clean_up_tokenization_spaces=False))  # nosec B615 # a local folder
 
 # %% ../../nbs/models/26_whisper_writing.ipynb #4902dbe0
 @contextlib.contextmanager
@@ -97,7 +103,11 @@ class WhisperTokens:
     @property
     def fingerprint(self)->str:
         "SHA-256 of normaliser, text tokens and special tokens: equal fingerprints mean equal ids."
-        return sha256("\n".join([self.normaliser.fingerprint, self.text.fingerprint, json.dumps([self.special, self.vocab_size], sort_keys=True)]).encode())
+        return sha256(
+            "\n".join(
+                [self.normaliser.fingerprint, self.text.fingerprint, json.dumps([self.special, self.vocab_size], sort_keys=True)]
+            ).encode()
+        )
 
     def prompt(self,
         timestamps:bool=False,  # for a transcript with timestamps
@@ -124,7 +134,10 @@ class WhisperTokens:
         "Write the text's tokenizer, `normaliser.json` and `whisper.json` into a folder."
         self.text.save(folder)
         self.normaliser.save(Path(folder)/NORMALISER_FILE)
-        write_json(Path(folder)/"whisper.json", dict(text=self.text.kind, special=self.special, vocab_size=self.vocab_size, sha256=self.fingerprint))
+        write_json(
+            Path(folder) / "whisper.json",
+            dict(text=self.text.kind, special=self.special, vocab_size=self.vocab_size, sha256=self.fingerprint),
+        )
 
 # %% ../../nbs/models/26_whisper_writing.ipynb #507ee5e9
 def load_tokens(
@@ -194,7 +207,8 @@ def search(
     hidden, caches = net.step(torch.tensor([prompt]*B, device=device), memories, ends)
     silent = [0.]*B if no_speech is None else net.logits(hidden[:,0]).float().softmax(-1)[:,no_speech].tolist()
     limits = [min(n, len(net.positions) - len(prompt)) for n in limits]
-    going, ended = [[([], 0.)] for _ in range(B)], [[] for _ in range(B)] # unfinished hypotheses (ids, sum) of each window, and finished ones
+    # unfinished hypotheses (ids, sum) of each window, and finished ones
+    going, ended = [[([], 0.)] for _ in range(B)], [[] for _ in range(B)]
     alive, here = {*range(B)}, list(range(B))                             # unfinished windows, and windows in the batch
     generators = [torch.Generator().manual_seed(0) for _ in range(B)]
     forbidden = torch.zeros(net.embedding.num_embeddings, device=device)

@@ -12,22 +12,55 @@ from .. import __version__
 
 # %% ../../nbs/pipeline/30_cli.ipynb #2504a1cf
 COMMANDS = dict(
-    stage=("ai2text.pipeline.stage_runner:run_stage", "run a stage of the pipeline with its section of params.yaml, or a benchmark", "name"),
-    identity=("ai2text.pipeline.stage_runner:write_identities", "write the code identity of each stage into `identity/`, for DVC to compare"),
-    starts=("ai2text.pipeline.stage_runner:write_starts", "write the hashes of each model's initial weights into `starts/`, for DVC to compare"),
+    stage=(
+        "ai2text.pipeline.stage_runner:run_stage",
+        "run a stage of the pipeline with its section of params.yaml, or a benchmark",
+        "name",
+    ),
+    identity=(
+        "ai2text.pipeline.stage_runner:write_identities",
+        "write the code identity of each stage into `identity/`, for DVC to compare",
+    ),
+    starts=(
+        "ai2text.pipeline.stage_runner:write_starts",
+        "write the hashes of each model's initial weights into `starts/`, for DVC to compare",
+    ),
     shards=("ai2text.data.shards:create_shards", "pack recordings and their transcripts into tar shards"),
     verify=("ai2text.data.shards:check_shards", "check every byte of shards against their index; exit status 0: no fault", "folder"),
-    train=("ai2text.pipeline.dry_run:train", "train a model for a few steps outside of the pipeline; or estimate memory, time and cost of its run (--dry-run)"),
+    train=(
+        "ai2text.pipeline.dry_run:train",
+        "train a model for a few steps outside of the pipeline; or estimate memory, time and cost of its run (--dry-run)",
+    ),
     summary=("ai2text.training.publish:summary", "show results of the pipeline and where the reports are"),
     ttq=("ai2text.ttq.plots:ttq", "show progress of runs to their milestones, with forecasts; exit status 0: all were reached", "logs"),
     plan=("ai2text.ttq.plan:plan", "plan labels and compute for a target WER: cost, uncertainty, and the most informative short run"),
     lm=("ai2text.decoding.ngram_lm:build_lm", "train an n-gram language model on text files, for decoding"),
     tune=("ai2text.evaluation.tune_lm:tune_lm", "tune the weights of a language model for the lowest WER of a model on dev", "lm"),
-    pseudo=("ai2text.decoding.pseudo:pseudo_curve", "measure WER by confidence of a model before it pseudo-labels recordings (see `pseudo` in params.yaml)", "teacher"),
-    readings=("ai2text.decoding.readings:choose_readings", "choose the spoken reading of numbers, dates and amounts by the scores of a trained model", "model"),
-    align=("ai2text.decoding.align:align_recordings", "align long recordings with their text by a trained model and write a corpus of utterances; exit status 0: all were aligned", "model", "recording", "text"),
-    score=("ai2text.evaluation.score_files:score_files", "score transcripts in files: error rates with intervals, variants, tones, and the worst utterances", "ref", "hyp"),
-    transcribe=("ai2text.serving.client:transcribe", "transcribe recordings to text, JSON or subtitles with a bundle; exit status 0: all were transcribed", "bundle", "files"),
+    pseudo=(
+        "ai2text.decoding.pseudo:pseudo_curve",
+        "measure WER by confidence of a model before it pseudo-labels recordings (see `pseudo` in params.yaml)",
+        "teacher",
+    ),
+    readings=(
+        "ai2text.decoding.readings:choose_readings",
+        "choose the spoken reading of numbers, dates and amounts by the scores of a trained model",
+        "model",
+    ),
+    align=(
+        "ai2text.decoding.align:align_recordings",
+        "align long recordings with their text by a trained model and write a corpus of utterances; exit status 0: all were aligned",
+        "model", "recording", "text"
+    ),
+    score=(
+        "ai2text.evaluation.score_files:score_files",
+        "score transcripts in files: error rates with intervals, variants, tones, and the worst utterances", "ref",
+        "hyp"
+    ),
+    transcribe=(
+        "ai2text.serving.client:transcribe",
+        "transcribe recordings to text, JSON or subtitles with a bundle; exit status 0: all were transcribed", "bundle",
+        "files"
+    ),
     serve=("ai2text.serving.server:serve", "serve a bundle: streams, files, OpenAI's API and a web page", "bundle"),
     stream=("ai2text.serving.client:stream", "stream recordings or a microphone to a service and show the results", "url", "files"),
     shadow=("ai2text.serving.shadow_test:run_shadow_test", "compare two bundles on recorded streams, as a shadow test or as A/B", "a", "b"),
@@ -37,7 +70,8 @@ COMMANDS = dict(
     docs=("ai2text.pipeline.docs:docs", "render the front page, the tutorials and the library's notebooks as static pages"),
     get=("ai2text.pipeline.release:get", "fetch and check a released bundle by its git tag", "tag"),
     manifest=("ai2text.corpora.manifests:export_manifest", "convert a manifest to NeMo's format", "manifest", "to"),
-    runs=("ai2text.training.checkpoint:list_runs", "list training runs, or delete old ones"))
+    runs=("ai2text.training.checkpoint:list_runs", "list training runs, or delete old ones"),
+)
 
 # %% ../../nbs/pipeline/30_cli.ipynb #8751b412
 def _plain_type(annotation, default)->tuple:

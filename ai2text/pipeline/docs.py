@@ -168,7 +168,9 @@ def docs(
             lines.append(f"- [{title}]({place.as_posix()}): {line}")
         listed.append(new_markdown_cell(f"### {section}\n\n" + "\n".join(lines)))
     nb = read(folder/front)
-    about = "## Pages\n\nTutorials, then the library in the order of dependence: a section is a folder of `nbs/` and a package of `ai2text`."
+    about = (
+        "## Pages\n\nTutorials, then the library in the order of dependence: a section is a folder of `nbs/` and a package of `ai2text`."
+    )
     shown = [*cells(folder/front, nb, False), new_markdown_cell(about), *listed]
     pages[Path("index.html")] = page(nbformat.v4.new_notebook(cells=shown), "ai2text")
     return write_pages(pages, to)

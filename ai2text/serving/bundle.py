@@ -18,7 +18,9 @@ from ..core.batch import SAMPLE_RATE
 from ..core.files import atomic_write, read_json, sha256
 from ..text.normalise import NORMALISER_FILE, Normaliser, OtherNormaliser, check_normaliser, normaliser_name
 from ..decoding.calibration import MAX_A, MAX_B
-from ..streams.graphs import BOOL, FLOAT, INT64, HOW_TO_FIX, BundleError, check_tokens, check_whole_graph, expect, expect_signature, read_graph
+from ai2text.streams.graphs import (
+    BOOL, FLOAT, INT64, HOW_TO_FIX, BundleError, check_tokens, check_whole_graph, expect, expect_signature, read_graph
+)
 from ..streams.graphs import session # noqa: F401 # for importers of this module
 from ..streams.chunk_graph import check_chunk_graph
 

@@ -439,7 +439,10 @@ def verdict(
 )->list[str]:              # reasons against a bundle; empty: none
     "Compare the figures of an export with the limits."
     why, n = [], report["utterances"]
-    if n < config.min_utterances: why.append(f"{n} test utterances are fewer than export.min_utterances ({config.min_utterances}): add recordings to test, or lower it")
+    if n < config.min_utterances:
+        why.append(
+            f"{n} test utterances are fewer than export.min_utterances ({config.min_utterances}): add recordings to test, or lower it"
+        )
     for file,graph in report["graphs"].items():
         if not graph["exact"]: continue
         if not graph["apart"] <= TOLERANCE:
@@ -518,8 +521,13 @@ def export(
                         training_hours=round(train.seconds/3600, 2), caveats=caveats("test", loader.index.seen))
         tokenizer = next(p for p in (published/"tokenizer/whisper.json", published/"tokenizer/tokenizer.json") if p.exists())
         indexes = {split: sha256(layout.split_index(split)) for split in ("train", "dev", "test")}
-        revisions = dict(weights=sha256(published/"model.safetensors"), **indexes, tokenizer=read_json(tokenizer)["sha256"], code=sha256(json.dumps(identity("serving.export")).encode()),
-                         commit=environment()["revision"])
+        revisions = dict(
+            weights=sha256(published / "model.safetensors"),
+            **indexes,
+            tokenizer=read_json(tokenizer)["sha256"],
+            code=sha256(json.dumps(identity("serving.export")).encode()),
+            commit=environment()["revision"],
+        )
         maps = {mode: c["map"] for mode,c in confidence.items() if c["map"]}
         return dict(wer=wer, calibration=maps, speech=measured, revisions=revisions)
     export_bundle(model, layout.bundle, stream.chunk, stream.left_chunks, config.model, judge)

@@ -320,9 +320,11 @@ class Service:
     ):
         if token and len(token) < MIN_TOKEN:
             raise ConfigError(f"token: {len(token)} characters; take at least {MIN_TOKEN}, as from `openssl rand -hex 16`")
-        for name,value,least in (("workers", workers, 0), ("streams", streams, 1), ("seconds", seconds, 1), ("idle", idle, 0.1),
-                                 ("heartbeat", heartbeat, 0.1), ("silence", silence, 0.1),
-                                 ("silence-after-words", silence_after_words, 0.1), ("longest", longest, 1), ("every", every, 0.05), ("patience", patience, 0.1)):
+        for name, value, least in (
+            ("workers", workers, 0), ("streams", streams, 1), ("seconds", seconds, 1), ("idle", idle, 0.1),
+            ("heartbeat", heartbeat, 0.1), ("silence", silence, 0.1), ("silence-after-words", silence_after_words, 0.1),
+            ("longest", longest, 1), ("every", every, 0.05), ("patience", patience, 0.1)
+        ):
             if not least <= value < float("inf"): raise ConfigError(f"--{name} {value}: give {least} or more")
         self.bundle, self.token, self.origins, self.log = check_bundle(bundle), token, check_origins(origins), log
         self.most, self.seconds, self.idle, self.heartbeat = streams, seconds, idle, heartbeat

@@ -103,9 +103,11 @@ def judge(
             references, texts = [dict(t, text=t["reference"]) for t in known], {t["id"]: t["text"] for t in known}
             rows[name] = utterance_rows(references, texts, normaliser=normaliser)
         s = score_rows(rows[name], normaliser=normaliser) if rows[name] else None
-        out["sides"][name] = dict(sessions=len(logs), errors=f["errors"], confidence=mean("confidence"), empty=mean("empty"),
-                                  flicker=f["flicker"], service=f["service"], final=f["final"], word=f["word"], real_time_factor=f["real_time_factor"],
-                                  wer=s and s.wer, wer_low=s and s.wer_low, wer_high=s and s.wer_high)
+        out["sides"][name] = dict(
+            sessions=len(logs), errors=f["errors"], confidence=mean("confidence"), empty=mean("empty"),
+            flicker=f["flicker"], service=f["service"], final=f["final"], word=f["word"],
+            real_time_factor=f["real_time_factor"], wer=s and s.wer, wer_low=s and s.wer_low, wer_high=s and s.wer_high
+        )
     if shadow:
         for t in sides["B"][1]:
             t["edits"], t["longer"] = disagreement(by_id[t["id"]], t["text"]) if t["id"] in by_id else (0, 0)

@@ -46,10 +46,14 @@ def check_chunk_graph(
     "Check a graph against its metadata; raises `BundleError`."
     inputs, outputs, metadata = read_graph(path)
     if metadata.get("model_type") != GRAPH_TYPE:
-        raise BundleError(f"{path}: model_type is {metadata.get('model_type')!r} instead of {GRAPH_TYPE}; export a model of that family with export_chunk_graph")
+        raise BundleError(
+            f"{path}: model_type is {metadata.get('model_type')!r} instead of {GRAPH_TYPE}; export a model of that family "
+            "with export_chunk_graph"
+        )
     names = [f.name for f in fields(ChunkShape)]
     for key in ("sample_rate", *names, *NETWORK):
-        if not metadata.get(key, "").isdecimal(): raise BundleError(f"{path}: metadata {key}: {metadata.get(key)!r} is no number; {HOW_TO_FIX}")
+        if not metadata.get(key, "").isdecimal():
+            raise BundleError(f"{path}: metadata {key}: {metadata.get(key)!r} is no number; {HOW_TO_FIX}")
     if (rate := metadata["sample_rate"]) != str(SAMPLE_RATE):
         raise BundleError(f"{path}: metadata sample_rate: {rate} instead of {SAMPLE_RATE}; {HOW_TO_FIX}")
     sizes = tuple(int(metadata[key]) for key in NETWORK)

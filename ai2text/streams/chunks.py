@@ -33,19 +33,26 @@ class ChunkShape:
 
     def __post_init__(self):
         if self.chunk < 1 or self.left_chunks < 0:
-            raise ValueError(f"chunk {self.chunk}, left_chunks {self.left_chunks}: a stream needs a chunk of at least 1 frame and a bounded left context of at least 0 chunks")
+            raise ValueError(
+                f"chunk {self.chunk}, left_chunks {self.left_chunks}: a stream needs a chunk of at least 1 frame and a "
+                "bounded left context of at least 0 chunks"
+            )
         for f in fields(self):
             if not isinstance(getattr(self, f.name), int): raise ValueError(f"{f.name}: {getattr(self, f.name)!r} is not an integer")
         if not 0 <= self.mirror <= self.lead or self.lookahead < 0:
-            raise ValueError(f"a window of {self.window} samples with {self.lead} before the chunk ({self.mirror} of them mirrored) does not hold a chunk of {self.shift}")
+            raise ValueError(
+                f"a window of {self.window} samples with {self.lead} before the chunk ({self.mirror} of them mirrored) does "
+                f"not hold a chunk of {self.shift}"
+            )
 
 # %% ../../nbs/streams/00_chunks.ipynb #627728ec
 class ChunkStream:
     "One stream through a streaming model."
-    def __init__(self,
-        shape:ChunkShape,
-        step,        # step(audio (1, window) float32, offset (1,) int64, remaining (1,) int64, *state) -> log probabilities (1, chunk, V), *state
-        state,       # arrays before the first chunk
+    def __init__(
+        self,
+        shape: ChunkShape,
+        step,  # step(audio (1, window) float32, offset (1,) int64, remaining (1,) int64, *state) -> log probabilities (1, chunk, V), *state
+        state,  # arrays before the first chunk
     ):
         self.shape, self.step, self.state = shape, step, state
         self.held = np.zeros(0, np.float32)  # samples of the next window so far
@@ -58,7 +65,9 @@ class ChunkStream:
         "Scores of the completed chunks."
         self._take(samples)
         if not self.begun and len(self.held) > self.shape.mirror: self._begin()
-        return self._compute(max(0, (len(self.held) - self.shape.window)//self.shape.shift + 1) if self.begun else 0, self.shape.positions + 1)
+        return self._compute(
+            max(0, (len(self.held) - self.shape.window) // self.shape.shift + 1) if self.begun else 0, self.shape.positions + 1
+        )
 
     def finish(self,
         samples:np.ndarray=(), # the last ones
@@ -80,7 +89,9 @@ class ChunkStream:
         samples = np.asarray(samples)
         if self.over: raise ValueError("this stream is finished; begin another one")
         if samples.ndim != 1 or samples.dtype.kind != "f":
-            raise ValueError(f"samples of type {samples.dtype} and shape {samples.shape}; give floats in [-1, 1], one channel at {SAMPLE_RATE} Hz")
+            raise ValueError(
+                f"samples of type {samples.dtype} and shape {samples.shape}; give floats in [-1, 1], one channel at {SAMPLE_RATE} Hz"
+            )
         if bad := int((~np.isfinite(samples)).sum()):
             raise ValueError(f"{bad} of {len(samples)} samples are not finite; they would stay in the state of the stream")
         self.samples += len(samples)
@@ -97,7 +108,9 @@ class ChunkStream:
         out = np.zeros((chunks, s.chunk, s.vocab_size), np.float32)
         for i in range(chunks):
             audio = np.ascontiguousarray(self.held[None, i*s.shift:][:,:s.window])
-            scores, *self.state = self.step(audio, np.array([self.chunks*s.positions]), np.array([remaining - i*s.positions*self.over]), *self.state)
+            scores, *self.state = self.step(
+                audio, np.array([self.chunks * s.positions]), np.array([remaining - i * s.positions * self.over]), *self.state
+            )
             out[i], self.chunks = scores[0], self.chunks + 1
         self.held = self.held[chunks*s.shift:].copy()
         return out.reshape(-1, s.vocab_size)

@@ -43,7 +43,9 @@ def _spec(model:Whisper):
     spec = WhisperSpec(*(shape[f"{side}_{what}"] for side in ("encoder", "decoder") for what in ("layers", "attention_heads")))
     for layer,block in zip([*spec.encoder.layer, *spec.decoder.layer], [*net.encoder, *net.decoder]):
         attention = layer.self_attention
-        _norm(attention.layer_norm, block.norm); _linear(attention.linear[0], block.attention.qkv); _linear(attention.linear[1], block.attention.out)
+        _norm(attention.layer_norm, block.norm)
+        _linear(attention.linear[0], block.attention.qkv)
+        _linear(attention.linear[1], block.attention.out)
         _norm(layer.ffn.layer_norm, block.ff_norm); _linear(layer.ffn.linear_0, block.up); _linear(layer.ffn.linear_1, block.down)
         if hasattr(block, "cross"):
             _norm(layer.attention.layer_norm, block.cross_norm)
@@ -86,7 +88,9 @@ class TranslatedWhisper(Whisper):
         self.net, self.most = nn.Module(), net["max_target_positions"]
         self.net.features = LogMel(net["num_mel_bins"], net["max_source_positions"])
         self.forbidden = [*self.rules.suppressed, *range(self.rules.end + 1, config["net"]["vocab_size"])]
-        self.runtime = ctranslate2.models.Whisper(str(folder), compute_type="int8" if Path(folder).name == "int8" else "float32", intra_threads=threads)
+        self.runtime = ctranslate2.models.Whisper(
+            str(folder), compute_type="int8" if Path(folder).name == "int8" else "float32", intra_threads=threads
+        )
         self.encoded = None, None # key and states of the last window
 
     def states(self, wave_T:Tensor, margin):

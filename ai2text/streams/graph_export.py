@@ -43,13 +43,20 @@ def export_chunk_graph(
     "Export a trained model, and load the result."
     source, folder = Path(source), Path(folder)
     if (family := load_config(source)["family"]) != GRAPH_TYPE:
-        fix = "the export stage does it: export.model in params.yaml" if family == "conformer" else f"it needs full context: train a {GRAPH_TYPE} with its weights as init"
+        fix = (
+            "the export stage does it: export.model in params.yaml"
+            if family == "conformer"
+            else f"it needs full context: train a {GRAPH_TYPE} with its weights as init"
+        )
         raise ConfigError(f"{source}: is of family {family}, and only {GRAPH_TYPE} is exported here; {fix}")
     if folder.resolve() == source.resolve(): raise ConfigError(f"{folder}: is the model itself, and would be replaced; name another folder")
     if left_chunks < 1: raise ConfigError(f"left_chunks: {left_chunks} leaves no left context; take at least 1")
     model = load_model(source)
     if not model.config["dynamic_chunk_prob"]:
-        raise ConfigError(f"{source}: was trained without chunks (dynamic_chunk_prob 0), and its WER on a stream would be far higher; train it with dynamic_chunk_prob 0.6")
+        raise ConfigError(
+            f"{source}: was trained without chunks (dynamic_chunk_prob 0), and its WER on a stream would be far higher; "
+            "train it with dynamic_chunk_prob 0.6"
+        )
     with atomic_folder(folder) as part:
         write_chunk_graph(model, part, chunk, left_chunks)
         for int8 in (False, True): ChunkGraph(part, int8)

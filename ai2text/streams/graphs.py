@@ -35,11 +35,14 @@ def check_tokens(
                  "has a word start inside" if "▁" in symbol[1:] else "")
         if wrong: raise BundleError(f"{path}, line {i + 1}: {line!r} {wrong}; {HOW_TO_FIX}")
         symbols.append(symbol)
-    if twice := sorted({s for s in symbols if symbols.count(s) > 1}): raise BundleError(f"{path}: {twice[0]!r} is there twice; {HOW_TO_FIX}")
+    if twice := sorted({s for s in symbols if symbols.count(s) > 1}):
+        raise BundleError(f"{path}: {twice[0]!r} is there twice; {HOW_TO_FIX}")
     if len(symbols) != vocab_size:
         raise BundleError(f"{path}: {len(symbols)} symbols for a model with {vocab_size} outputs; take the table of the same export")
     if max(max(s.replace("▁", " ", 1).encode()) for s in symbols) == 0xC6:
-        raise BundleError(f"{path}: its largest byte is 0xC6, from which the runtime takes symbols for bytes; add a letter such as ế to the alphabet")
+        raise BundleError(
+            f"{path}: its largest byte is 0xC6, from which the runtime takes symbols for bytes; add a letter such as ế to the alphabet"
+        )
     return symbols
 
 # %% ../../nbs/streams/05_graphs.ipynb #67a72281
@@ -54,13 +57,16 @@ def read_graph(
     try: model = onnx.load(str(path), load_external_data=False)
     except OSError: raise
     except Exception as e:
-        raise BundleError(f"{path}: not readable as ONNX ({e}); {HOW_TO_FIX}") from None # protobuf's exception; protobuf is not imported here
+        # protobuf's exception; protobuf is not imported here
+        raise BundleError(f"{path}: not readable as ONNX ({e}); {HOW_TO_FIX}") from None
     graphs = [model.graph]
     for graph in graphs:
         tensors = [*graph.initializer, *(v for s in graph.sparse_initializer for v in (s.values, s.indices))]
         for node in graph.node:
             if node.domain not in OPERATORS:
-                raise BundleError(f"{path}: the operator {node.op_type} is of {node.domain!r}, which onnxruntime does not have built in; {HOW_TO_FIX}")
+                raise BundleError(
+                    f"{path}: the operator {node.op_type} is of {node.domain!r}, which onnxruntime does not have built in; {HOW_TO_FIX}"
+                )
             for a in node.attribute:
                 tensors += [a.t, *a.tensors]
                 graphs += [g for g in (a.g, *a.graphs) if g.node]
@@ -155,10 +161,12 @@ def write_int8(
     source, # model.onnx
     path,   # model.int8.onnx
 ):
-    "Quantise the weights of the matrix products to int8, in a 7-bit range: with 8 bits, CPUs without VNNI overflow and the WER depends on the machine."
+    "Quantise the weights of the matrix products to int8, in a 7-bit range: with 8 bits, CPUs without VNNI overflow."
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
     with tempfile.TemporaryDirectory() as d, _quiet():
-        quantize_dynamic(source, Path(d)/"int8.onnx", op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
+        quantize_dynamic(
+            source, Path(d) / "int8.onnx", op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8, per_channel=True, reduce_range=True
+        )
         model = onnx.load(Path(d)/"int8.onnx")
     onnx.save(_clean(model, {p.key: p.value for p in onnx.load(source).metadata_props}), str(path))

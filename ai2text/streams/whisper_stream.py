@@ -114,7 +114,8 @@ def masked_stretches(
     for first in range(0, total, step):
         begin = max(0, first - (len(model.net.encoder)*left_chunks + 1)*N)
         end = min(first + step, 2*((total + 1)//2))
-        part = nnf.pad(x[...,2*begin:2*end + 2], (0, max(0, 2*end + 2 - x.shape[2])))  # one position of the next stretch, for the convolutions
+        # one position of the next stretch, for the convolutions
+        part = nnf.pad(x[...,2*begin:2*end + 2], (0, max(0, 2*end + 2 - x.shape[2])))
         size, inside = end - begin + 1, torch.tensor([min(end + 1, total) - begin])
         hidden = torch.zeros(1, 1, 1, 1).masked_fill(~attention_mask(inside, size, N, left_chunks), HIDDEN)
         states, _ = model.net.encode(part, inside, hidden, ((begin + torch.arange(size)) % window)[None])

@@ -121,7 +121,10 @@ def whole_graph(
 )->nn.Module:      # samples (1, T) in, log probabilities (1, N, V) out; has `min_samples`
     "The module of a model for one utterance."
     if hasattr(model, "whole_graph"): return model.whole_graph()
-    raise ConfigError(f"{type(model).__name__}: has no full-context graph; give its class a method whole_graph(), as nbs/tutorials/family.ipynb shows")
+    raise ConfigError(
+        f"{type(model).__name__}: has no full-context graph; give its class a method whole_graph(), as nbs/tutorials/family.ipynb shows"
+    )
+
 
 @whole_graph.register
 def _(model:Conformer): return WholeConformer(model)

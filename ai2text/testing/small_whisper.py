@@ -35,14 +35,25 @@ def small_whisper(
     tokenizer.add_tokens([f"<|{i*TIME_STEP:.2f}|>" for i in range(round(30/TIME_STEP) + 1)])
     id_of = tokenizer.convert_tokens_to_ids
     end = id_of("<|endoftext|>")
-    net = WhisperForConditionalGeneration(WhisperConfig(**dict(d_model=d_model, encoder_layers=2, decoder_layers=2,
-        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=len(tokenizer),
-        max_source_positions=round(window_seconds/TIME_STEP), max_target_positions=40, init_std=0.3, decoder_start_token_id=id_of("<|startoftranscript|>"),
-        pad_token_id=end, bos_token_id=end, eos_token_id=end, begin_suppress_tokens=[end]) | shape))
-    net.generation_config = GenerationConfig(decoder_start_token_id=id_of("<|startoftranscript|>"), pad_token_id=end, bos_token_id=end,
-        eos_token_id=end, is_multilingual=True, max_length=40, lang_to_id={language: id_of(language) for language in languages},
+    net = WhisperForConditionalGeneration(
+        WhisperConfig(
+            **dict(
+                d_model=d_model, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+                decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=len(tokenizer),
+                max_source_positions=round(window_seconds / TIME_STEP), max_target_positions=40, init_std=0.3,
+                decoder_start_token_id=id_of("<|startoftranscript|>"), pad_token_id=end, bos_token_id=end,
+                eos_token_id=end, begin_suppress_tokens=[end]
+            )
+            | shape
+        )
+    )
+    net.generation_config = GenerationConfig(
+        decoder_start_token_id=id_of("<|startoftranscript|>"), pad_token_id=end, bos_token_id=end, eos_token_id=end,
+        is_multilingual=True, max_length=40, lang_to_id={language: id_of(language) for language in languages},
         task_to_id={task: id_of(f"<|{task}|>") for task in ("translate", "transcribe")},
-        no_timestamps_token_id=id_of("<|notimestamps|>"), suppress_tokens=[1, 2], begin_suppress_tokens=[end], max_initial_timestamp_index=50)
+        no_timestamps_token_id=id_of("<|notimestamps|>"), suppress_tokens=[1, 2], begin_suppress_tokens=[end],
+        max_initial_timestamp_index=50
+    )
     with quiet_transformers():
         features = WhisperFeatureExtractor(feature_size=net.config.num_mel_bins, chunk_length=window_seconds)
         for part in (net, tokenizer, features): part.save_pretrained(folder)

@@ -45,7 +45,9 @@ def _graph(path, inputs, outputs, nodes, constants, metadata):
     from onnx import helper, numpy_helper
     of = lambda values: [helper.make_tensor_value_info(name, *v) for name,v in values.items()]
     nodes = [helper.make_node(kind, ins.split(), outs.split(), **how) for kind,ins,outs,how in nodes]
-    graph = helper.make_graph(nodes, "toy", of(inputs), of(outputs), [numpy_helper.from_array(np.asarray(v), name) for name,v in constants.items()])
+    graph = helper.make_graph(
+        nodes, "toy", of(inputs), of(outputs), [numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items()]
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     helper.set_model_props(model, {k: str(v) for k,v in metadata.items()})
     onnx.save(model, str(path))
@@ -66,12 +68,21 @@ def _stream_graph(path, chunk:int, left_chunks:int, deaf:tuple):
     pick_MV = np.zeros((loud_WM.shape[1], V), np.float32)
     pick_MV[loud_WM.argmax(1), range(1, V)] = sharp*known
     blank_V = np.array([1.] + [0.]*(V - 1), np.float32)*sharp*(loud_WM.max(1).min() - 2)
-    metadata = dict(model_type="wenet_ctc", head=1, num_blocks=1, output_size=4, cnn_module_kernel=3, right_context=6, subsampling_factor=4, vocab_size=V)
+    metadata = dict(
+        model_type="wenet_ctc", head=1, num_blocks=1, output_size=4, cnn_module_kernel=3, right_context=6,
+        subsampling_factor=4, vocab_size=V
+    )
     attn, conv = (1, (1, 1, left_frames, 8)), (1, (1, 1, 4, 2))
-    inputs = dict(x=(1, (1, window, 80)), offset=(7, (1,)), required_cache_size=(7, (1,)), attn_cache=attn, conv_cache=conv, attn_mask=(9, (1, 1, left_frames + chunk)))
-    nodes = [("Transpose", "x", "m", dict(perm=[0, 2, 1])), ("AveragePool", "m", "p", dict(kernel_shape=[7], strides=[4])), ("Transpose", "p", "t", dict(perm=[0, 2, 1])),
-             ("MatMul", "t pick", "s", {}), ("Add", "s bias", "b", {}), ("LogSoftmax", "b", "log_probs", dict(axis=-1)),
-             ("Identity", "attn_cache", "next_attn_cache", {}), ("Identity", "conv_cache", "next_conv_cache", {})]
+    inputs = dict(
+        x=(1, (1, window, 80)), offset=(7, (1,)), required_cache_size=(7, (1,)), attn_cache=attn, conv_cache=conv,
+        attn_mask=(9, (1, 1, left_frames + chunk))
+    )
+    nodes = [
+        ("Transpose", "x", "m", dict(perm=[0, 2, 1])), ("AveragePool", "m", "p", dict(kernel_shape=[7], strides=[4])),
+        ("Transpose", "p", "t", dict(perm=[0, 2, 1])), ("MatMul", "t pick", "s", {}), ("Add", "s bias", "b", {}),
+        ("LogSoftmax", "b", "log_probs", dict(axis=-1)), ("Identity", "attn_cache", "next_attn_cache", {}),
+        ("Identity", "conv_cache", "next_conv_cache", {})
+    ]
     outputs = dict(log_probs=(1, (1, chunk, V)), next_attn_cache=attn, next_conv_cache=conv)
     bias = np.where([True, *known], 0., -100.).astype(np.float32) + blank_V
     _graph(path, inputs, outputs, nodes, dict(pick=pick_MV, bias=bias), metadata)
@@ -83,8 +94,11 @@ def _samples_graph(path, deaf:tuple, shape:ChunkShape|None=None):
     angle_WT = 2*np.pi*np.array(list(WORDS.values()))[:,None]*np.arange(640)/SAMPLE_RATE
     waves = (np.stack([np.sin(angle_WT), np.cos(angle_WT)], 1).reshape(-1, 1, 640)/320/LOUD).astype(np.float32)  # a word has power 1
     pair = np.kron(np.concatenate([np.zeros((len(WORDS), 1)), np.diag(100*known)], 1), np.ones((2, 1))).astype(np.float32)
-    nodes = [("Unsqueeze", "audio one", "a", {}), ("Conv", "a waves", "c", dict(strides=[640])), ("Mul", "c c", "e", {}), ("Transpose", "e", "t", dict(perm=[0, 2, 1])),
-             ("MatMul", "t pair", "s", {}), ("Add", "s bias", "b", {}), ("LogSoftmax", "b", "log_probs", dict(axis=-1))]
+    nodes = [
+        ("Unsqueeze", "audio one", "a", {}), ("Conv", "a waves", "c", dict(strides=[640])), ("Mul", "c c", "e", {}),
+        ("Transpose", "e", "t", dict(perm=[0, 2, 1])), ("MatMul", "t pair", "s", {}), ("Add", "s bias", "b", {}),
+        ("LogSoftmax", "b", "log_probs", dict(axis=-1))
+    ]
     inputs, outputs, metadata = dict(audio=(1, (1, "samples"))), dict(log_probs=(1, (1, "frames", V))), {}
     if shape:
         sizes = 1, 1, 4
@@ -101,7 +115,11 @@ def toy_whisper(
     from ai2text.models.whisper import Whisper
     words, D = list(WORDS), 96
     tokenizer = train_tokenizer([" ".join(WORDS)]*9, "bpe", 116)
-    model = Whisper.start(dict(size="demo", d_model=D, layers=1, heads=len(words), ff=8, window_seconds=10., max_tokens=40), tokenizer).eval().requires_grad_(False)
+    model = (
+        Whisper.start(dict(size="demo", d_model=D, layers=1, heads=len(words), ff=8, window_seconds=10.0, max_tokens=40), tokenizer)
+        .eval()
+        .requires_grad_(False)
+    )
     net, block, due, last, end = model.net, model.net.decoder[0], 20, 30, 40 # channels of the decoder: words due, the last word, the end
     waves_WT = torch.from_numpy(np.stack([whistle(w, 0.4, 0.)[0] for w in words]))
     mels = net.features(waves_WT, torch.full((len(words),), waves_WT.shape[1]), 0)[0][:,:,20].argmax(1).tolist()

@@ -89,11 +89,13 @@ def synthetic_runs(
 BEFORE = dict(corpus="", pseudo="init", prepare="corpus", shards="prepare", init="shards", train="init", evaluate="train",
               compare="evaluate", export="train", plan="") # stage -> last stage of its workspace
 SMALL = dict(
-    corpus=_SPOKEN | dict(sentences=40, voices_per_sentence=2), prepare=dict(tokenizer="char", processes=1), shards=dict(shard_size=10, processes=1),
-    pseudo=dict(path="data/corpus/demo/wav", teacher="models/init/m", threshold=0., agreement=1.),
+    corpus=_SPOKEN | dict(sentences=40, voices_per_sentence=2), prepare=dict(tokenizer="char", processes=1),
+    shards=dict(shard_size=10, processes=1),
+    pseudo=dict(path="data/corpus/demo/wav", teacher="models/init/m", threshold=0.0, agreement=1.0),
     train=dict(max_steps=6, warmup_steps=2, evaluate_every_steps=3, amp_dtype="fp32", threads=1),
     export=dict(runtime_utterances=3, min_utterances=6, max_wer_gap=0.5, max_int8_gap=0.5),
-    plan=dict(target=0.25, budget=300., label_price=25., compute_price=1.2))
+    plan=dict(target=0.25, budget=300.0, label_price=25.0, compute_price=1.2),
+)
 
 def smoke(
     stage:str,        # a key of BEFORE

@@ -39,12 +39,22 @@ def lower_capitals(
         if word in ("VI", "XI", "LI") and _NUMBERED.search(m.string, 0, m.start()) and not _COMPOUNDS.match(m.string, m.end()): return word
         if trail and word in known: return trail.take(word, unsure(word.lower(), *known[word].all_words))
         return word.lower()
-    if everywhere: return _UNITS.sub(lambda m: m[0] if re.search(r"[$€£]\s?[\d.,]+$", text[:m.start()]) else m[0].lower(), _WORD.sub(lower, text)), True
+
+    if everywhere:
+        return _UNITS.sub(
+            lambda m: m[0] if re.search(r"[$€£]\s?[\d.,]+$", text[: m.start()]) else m[0].lower(), _WORD.sub(lower, text)
+        ), True
     return _RUN.sub(lambda run: _WORD.sub(lower, run[0]) if any(plain(m[0]) for m in _WORD.finditer(run[0])) else run[0], text), False
 
 # %% ../../nbs/text/08_abbreviations.ipynb #0eef9531
-_PARTS = {"9": r"[\d.,]*\d", "999": r"\d{3,}", "..": r"(?:\S+\s+){0,4}?\S+", "Aa": rf"[{CAPITALS}]\w*", "aa": rf"[{ALPHABET}]\w*", "Xx": rf"(?P<foreign>[{CAPITALS}][{ALPHABET}]+)"}
-PERSONS = re.compile(rf"(?:(?<!\w)(?i:ông|bà|anh|chị|em|cô|chú|bác|cháu|bé|bạn|nạn nhân|bị cáo|tên|họ)\s+(?:[{CAPITALS}]\w*\s+)*|[{CAPITALS}][{ALPHABET}]+\s+)$")
+_PARTS = {
+    "9": r"[\d.,]*\d", "999": r"\d{3,}", "..": r"(?:\S+\s+){0,4}?\S+", "Aa": rf"[{CAPITALS}]\w*",
+    "aa": rf"[{ALPHABET}]\w*", "Xx": rf"(?P<foreign>[{CAPITALS}][{ALPHABET}]+)"
+}
+PERSONS = re.compile(
+    rf"(?:(?<!\w)(?i:ông|bà|anh|chị|em|cô|chú|bác|cháu|bé|bạn|nạn nhân|bị cáo|tên|họ)\s+(?:[{CAPITALS}]\w*\s+)*|[{CAPITALS}][{ALPHABET}]+\s+)$"
+)
+
 
 def _side(written:str)->str:
     parts = re.split(r"(\s+)", written)
@@ -56,7 +66,10 @@ class Context:
         written:str, # with `_` for the abbreviation
     ):
         left, _, right = written.partition("_")
-        self.left, self.right = re.compile(f"(?<!\\w){_side(left)}$" if left[:1].isalnum() else f"{_side(left)}$"), re.compile(r"\.?" * right.startswith(" ") + _side(right) + ("" if right[-1:] in ("9", "-", "/") else r"(?!\w)"))
+        self.left, self.right = (
+            re.compile(f"(?<!\\w){_side(left)}$" if left[:1].isalnum() else f"{_side(left)}$"),
+            re.compile(r"\.?" * right.startswith(" ") + _side(right) + ("" if right[-1:] in ("9", "-", "/") else r"(?!\w)")),
+        )
 
     def holds(self,
         text:str, start:int, end:int, # the abbreviation is text[start:end]
@@ -88,7 +101,10 @@ class Entry:
         return unsure(self.default, *self.all_words) if self.unsure else self.default
 
 # %% ../../nbs/text/08_abbreviations.ipynb #3cd78e0a
-DOCUMENT = re.compile(rf"(?P<kind>(?:NĐ|QĐ|TT|NQ|CT|(?i:thông tư|nghị định|quyết định|nghị quyết|chỉ thị|luật|công văn|kế hoạch|báo cáo|thông báo|hướng dẫn|số))\s+(?i:số\s*:?\s*)?)?(?<![\w/])(?P<n>\d{{1,5}})(?P<letter>[a-z]?)(?:/(?P<year>[12]\d{{3}}))?(?P<sign>[/-])(?P<code>[{CAPITALS}]{{2,}}\w*\d*(?:[-–/][{CAPITALS}][\w&]*)*)(?![\w/])")
+DOCUMENT = re.compile(
+    rf"(?P<kind>(?:NĐ|QĐ|TT|NQ|CT|(?i:thông tư|nghị định|quyết định|nghị quyết|chỉ thị|luật|công văn|kế hoạch|báo cáo|thông báo|hướng dẫn|số))\s+(?i:số\s*:?\s*)?)?(?<![\w/])(?P<n>\d{{1,5}})(?P<letter>[a-z]?)(?:/(?P<year>[12]\d{{3}}))?(?P<sign>[/-])(?P<code>[{CAPITALS}]{{2,}}\w*\d*(?:[-–/][{CAPITALS}][\w&]*)*)(?![\w/])"
+)
+
 
 def _read_document(m, table)->str:
     "A document's number in words."
@@ -130,7 +146,10 @@ class Abbreviations(dict):
         "Regex of the others; it starts with letters for speed, and `expand` checks what is before."
         keys = sorted((key for key in self if not (key.islower() and key.isalpha())), key=len, reverse=True)
         keys += [key.capitalize() for key in keys if key.islower()]
-        parts = [r"\.\s?".join(re.escape(part).replace(r"\ ", r"\s+") for part in key.rstrip(".").split(".")) + (r"\." if key[-1] == "." else "") for key in keys]
+        parts = [
+            r"\.\s?".join(re.escape(part).replace(r"\ ", r"\s+") for part in key.rstrip(".").split(".")) + (r"\." if key[-1] == "." else "")
+            for key in keys
+        ]
         return re.compile(f"(?:{'|'.join(parts)})(?!(?<!\\.)[^\\W\\d_])") if parts else None
 
     @cached_property
@@ -153,13 +172,27 @@ class Abbreviations(dict):
             if text[max(start - 1, 0):start].isalnum(): return m[0]
             left, right = re.search(r"(\w+)[-–&]$", text[max(0, start - 20):start]), re.match(r"[-–&](\w+)", text[end:end + 20])
             bound = text[end:end+1].isdigit() or left and not self._is_part(left[1]) or right and not self._is_part(right[1])
-            if len(m[0]) == 2 and m[0][1] == "." and not text[end:].lstrip()[:1].isdigit() and PERSONS.search(typed[max(0, start - 40):start]) and not text[:start].rstrip().endswith(","): return m[0]
+            if (
+                len(m[0]) == 2
+                and m[0][1] == "."
+                and not text[end:].lstrip()[:1].isdigit()
+                and PERSONS.search(typed[max(0, start - 40) : start])
+                and not text[:start].rstrip().endswith(",")
+            ):
+                return m[0]
             found = self.entries["".join(m[0].split())].choose(text, start, end, bound, typed if m[0][-1] == "." and typed != text else "")
             if found is None: return m[0]
             if trail:
                 trail.abbreviations.append((m[0], str(found)))
                 found = trail.take(m[0], found)
             return f" {found} "
-        if "/" in text: text = DOCUMENT.sub(lambda m: f"{m['kind'] or ''}{trail.take(m[0], found) if trail and (found := _read_document(m, self)) else _read_document(m, self)} ", text)
+
+        if "/" in text:
+            text = DOCUMENT.sub(
+                lambda m: (
+                    f"{m['kind'] or ''}{trail.take(m[0], found) if trail and (found := _read_document(m, self)) else _read_document(m, self)} "
+                ),
+                text,
+            )
         if len(typed) != len(text): typed = text
         return self.pattern.sub(words, text)

@@ -17,9 +17,16 @@ from .numbers import PLAIN_NUMBER, after, around, before, between_names, cardina
 # %% ../../nbs/text/02_dates.ipynb #daa05aca
 ALONE, CODE_END = r"(?<![\w])(?<!\d[.,/:-])", r"(?![\w]|[.,/:-]\d|\s?[%‰°])"
 RESULTS = "tỷ_số tỉ_số chung_cuộc kết_quả vượt_lên dẫn dẫn_trước bị_dẫn thắng thua hòa hoà"
-SCORES = RESULTS + " thất_bại đánh_bại hạ gỡ gỡ_hòa gỡ_hoà đè_bẹp vùi_dập cầm_hòa cầm_hoà cầm_chân quật_ngã hạ_gục ngược_dòng thắng_lợi chiến_thắng trận_thắng trận_thua trận_hòa trận_hoà hiệp set ván luân_lưu penalty pen rút_ngắn san_bằng"
-COUNTED = """ngày tuần tháng năm giờ phút giây lần người bàn điểm tuổi trận km m cm kg g triệu tỷ tỉ nghìn ngàn trăm chiếc cái con quả viên câu bài phiếu đại_biểu thành_viên tỉnh huyện xã phường sao mẫu ca học_sinh suất ghế trang lít
-    tỉnh_thành quốc_gia nước vụ hộ bệnh_nhân đơn_vị doanh_nghiệp môn tiếng trường_hợp bị_cáo cổ_đông khách_hàng sinh_viên gia_đình hộ_dân cán_bộ mặt_hàng ngành lĩnh_vực tiêu_chí chỉ_tiêu địa_phương xã_phường cử_tri cầu_thủ đội thí_sinh giám_khảo lượt bước tầng phòng cuốn quyển tập bộ chỗ độ"""
+SCORES = (
+    RESULTS
+    + " thất_bại đánh_bại hạ gỡ gỡ_hòa gỡ_hoà đè_bẹp vùi_dập cầm_hòa cầm_hoà cầm_chân quật_ngã hạ_gục ngược_dòng thắng_lợi "
+    "chiến_thắng trận_thắng trận_thua trận_hòa trận_hoà hiệp set ván luân_lưu penalty pen rút_ngắn san_bằng"
+)
+COUNTED = """ngày tuần tháng năm giờ phút giây lần người bàn điểm tuổi trận km m cm kg g triệu tỷ tỉ nghìn ngàn trăm
+    chiếc cái con quả viên câu bài phiếu đại_biểu thành_viên tỉnh huyện xã phường sao mẫu ca học_sinh suất ghế trang
+    lít tỉnh_thành quốc_gia nước vụ hộ bệnh_nhân đơn_vị doanh_nghiệp môn tiếng trường_hợp bị_cáo cổ_đông khách_hàng
+    sinh_viên gia_đình hộ_dân cán_bộ mặt_hàng ngành lĩnh_vực tiêu_chí chỉ_tiêu địa_phương xã_phường cử_tri cầu_thủ đội
+    thí_sinh giám_khảo lượt bước tầng phòng cuốn quyển tập bộ chỗ độ"""
 RATIOS = "tỷ_lệ tỉ_lệ tỷ_lệ_là tỉ_lệ_là tỷ_lệ_vàng khung_hình màn_hình công_thức định_dạng"
 
 @rule(fr"{ALONE}(?P<a>\d{{1,3}})\s?[-–:]\s?(?P<b>\d{{1,3}}){CODE_END}", needs="-–:")
@@ -29,8 +36,11 @@ def match_score(m):
     if before(m, RESULTS) or before(m, SCORES, gap=6) and ":" not in m[0] and not after(m, COUNTED): return words
     if ":" in m[0] or m["a"][0] == "0" != m["a"] or after(m, COUNTED): return None
     if after(m, "chung_cuộc sau_hiệp nghiêng_về sau_90_phút ngay_trong_hiệp sau_hai_hiệp"): return words
-    facing = re.search(r"[^\W\d_a-z]\w*\s+[-–]\s+[^\W\d_a-z]\w*(?:\s+[^\W_a-z]\w*)*\s*:?\s*$", m.string[max(0, m.start() - 60):m.start()]) # Arsenal - Chelsea 1-2
-    if (between_names(m) or facing) and not before(m, "từ khoảng ngày sáng trưa chiều tối đêm tháng lớp thứ chương điều khoản trang năm tầng số"):
+    # Arsenal - Chelsea 1-2
+    facing = re.search(r"[^\W\d_a-z]\w*\s+[-–]\s+[^\W\d_a-z]\w*(?:\s+[^\W_a-z]\w*)*\s*:?\s*$", m.string[max(0, m.start() - 60):m.start()])
+    if (between_names(m) or facing) and not before(
+        m, "từ khoảng ngày sáng trưa chiều tối đêm tháng lớp thứ chương điều khoản trang năm tầng số"
+    ):
         return unsure(words, f"{cardinal(int(m['a']))} đến {cardinal(int(m['b']))}") if int(m["a"]) < int(m["b"]) else words
 
 @rule(fr"{ALONE}\d(?:[-–]\d){{2,4}}{CODE_END}", needs="-–")
@@ -45,16 +55,22 @@ def ratio(m):
 
 # %% ../../nbs/text/02_dates.ipynb #bf3c43dc
 DAY, MONTH, YEAR = r"(?:0?[1-9]|[12]\d|3[01])", r"(?:0?[1-9]|1[0-2])", r"[12]\d{3}"
-DAYS = """ngày sáng trưa chiều tối đêm khuya hôm hôm_nay hôm_qua hôm_trước sáng_nay chiều_nay tối_nay trưa_nay đêm_nay đêm_qua tối_qua chiều_qua sáng_qua ngày_mai sáng_mai lễ dịp dịp_lễ nghỉ_lễ kỳ_nghỉ kì_nghỉ nghỉ mùng mồng rằm tết giỗ_tổ quốc_khánh
-    quốc_tế_lao_động quốc_tế_thiếu_nhi quốc_tế_phụ_nữ phụ_nữ_việt_nam nhà_giáo_việt_nam phụ_nữ thiếu_nhi thương_binh_liệt_sĩ chủ_nhật thứ_hai thứ_ba thứ_tư thứ_năm thứ_sáu thứ_bảy thứ_2 thứ_3 thứ_4 thứ_5 thứ_6 thứ_7 giao_thừa noel valentine
-    đường phố đại_lộ quảng_trường công_viên sân_vận_động bệnh_viện
-    nhà_máy rạp_hát cầu thống_nhất giải_phóng sinh sinh_ngày mất_ngày""" # streets may be named after a date: `đường 3/2`
+DAYS = """ngày sáng trưa chiều tối đêm khuya hôm hôm_nay hôm_qua hôm_trước sáng_nay chiều_nay tối_nay trưa_nay đêm_nay
+    đêm_qua tối_qua chiều_qua sáng_qua ngày_mai sáng_mai lễ dịp dịp_lễ nghỉ_lễ kỳ_nghỉ kì_nghỉ nghỉ mùng mồng rằm tết
+    giỗ_tổ quốc_khánh quốc_tế_lao_động quốc_tế_thiếu_nhi quốc_tế_phụ_nữ phụ_nữ_việt_nam nhà_giáo_việt_nam phụ_nữ
+    thiếu_nhi thương_binh_liệt_sĩ chủ_nhật thứ_hai thứ_ba thứ_tư thứ_năm thứ_sáu thứ_bảy thứ_2 thứ_3 thứ_4 thứ_5 thứ_6
+    thứ_7 giao_thừa noel valentine đường phố đại_lộ quảng_trường công_viên sân_vận_động bệnh_viện nhà_máy rạp_hát cầu
+    thống_nhất giải_phóng sinh sinh_ngày mất_ngày""" # streets may be named after a date: `đường 3/2`
 SPANS = "từ đến hết đến_hết tới trước sau vào kể_từ tính_đến cho_đến lúc hồi và trong_ngày hạn hạn_chót chậm_nhất bắt_đầu khai_mạc bế_mạc khởi_chiếu"
 YEARLY = "năm_nay năm_ngoái năm_trước năm_sau năm_tới hàng_năm hằng_năm âm_lịch dương_lịch âl dl vừa_qua sắp_tới tới_đây này vừa_rồi"
 PEOPLE = "người học_sinh sinh_viên cán_bộ khách_hàng hộ_dân cổ_đông doanh_nghiệp thí_sinh cử_tri bệnh_nhân cầu_thủ gia_đình ngành"
-PARTS = """dân_số diện_tích số tổng tổng_số quãng_đường chặng_đường thời_gian lượng giá giá_trị chén cốc bát thìa muỗng muỗng_cà_phê thìa_cà_phê ly trái quả củ kg ký cân lít sân thế_giới cuộc_đời đời mặt_bằng chiều_dài chiều_cao nước thể_tích
-    khối_lượng chỉ_tiêu kế_hoạch tài_sản vốn phiếu ý_kiến trong_số trong_tổng giờ tiếng người"""
-QUANTITIES = "hơn gần khoảng chiếm bằng giảm tăng còn mất được chừng cỡ chưa_đầy quá có là chỉ tới_gần ít_nhất tối_thiểu tối_đa một hai ba bốn trong"
+PARTS = """dân_số diện_tích số tổng tổng_số quãng_đường chặng_đường thời_gian lượng giá giá_trị chén cốc bát thìa
+    muỗng muỗng_cà_phê thìa_cà_phê ly trái quả củ kg ký cân lít sân thế_giới cuộc_đời đời mặt_bằng chiều_dài chiều_cao
+    nước thể_tích khối_lượng chỉ_tiêu kế_hoạch tài_sản vốn phiếu ý_kiến trong_số trong_tổng giờ tiếng người"""
+QUANTITIES = (
+    "hơn gần khoảng chiếm bằng giảm tăng còn mất được chừng cỡ chưa_đầy quá có là chỉ tới_gần "
+    "ít_nhất tối_thiểu tối_đa một hai ba bốn trong"
+)
 STREETS = "số nhà số_nhà ngõ ngách hẻm kiệt địa_chỉ đ/c tại ở tổ thửa lô căn phòng" # words before a house number
 DOCUMENTS = "số nghị_định thông_tư quyết_định công_văn chỉ_thị nghị_quyết luật tỷ_lệ tỉ_lệ"
 
@@ -119,19 +135,34 @@ def day_and_month(m):
         return either(house, house.replace("trên", "xuyệt"), words)
     if alone and (before(m, "điểm đạt chấm trình_độ văn_hóa thị_lực bậc bậc_lương") or b == 10 and before(m, "mắt mắt_trái mắt_phải")
             or left.rstrip().endswith("=") or right.lstrip().startswith("=") or after(m, COUNTED) or a < b and after(m, PARTS)): return None
-    in_brackets, leads = left.endswith("(") and right.startswith(")") and (b > 4 or before(m, DAYS, gap=3)), not left.strip(" \"“(-") and re.match(r"\s*[,:]", right)
+    in_brackets, leads = (
+        left.endswith("(") and right.startswith(")") and (b > 4 or before(m, DAYS, gap=3)),
+        not left.strip(" \"“(-") and re.match(r"\s*[,:]", right),
+    )
     if any(a > b for a, b in pairs) or before(m, SPANS) or after(m, YEARLY) or in_brackets: return words
     usual = [b <= 4 or b == 10 for _, b in pairs] # halves, quarters, tenths
-    part_of = re.match(r"\s+[^\W\d_A-Z]", right) and (a == 1 or b <= 5) # 1/5 cổ đông
-    if leads or (a == b or not usual[0] and not part_of and not before(m, QUANTITIES) if alone else not any(usual)): return unsure(words, _fraction(a, b) if a < b else house)
+    part_of = re.match(r"\s+[^\W\d_A-Z]", right) and (a == 1 or b <= 5)  # 1/5 cổ đông
+    if leads or (a == b or not usual[0] and not part_of and not before(m, QUANTITIES) if alone else not any(usual)):
+        return unsure(words, _fraction(a, b) if a < b else house)
 
-@rule(fr"{ALONE}{DAY}(?P<sign>[.-]){MONTH}(?!\d)(?:{JOINT}{DAY}(?P=sign){MONTH}(?!\d))*{CODE_END}(?!\s?(?:trăm|nghìn|ngàn|triệu|tỷ|tỉ|kg|km|đồng|lần|USD)(?!\w))", needs=".-")
+
+@rule(
+    rf"{ALONE}{DAY}(?P<sign>[.-]){MONTH}(?!\d)(?:{JOINT}{DAY}(?P=sign){MONTH}(?!\d))*{CODE_END}(?!\s?(?:trăm|nghìn|ngàn|triệu|tỷ|tỉ|kg|km|đồng|lần|USD)(?!\w))",
+    needs=".-",
+)
 def announced_day(m):
     "ngày 12-3, chiều 24.3, lễ 30-4, 1-5"
     if after(m, COUNTED) and not after(m, "năm tháng tuần"): return None
     if before(m, DAYS) and not before(m, "đường phố cầu tết"): return _dates(m[0])
     days = [int(re.match(r"\d+", a)[0]) for a in re.findall(r"\d+[.-]\d+", m[0])]
-    if (m["sign"] == "-" or len(days) > 1 and " - " in m[0]) and max(days) > 12 and not before(m, SCORES, gap=6) and not before(m, "từ khoảng"): return unsure(_dates(m[0]), m[0].replace("-", " "))
+    if (
+        (m["sign"] == "-" or len(days) > 1 and " - " in m[0])
+        and max(days) > 12
+        and not before(m, SCORES, gap=6)
+        and not before(m, "từ khoảng")
+    ):
+        return unsure(_dates(m[0]), m[0].replace("-", " "))
+
 
 @rule(fr"{ALONE}({DAY})\s?[-–]\s?({DAY})([/.])({MONTH}){CODE_END}", needs="/.")
 def range_of_days(m):
@@ -151,7 +182,10 @@ def _quarter(n:str)->str:
     n = QUARTER.get(n) or int(n)
     return either("bốn", "tư") if n == 4 else cardinal(n)
 
-@rule(fr"(?<!\w)(?:(?P<quý>(?i:quý)\s+)|Q)(?P<a>{Q})(?:(?P<joint>\s?[-–]\s?|\s*,\s*|\s+(?:và|đến|tới)\s+)(?:Q|(?P<again>(?i:quý)\s+))?(?P<b>{Q}))?(?:\s?[/-]\s?(?P<year>{YEAR}))?(?!\w|[.,/]\d)", needs="qQ")
+@rule(
+    rf"(?<!\w)(?:(?P<quý>(?i:quý)\s+)|Q)(?P<a>{Q})(?:(?P<joint>\s?[-–]\s?|\s*,\s*|\s+(?:và|đến|tới)\s+)(?:Q|(?P<again>(?i:quý)\s+))?(?P<b>{Q}))?(?:\s?[/-]\s?(?P<year>{YEAR}))?(?!\w|[.,/]\d)",
+    needs="qQ",
+)
 def quarter(m):
     "quý 1/2024, quý III/2024, Q4/2023, Q1-Q2"
     if not (m["quý"] or m["b"] or m["year"]) and not after(m, "năm"): return None
@@ -159,7 +193,10 @@ def quarter(m):
     if m["b"]: words = f"{words} {re.sub('[-–]', 'đến', m['joint'].strip())} {m['again'] or ''}{_quarter(m['b'])}"
     return around("", words, f" năm {cardinal(int(m['year']))}") if m["year"] else words
 
-@rule(fr"(?<!\w)(?P<tháng>(?i:tháng)\s+|T(?=\d))?(?<!\d[.,/:-])(?:(?P<first>{MONTH})\s?[-–]\s?)?(?P<month>{MONTH})(?P<sign>[/.-])(?P<year>{YEAR})(?:\s?[-–]\s?(?P<month2>{MONTH})(?P=sign)(?P<year2>{YEAR}))?{CODE_END}", needs="/-.")
+@rule(
+    rf"(?<!\w)(?P<tháng>(?i:tháng)\s+|T(?=\d))?(?<!\d[.,/:-])(?:(?P<first>{MONTH})\s?[-–]\s?)?(?P<month>{MONTH})(?P<sign>[/.-])(?P<year>{YEAR})(?:\s?[-–]\s?(?P<month2>{MONTH})(?P=sign)(?P<year2>{YEAR}))?{CODE_END}",
+    needs="/-.",
+)
 def month_year(m):
     "tháng 4/2024, T3/2024, tháng 1-2/2024, 5/2021; not nghị định 15/2020"
     if before(m, DOCUMENTS) or not (m["tháng"] or m["sign"] != "." and 1800 <= int(m["year"]) < 2100): return None
@@ -192,8 +229,9 @@ HOUR, MINUTE = r"(?:[01]?\d|2[0-4])", r"[0-5]\d"
 TIME = fr"{HOUR}(?::{MINUTE}(?::{MINUTE})?|\s?[hHg]\s?{MINUTE}(?:\s?(?:phút|ph|p|m|['′]))?|\s?[hH])(?:(?!\w)|(?=[AaPp][Mm](?!\w)))"
 WHEN = "lúc hồi từ đến tới trước sau khoảng vào mở_cửa"
 PART_OF_DAY = "sáng trưa chiều tối đêm khuya ngày hôm"
-BOOKS = """gioan giăng luca lu-ca mátthêu mát-thêu ma-thi-ơ mác máccô mác-cô rôma rô-ma côrintô cô-rinh-tô galát ga-la-ti êphêsô ê-phê-sô thánh_vịnh tv thi_thiên sáng_thế sáng_thế_ký xuất_hành khải_huyền châm_ngôn isaia ê-sai timôthê phêrô
-    phi-e-rơ giacôbê gia-cơ công_vụ truyền_đạo giảng_viên gióp đaniên kinh_thánh"""
+BOOKS = """gioan giăng luca lu-ca mátthêu mát-thêu ma-thi-ơ mác máccô mác-cô rôma rô-ma côrintô cô-rinh-tô galát
+    ga-la-ti êphêsô ê-phê-sô thánh_vịnh tv thi_thiên sáng_thế sáng_thế_ký xuất_hành khải_huyền châm_ngôn isaia ê-sai
+    timôthê phêrô phi-e-rơ giacôbê gia-cơ công_vụ truyền_đạo giảng_viên gióp đaniên kinh_thánh"""
 
 def time(hours:str, minutes:str="", seconds:str="")->str:
     "Hours, minutes and seconds; zero minutes are left out."
@@ -218,7 +256,9 @@ def hours_to_seconds(m):
     "3h25'40\""
     return time(m[1], m[2], m[3])
 
-@rule(fr"(?<!\w)(?<!\d[.,/:])(?:(?P<from>{HOUR})\s?[-–]\s?)?(?P<a>{TIME})(?:\s?[-–]\s?(?P<b>{TIME}|{HOUR}g(?!\w)))?(?![.,:]\d)", needs=":hHg")
+@rule(
+    rf"(?<!\w)(?<!\d[.,/:])(?:(?P<from>{HOUR})\s?[-–]\s?)?(?P<a>{TIME})(?:\s?[-–]\s?(?P<b>{TIME}|{HOUR}g(?!\w)))?(?![.,:]\d)", needs=":hHg"
+)
 def time_of_day(m):
     "8h30, 8:30, 6:05:09, 8-10h, 7:00-9:30"
     times = ([cardinal(int(m["from"]))] if m["from"] else []) + [time(*re.findall(r"\d+", o)) for o in (m["a"], m["b"]) if o]

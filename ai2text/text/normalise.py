@@ -66,7 +66,12 @@ APOSTROPHE = re.compile(r"(?<=[^\W\d_])['’ʼ](?=[^\W\d_])")
 
 # %% ../../nbs/text/10_normalise.ipynb #4bf8702e
 FOREIGN_POLICIES = ("keep", "spell", "reject")
-LETTER_NAMES = dict(zip("abcdđeghiklmnopqrstuvxyfjwz", """a,bê,xê,dê,đê,e,giê,hát,i,ca,e lờ,em mờ,en nờ,o,pê,quy,e rờ,ét sì,tê,u,vê,ích xì,i dài,ép,gi,vê kép,dét""".split(",")))
+LETTER_NAMES = dict(
+    zip(
+        "abcdđeghiklmnopqrstuvxyfjwz",
+        """a,bê,xê,dê,đê,e,giê,hát,i,ca,e lờ,em mờ,en nờ,o,pê,quy,e rờ,ét sì,tê,u,vê,ích xì,i dài,ép,gi,vê kép,dét""".split(","),
+    )
+)
 FOREIGN_CAPITALS = re.compile(r"(?<![^\W_])(?=[A-ZĐ]*[FJWZ])[A-ZĐ]+(?![^\W_])")
 FOREIGN_SOUND = re.compile(r"f+|j+(?=[iíìỉĩị])|j+|w+|z+")
 
@@ -82,7 +87,10 @@ def spell_foreign(
     "Respell a word with foreign letters in Vietnamese ones; letter by letter if it has no vowel. Other words are unchanged."
     if set(FOREIGN).isdisjoint(word): return word
     if not any(char in VOWELS or char in TONED for char in word): return spell(word)
-    return FOREIGN_SOUND.sub(lambda m: {"f": "ph", "j": "g" if word[m.end():][:1] in tuple("iíìỉĩị") else "gi", "w": "u", "z": "d"}[m[0][0]], word)
+    return FOREIGN_SOUND.sub(
+        lambda m: {"f": "ph", "j": "g" if word[m.end() :][:1] in tuple("iíìỉĩị") else "gi", "w": "u", "z": "d"}[m[0][0]], word
+    )
+
 
 def foreign_words(
     text:str,    # normalised
@@ -92,7 +100,9 @@ def foreign_words(
 
 # %% ../../nbs/text/10_normalise.ipynb #420300cf
 D_BAR_LETTERS = re.compile(f"[{D_BARS}]")
-SPECIAL = re.compile(rf"[\d_@#/&<>\[\](){{}}*^~=+$₫-]|[{CAPITALS}]{{2}}|[^\W\d_][.][^\W\d_]|(?<!\w)[IVX](?!\w)|(?<!\w)[{CAPITALS}]\w{{0,3}}\.|[²³]|[:;][-']?[DPpvOo](?!\w)|[^\W0-9_](?<=\d)")
+SPECIAL = re.compile(
+    rf"[\d_@#/&<>\[\](){{}}*^~=+$₫-]|[{CAPITALS}]{{2}}|[^\W\d_][.][^\W\d_]|(?<!\w)[IVX](?!\w)|(?<!\w)[{CAPITALS}]\w{{0,3}}\.|[²³]|[:;][-']?[DPpvOo](?!\w)|[^\W0-9_](?<=\d)"
+)
 TAG_POLICIES = ("drop", "keep")
 
 @dataclass(frozen=True)
@@ -114,13 +124,17 @@ class Normaliser:
     capitals:bool=False    # the corpus is written in capitals, so they carry no information
 
     def __post_init__(self):
-        if self.foreign not in FOREIGN_POLICIES: raise ValueError(f"unknown policy {self.foreign!r} for foreign letters; choose one of {', '.join(FOREIGN_POLICIES)}")
-        if self.tags not in TAG_POLICIES: raise ValueError(f"unknown policy {self.tags!r} for tags; choose one of {', '.join(TAG_POLICIES)}")
+        if self.foreign not in FOREIGN_POLICIES:
+            raise ValueError(f"unknown policy {self.foreign!r} for foreign letters; choose one of {', '.join(FOREIGN_POLICIES)}")
+        if self.tags not in TAG_POLICIES:
+            raise ValueError(f"unknown policy {self.tags!r} for tags; choose one of {', '.join(TAG_POLICIES)}")
 
     @cached_property
     def _own(self)->re.Pattern|None:
         edge = lambda char, sign: sign if char.isalnum() else ""
-        ways = (edge(key[0], r"(?<!\w)") + re.escape(key) + edge(key[-1], r"(?!\w)") for key in sorted(self.readings, key=len, reverse=True))
+        ways = (
+            edge(key[0], r"(?<!\w)") + re.escape(key) + edge(key[-1], r"(?!\w)") for key in sorted(self.readings, key=len, reverse=True)
+        )
         return re.compile("|".join(ways)) if self.readings else None
 
     def _in_words(self, text:str, trail:Trail|None)->str:
@@ -132,7 +146,8 @@ class Normaliser:
 
     def _read_untagged(self, text:str, trail:Trail|None)->str:
         "A text without tags."
-        if SPECIAL.search(text) or self.capitals or self.abbreviations.hint and self.abbreviations.hint.search(text): text = self._in_words(text, trail)
+        if SPECIAL.search(text) or self.capitals or self.abbreviations.hint and self.abbreviations.hint.search(text):
+            text = self._in_words(text, trail)
         text = text.lower()
         if "'" in text or "’" in text or "ʼ" in text: text = APOSTROPHE.sub("", text)
         if trail: trail.dropped += symbols(text)
@@ -182,7 +197,8 @@ class Normaliser:
             for chosen in combinations(ways, together):
                 if len(found) >= most: return list(found)
                 picks = [way for _, manner, way in chosen if not manner]
-                if len({n for n, _ in picks}) == len(picks): found[self._read(text, Trail(picks, [way for _, manner, way in chosen if manner]))] = None
+                if len({n for n, _ in picks}) == len(picks):
+                    found[self._read(text, Trail(picks, [way for _, manner, way in chosen if manner]))] = None
         return list(found)
 
     @cached_property
@@ -239,12 +255,16 @@ def _checked(key:str, words:str)->str:
 
 def _checked_key(key:str, contexts:str, lines:list)->str:
     "The error in an abbreviation and its contexts, and its fix; empty if there is none."
-    if not re.fullmatch(r"[^\W_][\w.,&/ -]*", key): return f"{key!r} is no abbreviation; it starts with a letter and has letters, digits, dots, commas, '&', '/', '-' and spaces"
+    if not re.fullmatch(r"[^\W_][\w.,&/ -]*", key):
+        return f"{key!r} is no abbreviation; it starts with a letter and has letters, digits, dots, commas, '&', '/', '-' and spaces"
     if any(contexts == other for _, other in lines):
         return f"{key!r} is there twice; keep one of the lines, or give each its contexts after another tab"
-    if any(context.count("_") != 1 for context in contexts.split("|") if contexts): return f"a context of {key!r} has no '_', or two; write one for the abbreviation"
-    if key.islower() and not key.isalpha() and not re.search("[./]", key): return f"{key!r} is in small letters and not one word; write it with capitals or dots, as it is typed"
-    if key.islower() and key.isalpha() and contexts: return f"{key!r} is in small letters, and has no contexts; write it with capitals or dots"
+    if any(context.count("_") != 1 for context in contexts.split("|") if contexts):
+        return f"a context of {key!r} has no '_', or two; write one for the abbreviation"
+    if key.islower() and not key.isalpha() and not re.search("[./]", key):
+        return f"{key!r} is in small letters and not one word; write it with capitals or dots, as it is typed"
+    if key.islower() and key.isalpha() and contexts:
+        return f"{key!r} is in small letters, and has no contexts; write it with capitals or dots"
     return ""
 
 def read_abbreviations(
@@ -262,7 +282,9 @@ def read_abbreviations(
     for key, lines in found.items():
         for words, _ in lines:
             if inner := set(words.split()) & set(table.words):
-                raise ConfigError(f"{path}, line {places[key]}: the words for {key!r} hold the abbreviation {min(inner)!r}; write it in full")
+                raise ConfigError(
+                    f"{path}, line {places[key]}: the words for {key!r} hold the abbreviation {min(inner)!r}; write it in full"
+                )
     return table
 
 def read_readings(
@@ -271,8 +293,12 @@ def read_readings(
     "Read a table of own readings; raises `ConfigError` with the file, the line and the fix."
     found = {}
     for number, (written, words, *_) in _lines(Path(path), "readings"):
-        if wrong := ("nothing is before the tab; write the text of the transcript" if not written else "") or _checked(written, words := normalise(words)): raise ConfigError(f"{path}, line {number}: {wrong}")
-        if found.setdefault(written, words) != words: raise ConfigError(f"{path}, line {number}: {written!r} is there twice with other words; keep one of the lines")
+        if wrong := ("nothing is before the tab; write the text of the transcript" if not written else "") or _checked(
+            written, words := normalise(words)
+        ):
+            raise ConfigError(f"{path}, line {number}: {wrong}")
+        if found.setdefault(written, words) != words:
+            raise ConfigError(f"{path}, line {number}: {written!r} is there twice with other words; keep one of the lines")
     return found
 
 def make_normaliser(
@@ -325,7 +351,11 @@ def find_normaliser(
     if str(given):
         path = Path(given)
         found = path if path.is_file() else _in_folder(path)
-        if found is None: raise ConfigError(f"{path}: no normaliser there; name a {NORMALISER_FILE}, a folder that has one (of a model, a bundle, a tokenizer, shards, a prepared project), or none")
+        if found is None:
+            raise ConfigError(
+                f"{path}: no normaliser there; name a {NORMALISER_FILE}, a folder that has one (of a model, a bundle, a "
+                "tokenizer, shards, a prepared project), or none"
+            )
         return Normaliser.load(found), str(found)
     try: project = _in_folder(find_root())
     except ConfigError: project = None

@@ -47,8 +47,10 @@ def digits(text:str)->str:
     return " ".join(DIGITS[int(char)] for char in text if char in "0123456789")
 
 # %% ../../nbs/text/00_numbers.ipynb #6b9d36b9
-PLAIN_NUMBER = (r"(?:[1-9]\d{0,2}(?:[ \u00a0\u202f]\d{3}){2,5}(?![ .]?\d)|[1-9]\d{0,2}[ \u00a0\u202f](?:000(?![ .]?\d)|\d{3}(?= (?:người|đồng|tỷ|tỉ|ca|hộ|tấn|ha)\b))|[1-9]\d{0,2}(?:\.\d{3})+(?:,\d+)?(?![.,]?\d)"
-          r"|[1-9]\d{0,2}(?:,\d{3})+\.\d+(?![.,]?\d)|[1-9]\d{0,2}(?:,\d{3}){2,}(?![.,]?\d)|\d+[.,]\d+(?![.,]?\d)|\d+)")
+PLAIN_NUMBER = (
+    r"(?:[1-9]\d{0,2}(?:[ \u00a0\u202f]\d{3}){2,5}(?![ .]?\d)|[1-9]\d{0,2}[ \u00a0\u202f](?:000(?![ .]?\d)|\d{3}(?= (?:người|đồng|tỷ|tỉ|ca|hộ|tấn|ha)\b))|[1-9]\d{0,2}(?:\.\d{3})+(?:,\d+)?(?![.,]?\d)"
+    r"|[1-9]\d{0,2}(?:,\d{3})+\.\d+(?![.,]?\d)|[1-9]\d{0,2}(?:,\d{3}){2,}(?![.,]?\d)|\d+[.,]\d+(?![.,]?\d)|\d+)"
+)
 NUMBER = rf"(?<!\w)(?<!\d[.,]){PLAIN_NUMBER}"
 THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:\.\d{3})+(?:,(\d+))?|[1-9]\d{0,2}(?:,\d{3})+\.(\d+)|[1-9]\d{0,2}(?:,\d{3}){2,}|[1-9]\d{0,2},\d\d0")
 LONG = 8 # digits; a longer number without separators is read digit by digit
@@ -75,22 +77,33 @@ def read_number(
         fraction = match[1] or match[2]
         whole = re.sub(r"[.,]", "", text[:len(text) - len(fraction) - 1] if fraction else text)
     else: whole, _, fraction = text.replace(".", ",").partition(",")
-    by_digit = len(whole) > 18 or not quantity and (len(whole) > 1 and whole[0] == "0" or len(whole) >= LONG and not whole.endswith("0000") and whole == text)
+    by_digit = (
+        len(whole) > 18
+        or not quantity
+        and (len(whole) > 1 and whole[0] == "0" or len(whole) >= LONG and not whole.endswith("0000") and whole == text)
+    )
     words = digits(whole) if by_digit else cardinal(int(whole))
     return f"{words} phẩy {_decimals(fraction)}" if fraction else words
 
 # %% ../../nbs/text/00_numbers.ipynb #bdedb680
 _BY_DIGIT = {cardinal(n): digits(str(n)) for n in range(10, 100)}
-MANNERS = [(re.compile(rf"\b(?:{pattern})\b"), new) for pattern, new in (
-    ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
-    (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"),
-    (r"triệu không trăm(?= linh| lẻ)", "triệu"),
-    (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
-    (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
-    (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
-    ("hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)", lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}"),
-    ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"),
-    ("ki lô gam", "cân"), ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"), ("đô la(?: mỹ)?", "đô"))]
+MANNERS = [
+    (re.compile(rf"\b(?:{pattern})\b"), new)
+    for pattern, new in (
+        ("mươi bốn", "mươi tư"), ("nghìn", "ngàn"), ("linh", "lẻ"),
+        (r"(nghìn|ngàn) không trăm(?= linh| lẻ| mười| [^ ]+ mươi)", r"\1"), (r"triệu không trăm(?= linh| lẻ)", "triệu"),
+        (rf"phẩy ({'|'.join(sorted(_BY_DIGIT, key=len, reverse=True))})(?! trăm| nghìn| mươi)", lambda m: f"phẩy {_BY_DIGIT[m[1]]}"),
+        (rf"({'|'.join(DIGITS[2:])}) mươi (?=(?:{'|'.join(DIGITS[2:])}|mốt|tư|lăm)(?! trăm| mươi| phần))", r"\1 "),
+        (r"giờ ba mươi(?: phút)?", "giờ rưỡi"), (r"(giờ (?:[^ ]+ ){0,2}[^ ]+) phút", r"\1"),
+        (
+            "hai nghìn không trăm (?:linh )?([^ ]+ mươi [^ ]+|[^ ]+ mươi|mười [^ ]+|mười)",
+            lambda m: f"hai không {_BY_DIGIT.get(m[1], m[1])}",
+        ),
+        ("phẩy", "chấm"), ("đến", "tới"), ("âm", "trừ"), ("tháng tư", "tháng bốn"), ("ki lô gam", "cân"),
+        ("ki lô gam", "ký"), ("ki lô mét", "cây số"), ("xen ti mét", "phân"), ("đô la mỹ", "đô la"),
+        ("đô la(?: mỹ)?", "đô")
+    )
+]
 
 # %% ../../nbs/text/00_numbers.ipynb #0294c331
 class Options(str):
@@ -200,10 +213,14 @@ def between_names(match)->bool:
     return bool(last and following and last[1][0].isupper() and following[1][0].isupper())
 
 # %% ../../nbs/text/00_numbers.ipynb #7b5d6581
-CALLS = """gọi gọi_số gọi_cho gọi_ngay bấm quay alo tổng_đài hotline cảnh_sát cứu_hỏa cứu_hoả cấp_cứu cứu_thương liên_hệ đường_dây_nóng nhắn_tin số_khẩn_cấp cskh"""
+CALLS = """gọi gọi_số gọi_cho gọi_ngay bấm quay alo tổng_đài hotline cảnh_sát cứu_hỏa cứu_hoả cấp_cứu cứu_thương
+    liên_hệ đường_dây_nóng nhắn_tin số_khẩn_cấp cskh"""
 CALLED = CALLS + """ điện_thoại số_điện_thoại đt đtdđ sđt tel fax zalo di_động gửi gửi_đến đầu_số"""
-IDS = """mã_số mã_số_thuế mst mã_bưu_chính mã_bưu_điện số_báo_danh sbd mã_vùng mã_otp otp mã_xác_nhận mã_pin mã_đơn mã_đơn_hàng mã_vận_đơn mã_giao_dịch mã_sinh_viên mssv mã_hồ_sơ mã_lớp mã_đề mật_khẩu số_tài_khoản tài_khoản stk tk số_thẻ
-    số_hiệu số_seri seri số_sê_ri imei cccd căn_cước căn_cước_công_dân cmnd cmt chứng_minh_thư chứng_minh_nhân_dân số_chứng_minh hộ_chiếu gplx giấy_phép_lái_xe số_bảo_hiểm biển_số biển_kiểm_soát số_máy số_khung isbn mã_vạch"""
+IDS = """mã_số mã_số_thuế mst mã_bưu_chính mã_bưu_điện số_báo_danh sbd mã_vùng mã_otp otp mã_xác_nhận mã_pin mã_đơn
+    mã_đơn_hàng mã_vận_đơn mã_giao_dịch mã_sinh_viên mssv mã_hồ_sơ mã_lớp mã_đề mật_khẩu số_tài_khoản tài_khoản stk tk
+    số_thẻ số_hiệu số_seri seri số_sê_ri imei cccd căn_cước căn_cước_công_dân cmnd cmt chứng_minh_thư
+    chứng_minh_nhân_dân số_chứng_minh hộ_chiếu gplx giấy_phép_lái_xe số_bảo_hiểm biển_số biển_kiểm_soát số_máy
+    số_khung isbn mã_vạch"""
 _GAP = r"(?:\s*[:.]\s*|\s+)(?:(?:số|là|số là)\s*:?\s+)?"
 SUM = r"(?!\w|[.,/:%]\d|\s?(?:đồng|đ|%|triệu|tỷ|tỉ|nghìn|ngàn|trăm|người|cuộc|usd|đô|vnđ|vnd|k|tr)(?!\w))" # an amount follows, no code
 
@@ -222,10 +239,13 @@ def hotline(m):
     "1900 2345, 1800.6789; not 1900-1954"
     number = re.sub(r"\D", "", m[0])
     if re.fullmatch(r"\d{4}[ -](1[5-9]|20)\d\d|\d{4}(\.000)+|\d{5,}0000", m[0]) and not before(m, CALLED): return None
-    if before(m, "năm từ đến tới trước sau thế_kỷ khoảng") or (m[0] == number and len(number) < 8 and not before(m, CALLED, gap=1)): return None
+    if before(m, "năm từ đến tới trước sau thế_kỷ khoảng") or (m[0] == number and len(number) < 8 and not before(m, CALLED, gap=1)):
+        return None
     return digits(number)
 
-@rule(rf"(?<!\w)(?P<name>{any_of(CALLS + ' số')}(?:{_GAP}|\s*\())(?P<n>(?:11[1-9]|10[28]\d|911)(?:(?:,\s*|\s*[-/]\s*|\s+(?:và|hoặc|hay)\s+)11[1-9])*)(?!\w|[.,/:-]\d)")
+@rule(
+    rf"(?<!\w)(?P<name>{any_of(CALLS + ' số')}(?:{_GAP}|\s*\())(?P<n>(?:11[1-9]|10[28]\d|911)(?:(?:,\s*|\s*[-/]\s*|\s+(?:và|hoặc|hay)\s+)11[1-9])*)(?!\w|[.,/:-]\d)"
+)
 def emergency(m):
     "gọi 113, gọi 113 hoặc 114"
     if m["name"].strip().lower() == "số" and NAME.match(m.string, m.end()) or after(m, "đường phố người cuộc"): return None
@@ -239,7 +259,8 @@ def service_code(m):
 @rule(rf"(?<!\w)(?P<name>{any_of(CALLED)}{_GAP})(?P<n>\d(?:[ .-]?\d){{3,}}){SUM}")
 def called(m):
     "tổng đài 1900 1234"
-    if THOUSANDS.fullmatch(m["n"]) or m["name"].strip().lower() == "gửi" and not before(m, "nhắn nhắn_tin soạn soạn_tin", gap=5): return None
+    if THOUSANDS.fullmatch(m["n"]) or m["name"].strip().lower() == "gửi" and not before(m, "nhắn nhắn_tin soạn soạn_tin", gap=5):
+        return None
     return f"{m['name']}{digits(m['n'])}"
 
 @rule(r"(?<![\w.,])\d{4}(?:[ -]\d{4}){2,3}(?!\w|[.,]\d)")
@@ -257,9 +278,16 @@ def id_number(m):
 def plate(m):
     "30E-567.89, 51F-1234"
     if not ("-" in m[2] + m[4] or "." in m[5] or before(m, "biển biển_số xe biển_kiểm_soát bks", gap=2)): return None
-    return f"{cardinal(int(m[1]))} {m[3][:-1]} {cardinal(int(m[3][-1]))} {digits(m[5])}" if m[3][-1].isdigit() else f"{cardinal(int(m[1]))} {m[3]} {digits(m[5])}"
+    return (
+        f"{cardinal(int(m[1]))} {m[3][:-1]} {cardinal(int(m[3][-1]))} {digits(m[5])}"
+        if m[3][-1].isdigit()
+        else f"{cardinal(int(m[1]))} {m[3]} {digits(m[5])}"
+    )
 
-@rule(rf"(?<!\w)(?P<name>{any_of('chuyến_bay chuyến số_hiệu máy_bay airlines airways vietjet boeing airbus tàu_hỏa mã chứng_khoán')}\s+(?:(?:[A-Z]{{1,3}}|[a-z]{{2}})\s*)?)(?P<n>\d{{3,4}}(?:-\d{{1,4}})?)(?!\w|[.,/]\d|\s?(?:người|khách|ghế|cổ))")
+
+@rule(
+    rf"(?<!\w)(?P<name>{any_of('chuyến_bay chuyến số_hiệu máy_bay airlines airways vietjet boeing airbus tàu_hỏa mã chứng_khoán')}\s+(?:(?:[A-Z]{{1,3}}|[a-z]{{2}})\s*)?)(?P<n>\d{{3,4}}(?:-\d{{1,4}})?)(?!\w|[.,/]\d|\s?(?:người|khách|ghế|cổ))"
+)
 def flight(m):
     "chuyến bay VN 1234, Boeing 737-800"
     return f"{m['name'].rstrip()} {' '.join(map(digits, m['n'].split('-')))}"

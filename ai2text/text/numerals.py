@@ -15,7 +15,11 @@ from .quantities import name_of # registers its rules before these  # noqa: F401
 from .dates import COUNTED
 
 # %% ../../nbs/text/05_numerals.ipynb #d5f22936
-VERSIONS = any_of("phiên_bản version ver bản công_nghiệp thời_đại web android ios windows python mục hình bảng điều khoản chương_trình bluetooth usb chatgpt gpt khoản_mục tiểu_mục")
+VERSIONS = any_of(
+    "phiên_bản version ver bản công_nghiệp thời_đại web android ios windows python mục hình bảng điều khoản chương_trình "
+    "bluetooth usb chatgpt gpt khoản_mục tiểu_mục"
+)
+
 
 def dotted(text:str)->str:
     "Numbers with `chấm` between them."
@@ -41,13 +45,17 @@ def ordinal(n:int)->str:
     "The ordinal after `thứ`."
     return {1: "nhất", 4: "tư"}.get(n) or cardinal(n)
 
-@rule(r"(?<!\w)(?i:thứ)\s+[2-7]\s?[-–](?=\s?(?i:thứ\s|chủ nhật))|(?<!\w)T[2-7](?:(?:\s?[-–,&]\s?|\s+(?:và|hoặc|đến)\s+)(?:T[2-7]|CN)(?!\w))+")
+@rule(
+    r"(?<!\w)(?i:thứ)\s+[2-7]\s?[-–](?=\s?(?i:thứ\s|chủ nhật))|(?<!\w)T[2-7](?:(?:\s?[-–,&]\s?|\s+(?:và|hoặc|đến)\s+)(?:T[2-7]|CN)(?!\w))+"
+)
 def weekdays(m):
     "thứ 2 - thứ 6, T2-T6, T7, CN, T7 và CN"
     if m[0][-1] in "-–": return f"thứ {ordinal(int(re.search('[2-7]', m[0])[0]))} đến"
     return re.sub(r"\s?[-–]\s?", " đến ", re.sub(r"T([2-7])|CN", lambda d: f"thứ {ordinal(int(d[1]))}" if d[1] else "chủ nhật", m[0]))
 
-@rule(r"(?<!\w)(?P<word>(?i:thứ)\s+)(?P<n>[2-7](?:,\s?[2-7]){2,}(?:\s+(?:và|hoặc)\s+[2-7])?|[2-7](?:,\s?[2-7])+\s+(?:và|hoặc)\s+[2-7]|\d{1,9}(?:\s?[-–]\s?\d{1,9})*)(?![\w]|[.,/:]\d)")
+@rule(
+    r"(?<!\w)(?P<word>(?i:thứ)\s+)(?P<n>[2-7](?:,\s?[2-7]){2,}(?:\s+(?:và|hoặc)\s+[2-7])?|[2-7](?:,\s?[2-7])+\s+(?:và|hoặc)\s+[2-7]|\d{1,9}(?:\s?[-–]\s?\d{1,9})*)(?![\w]|[.,/:]\d)"
+)
 def after_thu(m):
     "thứ 4, lần thứ 14, thứ 2-6, thứ 2, 4, 6"
     if "," in m["n"]: return m["word"] + re.sub(r"\d", lambda n: ordinal(int(n[0])), m["n"])
@@ -56,13 +64,18 @@ def after_thu(m):
     return m["word"] + joint.join(map(ordinal, numbers))
 
 # %% ../../nbs/text/05_numerals.ipynb #a354627c
-ROMAN = r"(?:(?=[IVXLC]{2}|[IVX](?!\w)|[MDCLXVI]{4})(?:M{0,3}(?:CM|CD|D?C{0,3})(?=[^\W_]{2})|C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})(?!\w))"
-PLACES = any_of("""thế_kỷ thế_kỉ thiên_niên_kỷ thiên_niên_kỉ đại_hội hội_nghị khóa khoá kỳ kì kỳ_họp chương phần tập quyển cuốn hồi quý điều mục bài đợt vòng cấp loại hạng nhóm bậc
-    thứ lần chiến thế_chiến thế_giới đảng trung_ương giai_đoạn vùng quân_khu tuyến bảng phụ_lục lớp trường_cấp
-    khu_vực học_kỳ học_kì đô_thị_loại độ type tổ ca chặng mục pha thể chiến_khu liên_khu khu đoạn khoản báo_động vành_đai tầng tuyến_số đường_số bảng_số phụ_lục_số mẫu_số metro_số sư_đoàn quân_đoàn thời_kỳ thế_hệ đời""")
+ROMAN = (
+    r"(?:(?=[IVXLC]{2}|[IVX](?!\w)|[MDCLXVI]{4})(?:M{0,3}(?:CM|CD|D?C{0,3})(?=[^\W_]{2})|C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})(?!\w))"
+)
+PLACES = any_of("""thế_kỷ thế_kỉ thiên_niên_kỷ thiên_niên_kỉ đại_hội hội_nghị khóa khoá kỳ kì kỳ_họp chương phần tập
+    quyển cuốn hồi quý điều mục bài đợt vòng cấp loại hạng nhóm bậc thứ lần chiến thế_chiến thế_giới đảng trung_ương
+    giai_đoạn vùng quân_khu tuyến bảng phụ_lục lớp trường_cấp khu_vực học_kỳ học_kì đô_thị_loại độ type tổ ca chặng
+    mục pha thể chiến_khu liên_khu khu đoạn khoản báo_động vành_đai tầng tuyến_số đường_số bảng_số phụ_lục_số mẫu_số
+    metro_số sư_đoàn quân_đoàn thời_kỳ thế_hệ đời""")
 TITLES = any_of("vua hoàng_đế nữ_hoàng nữ_vương quốc_vương giáo_hoàng sa_hoàng hoàng_hậu thái_tử đức_vua")
-KINGS = """Louis Lu-i Charles Henry Henri Elizabeth Napoléon Napoleon Nikolai Nicholas Pyotr Peter Rama George William Wilhelm Philip Philippe Felipe James Edward Richard Friedrich Frederick Otto
-    Leopold Gustav Ramses Alexander Aleksandr Ivan Franz Ferdinand Isabella Mary Pie Piô Phaolô Paul Benedict Victoria Darius Cyrus""".split()
+KINGS = """Louis Lu-i Charles Henry Henri Elizabeth Napoléon Napoleon Nikolai Nicholas Pyotr Peter Rama George William
+    Wilhelm Philip Philippe Felipe James Edward Richard Friedrich Frederick Otto Leopold Gustav Ramses Alexander
+    Aleksandr Ivan Franz Ferdinand Isabella Mary Pie Piô Phaolô Paul Benedict Victoria Darius Cyrus""".split()
 ONES = {"I": 1, "V": 5, "X": 10, "L": 50, "C": 100, "D": 500, "M": 1000}
 DYNASTIC = {1: "đệ nhất", 2: "đệ nhị", 3: "đệ tam"}
 
@@ -121,7 +134,8 @@ def plain(m):
     "12.500 người, and what no other rule read"
     if len(m[0]) >= LONG and after(m, COUNTED + " đại_lượng lượt_khách cổ_phiếu tài_khoản khách usd đô"):
         return read_number(m[0], quantity=True)
-    if re.fullmatch(r"[1-9]\d{0,2},\d\d0", m[0]): return unsure(read_number(m[0]), f"{cardinal(int(m[0].split(',')[0]))} phẩy {digits(m[0].split(',')[1])}")
+    if re.fullmatch(r"[1-9]\d{0,2},\d\d0", m[0]):
+        return unsure(read_number(m[0]), f"{cardinal(int(m[0].split(',')[0]))} phẩy {digits(m[0].split(',')[1])}")
     if re.fullmatch(r"[1-9]\d{0,2}\s\d\d[1-9]", m[0]): return unsure(read_number(m[0]), " ".join(map(read_number, m[0].split())))
     return read_number(m[0])
 

@@ -14,20 +14,51 @@ from .numbers import DIGITS, NUMBER, PLAIN_NUMBER, after, any_of, around, before
 from .dates import COUNTED, STREETS
 
 # %% ../../nbs/text/04_quantities.ipynb #a1efad35
-MONEY = {sign: name for name, signs in {"đồng": "đ đồng ₫ vnd vnđ", "đô la": "$", "đô la mỹ": "usd us$", "ơ rô": "€ eur", "bảng anh": "£ gbp", "yên": "¥ jpy", "nhân dân tệ": "cny rmb ndt", "uôn": "₩ krw", "bạt": "฿ thb",
-    "đô la singapore": "sgd s$", "đô la úc": "aud a$", "đô la canada": "cad", "đô la hồng kông": "hkd", "đô la đài loan": "twd", "đô la new zealand": "nzd", "rúp": "rub ₽", "ru pi": "inr ₹", "ringgit": "myr", "rupiah": "idr",
-    "phơ răng thụy sĩ": "chf", "kíp": "lak", "riên": "khr"}.items() for sign in signs.split()} | {"đô la": "đô la"}
-PREFIXES = {"k": "ki lô", "h": "héc tô", "d": "đề xi", "c": "xen ti", "m": "mi li", "µ": "mi crô", "μ": "mi crô", "n": "na nô", "M": "mê ga", "G": "gi ga", "T": "tê ra"}
-UNITS = {prefix + sign: f"{PREFIXES[prefix]} {name}" for sign, name, prefixes in (("m", "mét", "khdcmµμn"), ("g", "gam", "kmµμ"), ("l", "lít", "mcd"), ("Hz", "héc", "kMG"), ("W", "oát", "kMG"), ("B", "bai", "kMGT"), ("V", "vôn", "km"),
-    ("Wh", "oát giờ", "kM"), ("A", "am pe", "m"), ("Ah", "am pe giờ", "m"), ("cal", "ca lo", "k"), ("Pa", "pát can", "khM"), ("J", "giun", "k"), ("s", "giây", "m"), ("b", "bít", "M"), ("bit", "bít", "kMG"), ("bps", "bít trên giây", "kMG"), ("mol", "mon", "m"),
-    ("Ω", "ôm", "k")) for prefix in prefixes}
-UNITS |= {sign: name for name, signs in {"mét": "m", "gam": "g gr gram", "lít": "l L", "héc": "Hz", "oát": "W", "vôn": "V", "giờ": "h", "phút": "p ph ' ′ min", "giây": "s ″", "nghìn": "k K", "triệu": "tr", "héc ta": "ha", "xê xê": "cc", "ca lo": "cal", "mon": "mol",
-    "mi li lít": "mL", "đề xi lít": "dL", "đề xi ben": "dB", "mi li mét thủy ngân": "mmHg", "độ c": "°C ºC oC °c ºc", "độ f": "°F ºF", "độ": "° º", "phần trăm": "%", "phần nghìn": "‰", "mã lực": "hp", "in": "inch ″", "ôm": "Ω",
-    "phần triệu": "ppm", "sao": "★ ⭐ *", "đơn vị quốc tế": "IU", "đề xi mét": "dm", "ki lô oát giờ": "KWh", "gi ga bít trên giây": "Gb/s", "gi ga bai trên giây": "GB/s", "mét trên giây bình phương": "m/s2 m/s²"}.items() for sign in signs.split()}
+MONEY = {
+    sign: name
+    for name, signs in {
+        "đồng": "đ đồng ₫ vnd vnđ", "đô la": "$", "đô la mỹ": "usd us$", "ơ rô": "€ eur", "bảng anh": "£ gbp",
+        "yên": "¥ jpy", "nhân dân tệ": "cny rmb ndt", "uôn": "₩ krw", "bạt": "฿ thb", "đô la singapore": "sgd s$",
+        "đô la úc": "aud a$", "đô la canada": "cad", "đô la hồng kông": "hkd", "đô la đài loan": "twd",
+        "đô la new zealand": "nzd", "rúp": "rub ₽", "ru pi": "inr ₹", "ringgit": "myr", "rupiah": "idr",
+        "phơ răng thụy sĩ": "chf", "kíp": "lak", "riên": "khr"
+    }.items()
+    for sign in signs.split()
+} | {"đô la": "đô la"}
+PREFIXES = {
+    "k": "ki lô", "h": "héc tô", "d": "đề xi", "c": "xen ti", "m": "mi li", "µ": "mi crô", "μ": "mi crô", "n": "na nô",
+    "M": "mê ga", "G": "gi ga", "T": "tê ra"
+}
+UNITS = {
+    prefix + sign: f"{PREFIXES[prefix]} {name}"
+    for sign, name, prefixes in (
+        ("m", "mét", "khdcmµμn"), ("g", "gam", "kmµμ"), ("l", "lít", "mcd"), ("Hz", "héc", "kMG"), ("W", "oát", "kMG"),
+        ("B", "bai", "kMGT"), ("V", "vôn", "km"), ("Wh", "oát giờ", "kM"), ("A", "am pe", "m"),
+        ("Ah", "am pe giờ", "m"), ("cal", "ca lo", "k"), ("Pa", "pát can", "khM"), ("J", "giun", "k"),
+        ("s", "giây", "m"), ("b", "bít", "M"), ("bit", "bít", "kMG"), ("bps", "bít trên giây", "kMG"),
+        ("mol", "mon", "m"), ("Ω", "ôm", "k")
+    )
+    for prefix in prefixes
+}
+UNITS |= {
+    sign: name
+    for name, signs in {
+        "mét": "m", "gam": "g gr gram", "lít": "l L", "héc": "Hz", "oát": "W", "vôn": "V", "giờ": "h",
+        "phút": "p ph ' ′ min", "giây": "s ″", "nghìn": "k K", "triệu": "tr", "héc ta": "ha", "xê xê": "cc",
+        "ca lo": "cal", "mon": "mol", "mi li lít": "mL", "đề xi lít": "dL", "đề xi ben": "dB",
+        "mi li mét thủy ngân": "mmHg", "độ c": "°C ºC oC °c ºc", "độ f": "°F ºF", "độ": "° º", "phần trăm": "%",
+        "phần nghìn": "‰", "mã lực": "hp", "in": "inch ″", "ôm": "Ω", "phần triệu": "ppm", "sao": "★ ⭐ *",
+        "đơn vị quốc tế": "IU", "đề xi mét": "dm", "ki lô oát giờ": "KWh", "gi ga bít trên giây": "Gb/s",
+        "gi ga bai trên giây": "GB/s", "mét trên giây bình phương": "m/s2 m/s²"
+    }.items()
+    for sign in signs.split()
+}
 for length in ("km", "hm", "m", "dm", "cm", "mm"):
     for sign in "2²": UNITS[length + sign] = f"{UNITS[length]} vuông"
     for sign in "3³": UNITS[length + sign] = f"{UNITS[length]} khối"
-_ANY_CASE = {sign.lower(): name for sign, name in UNITS.items() if len(sign) > 1 and sign[-1] != "Ω" and sign not in ("mV", "mA", "mB", "mb")} | {"v": "vôn", "w": "oát"}
+_ANY_CASE = {
+    sign.lower(): name for sign, name in UNITS.items() if len(sign) > 1 and sign[-1] != "Ω" and sign not in ("mV", "mA", "mB", "mb")
+} | {"v": "vôn", "w": "oát"}
 _ANY_CASE |= {sign.lower(): UNITS[sign] for sign in ("MW", "MB", "MHz", "kPa")}
 
 def _signs(names)->str: return "|".join(re.escape(o) for o in sorted(names, key=len, reverse=True))
@@ -48,10 +79,18 @@ def amount(number:str, sign:str)->str:
     return read_number(number, quantity=True)
 
 # %% ../../nbs/text/04_quantities.ipynb #40fae6ce
-MATHEMATICS = {"+": "cộng", "=": "bằng", "x": "nhân", "*": "nhân", "×": "nhân", "÷": "chia", "±": "cộng trừ", "^": "mũ", "-": "âm", "−": "âm", "≠": "khác"}
-COMPARED = {">": either("lớn hơn", "trên", "hơn"), "<": either("nhỏ hơn", "dưới"), "≥": either("lớn hơn hoặc bằng", "từ"), "≤": either("nhỏ hơn hoặc bằng", "không quá"), "~": "khoảng", "≈": "khoảng", "#": "số"}
+MATHEMATICS = {
+    "+": "cộng", "=": "bằng", "x": "nhân", "*": "nhân", "×": "nhân", "÷": "chia", "±": "cộng trừ", "^": "mũ", "-": "âm",
+    "−": "âm", "≠": "khác"
+}
+COMPARED = {
+    ">": either("lớn hơn", "trên", "hơn"), "<": either("nhỏ hơn", "dưới"), "≥": either("lớn hơn hoặc bằng", "từ"),
+    "≤": either("nhỏ hơn hoặc bằng", "không quá"), "~": "khoảng", "≈": "khoảng",
+    "#": "số",
+}
 
-_READ = DIGITS + "mươi trăm phần".split() + sorted({name.split()[-1] for name in (*UNITS.values(), *MONEY.values())} - {"độ"}) # ends of a number in words
+# ends of a number in words
+_READ = DIGITS + "mươi trăm phần".split() + sorted({name.split()[-1] for name in (*UNITS.values(), *MONEY.values())} - {"độ"})
 _BEFORE_MINUS = re.compile(rf"(?:\d\S{{0,4}}|[A-Z]{{2,}}|(?<!\w)(?:{'|'.join(_READ)}))\s$")
 
 @rule(r"(?<![^\s(\[])(?<!\d\s)[-−–](?=\d)", needs="-−–")
@@ -82,15 +121,20 @@ def house(m):
     words = [read_number(n) if n.isdigit() else f"{read_number(n[:-1])} {n[-1]}" for n in m[0].split("/")]
     return either(" trên ".join(words), " xuyệt ".join(words))
 
-@rule(rf"(?<!\w)(?<!\d[.,/])(?:(?P<whole>[1-9]\d{{0,2}}) )?({PLAIN_NUMBER})/({PLAIN_NUMBER})(?:\s?({SIGN})(?!\w)|(?!\w|[.,/]\d))", needs="/")
+@rule(
+    rf"(?<!\w)(?<!\d[.,/])(?:(?P<whole>[1-9]\d{{0,2}}) )?({PLAIN_NUMBER})/({PLAIN_NUMBER})(?:\s?({SIGN})(?!\w)|(?!\w|[.,/]\d))", needs="/"
+)
 def fraction(m):
     "1/2, 2/3 dân số, 120/80 mmHg, 8,75/10, 5 1/2"
     top, under = m[2], m[3]
     above, below, unit = value_of(top), value_of(under), f" {name_of(m[4])}" if m[4] else ""
     over = f"{read_number(top)} trên {read_number(under)}{unit}"
-    if re.fullmatch(r"(1[89]|20)\d\d", top) and (below - above) % 100 == 1 and len(under) in (2, 4): return either(over.replace(" trên ", " "), over) # a season
+    # a season
+    if re.fullmatch(r"(1[89]|20)\d\d", top) and (below - above) % 100 == 1 and len(under) in (2, 4):
+        return either(over.replace(" trên ", " "), over)
     if m["whole"]:
-        if above < below <= 10: return f"{read_number(m['whole'])} và {read_number(top)} phần {'tư' if below == 4 else read_number(under)}{unit}"
+        if above < below <= 10:
+            return f"{read_number(m['whole'])} và {read_number(top)} phần {'tư' if below == 4 else read_number(under)}{unit}"
         over = f"{read_number(m['whole'])} {over}"
     if not (top.isdigit() and below == int(below)) or above >= below or m["whole"]: return over
     part = f"{read_number(top)} phần {'tư' if below == 4 else read_number(under)}{unit}"
@@ -107,7 +151,9 @@ def currency_pair(m):
     "EUR/USD"
     return f"{name_of(m[1])} trên {name_of(m[2])}"
 
-@rule(fr"(?<!\w)(?P<sign>(?i:us\$|vnd|vnđ|usd|eur|[sa]\$)|[$€£¥₫₩])\s?(?P<n>{PLAIN_NUMBER})(?:\s?[-–]\s?[$€£¥]?(?P<to>{PLAIN_NUMBER}))?(?P<large>\s?(?:{LARGE}|[KMB]|bn))?(?!\w)")
+@rule(
+    rf"(?<!\w)(?P<sign>(?i:us\$|vnd|vnđ|usd|eur|[sa]\$)|[$€£¥₫₩])\s?(?P<n>{PLAIN_NUMBER})(?:\s?[-–]\s?[$€£¥]?(?P<to>{PLAIN_NUMBER}))?(?P<large>\s?(?:{LARGE}|[KMB]|bn))?(?!\w)"
+)
 def sign_first(m):
     "$5, US$20, $2.5 triệu, $10-20"
     words = amount(m["n"], m["sign"])
@@ -115,18 +161,26 @@ def sign_first(m):
     large = (m["large"] or "").strip()
     return " ".join(filter(None, (words, {"K": "nghìn", "M": "triệu", "B": "tỷ", "bn": "tỷ"}.get(large, large), name_of(m["sign"]))))
 
-@rule(fr"(?<!\d[-–—])(?P<a>{NUMBER})\s?(?P<unit>{SIGN})?\s?[-–—~]\s?(?={PLAIN_NUMBER}(?!\s?[-–—]\s?\d|:\d))(?P<b>{PLAIN_NUMBER})", needs="-–—~")
+@rule(
+    rf"(?<!\d[-–—])(?P<a>{NUMBER})\s?(?P<unit>{SIGN})?\s?[-–—~]\s?(?={PLAIN_NUMBER}(?!\s?[-–—]\s?\d|:\d))(?P<b>{PLAIN_NUMBER})",
+    needs="-–—~",
+)
 def range_of_numbers(m):
     "10-15, 10km-15km; the second number is left to the next rules"
     unit = f" {name_of(m['unit'])}" if m["unit"] else ""
     return f"{read_number(m['a'], quantity=bool(unit))}{unit}{between(m['a'], m['b'])}{m['b']}"
 
-@rule(r"\s?[+=×÷±≠](?=\s?\d)|(?<=\d)\s?[+=](?!\w)|(?<=\d)\s?[x*](?=\s?\d)|(?<=\w)\s[x*×]\s(?=\d)|(?<=\w)\s?\^\s?[-−]?(?=\w)", needs="+=x*×÷±≠^")
+@rule(
+    r"\s?[+=×÷±≠](?=\s?\d)|(?<=\d)\s?[+=](?!\w)|(?<=\d)\s?[x*](?=\s?\d)|(?<=\w)\s[x*×]\s(?=\d)|(?<=\w)\s?\^\s?[-−]?(?=\w)",
+    needs="+=x*×÷±≠^",
+)
 def mathematics(m):
     "2 + 3 = 5, 3x4, 10^6"
     return " ".join(MATHEMATICS[sign] for sign in m[0] if sign.strip())
 
-@rule(r"(?<![\w.,])(\d{1,9})\s?(m|kg|tr|l|tỷ|tỉ|triệu|lít|mét|cân|°)(?!(?<=m)[23](?!\d))(\d{1,3})(?!\w|[.,]\d)(?:\s?((?i:đồng|đ|vnđ|vnd)(?!\w)))?")
+@rule(
+    r"(?<![\w.,])(\d{1,9})\s?(m|kg|tr|l|tỷ|tỉ|triệu|lít|mét|cân|°)(?!(?<=m)[23](?!\d))(\d{1,3})(?!\w|[.,]\d)(?:\s?((?i:đồng|đ|vnđ|vnd)(?!\w)))?"
+)
 def unit_within(m):
     "1m75, 2tr5, 1tr5 VND, 37°5"
     words = f"{cardinal(int(m[1]))} {UNITS.get(m[2], m[2])} "
@@ -135,14 +189,20 @@ def unit_within(m):
     return f"{full} đồng" if m[4] else either(words + cardinal(int(m[3])), full)
 
 # %% ../../nbs/text/04_quantities.ipynb #ec492015
-PER = """năm tháng tuần ngày ngày_đêm đêm giờ tiếng phút giây quý buổi lần người cái chiếc con suất vé khách hộ gia_đình lớp ca trận bữa vụ chuyến lượt sào công mẫu thùng bao tấn tạ yến lượng chỉ cây phòng căn phần tô bát đĩa ly cốc chai lon hộp gói
-    bộ đôi cặp cuốn quyển tờ bài học_sinh sinh_viên học_kỳ kỳ tiết hồ_sơ tài_khoản giao_dịch cuộc tin tin_nhắn lít ký cân mét ounce cổ_phiếu đơn xe tầng ngôi_nhà nhà đầu_người em bé cháu mùa trứng quả set combo sản_phẩm đơn_vị"""
+PER = """năm tháng tuần ngày ngày_đêm đêm giờ tiếng phút giây quý buổi lần người cái chiếc con suất vé khách hộ
+    gia_đình lớp ca trận bữa vụ chuyến lượt sào công mẫu thùng bao tấn tạ yến lượng chỉ cây phòng căn phần tô bát đĩa
+    ly cốc chai lon hộp gói bộ đôi cặp cuốn quyển tờ bài học_sinh sinh_viên học_kỳ kỳ tiết hồ_sơ tài_khoản giao_dịch
+    cuộc tin tin_nhắn lít ký cân mét ounce cổ_phiếu đơn xe tầng ngôi_nhà nhà đầu_người em bé cháu mùa trứng quả set
+    combo sản_phẩm đơn_vị"""
 SHORT_PER = {"cp": "cổ phiếu", "ng": "người", "hs": "học sinh", "sv": "sinh viên", "th": "tháng"}
 PER_WORDS = rf"(?:{any_of(PER)}|{any_of('cp ng hs sv th')})"
 # a letter after the number of these is part of a name
 PRODUCTS = "iphone ipad galaxy samsung xiaomi redmi oppo vivo nokia vàng mạng sóng công_nghệ 4g lte"
 _NEAR = re.compile(r"\d[^\s/]*(?:\s+[^\s.;!?]+){0,2}$")
-_COUNTED = re.compile(rf"(?:\d|%|(?<!\w)(?:mấy|vài|mươi|mười|trăm|nghìn|ngàn|triệu|tỷ|tỉ|đồng|gam|lít|mét|{'|'.join(o for o in DIGITS if o not in ('một', 'năm'))}))[^\s/]*(?:\s+[^\s.;!?]+){{0,6}}$")
+_COUNTED = re.compile(
+    rf"(?:\d|%|(?<!\w)(?:mấy|vài|mươi|mười|trăm|nghìn|ngàn|triệu|tỷ|tỉ|đồng|gam|lít|mét|{'|'.join(o for o in DIGITS if o not in ('một', 'năm'))}))[^\s/]*(?:\s+[^\s.;!?]+){{0,6}}$"
+)
+
 
 def _counted(m, near:bool=False)->bool:
     "Whether a number, perhaps in words already, stands a few words before."
@@ -158,13 +218,26 @@ def per(what:str)->str:
 @rule(rf"(?P<n>{NUMBER})\s?(?:[\"”″]|'')(?!\w)", needs="\"”″'")
 def screen(m):
     "tivi 55\""
-    if before(m, "tivi ti_vi tv màn_hình laptop máy_tính vành mâm bánh", gap=2) and m.string[:m.start()].count('"') % 2 == 0: return f"{read_number(m['n'])} in"
+    if before(m, "tivi ti_vi tv màn_hình laptop máy_tính vành mâm bánh", gap=2) and m.string[: m.start()].count('"') % 2 == 0:
+        return f"{read_number(m['n'])} in"
 
-@rule(fr"(?P<n>{NUMBER})(?P<large>\s?{LARGE})?(?P<gap>\s?)(?P<unit>{SIGN})(?![\w²³])(?:\s?/\s?(?P<per>{PER_WORDS}(?!\w)|{UNIT}(?!\w)|[^\W\d_]+(?!\w)))?")
+
+@rule(
+    rf"(?P<n>{NUMBER})(?P<large>\s?{LARGE})?(?P<gap>\s?)(?P<unit>{SIGN})(?![\w²³])(?:\s?/\s?(?P<per>{PER_WORDS}(?!\w)|{UNIT}(?!\w)|[^\W\d_]+(?!\w)))?"
+)
 def quantity(m):
     "5km, 15.000đ, 2 tỷ USD, 90 km/h, 50.000đ/kg, 220v"
     unit = m["unit"]
-    if len(unit) == 1 and unit.isalpha() and (before(m, PRODUCTS) or unit == "K" and value_of(m["n"]) < 10 or re.search(r"[a-z][A-Z]\w*\s$", m.string[max(0, m.start() - 20):m.start()])):
+    if (
+        len(unit) == 1
+        and unit.isalpha()
+        and (
+            before(m, PRODUCTS)
+            or unit == "K"
+            and value_of(m["n"]) < 10
+            or re.search(r"[a-z][A-Z]\w*\s$", m.string[max(0, m.start() - 20) : m.start()])
+        )
+    ):
         return f"{read_number(m['n'])} {unit.lower()}{' / ' + m['per'] if m['per'] else ''}"
     if unit in ("v", "w", "K") and m["gap"]: return None
     words = f"{amount(m['n'], unit)}{' ' + m['large'].strip() if m['large'] else ''} {name_of(unit)}"

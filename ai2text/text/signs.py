@@ -14,8 +14,14 @@ from .numbers import any_of, cardinal, digits
 
 # %% ../../nbs/text/06_signs.ipynb #fbed2089
 D_BARS = "ÐðĐɖƉ"          # eth and African d, which look like Đ and đ
-READ = {"%": "phần trăm", "‰": "phần nghìn", "½": "một phần hai", "¼": "một phần tư", "¾": "ba phần tư", "⅓": "một phần ba", "⅔": "hai phần ba", "&": "và", "@": "a còng", "+": "cộng", "=": "bằng", "×": "nhân", "÷": "chia", "±": "cộng trừ",
-    "°": "độ", "$": "đô la", "€": "ơ rô", "£": "bảng", "¥": "yên", "₫": "đồng", "№": "số", "√": "căn", "∞": "vô cùng", "≥": "lớn hơn hoặc bằng", "≤": "nhỏ hơn hoặc bằng", "≈": "khoảng", "α": "an pha", "β": "bê ta", "γ": "gam ma", "δ": "đen ta", "ε": "ép xi lon", "θ": "tê ta", "λ": "lam đa", "ρ": "rô", "σ": "xích ma", "φ": "phi", "π": "pi", "µ": "mi crô", "μ": "mi crô", "Ω": "ôm", "ω": "ô mê ga"}
+READ = {
+    "%": "phần trăm", "‰": "phần nghìn", "½": "một phần hai", "¼": "một phần tư", "¾": "ba phần tư", "⅓": "một phần ba",
+    "⅔": "hai phần ba", "&": "và", "@": "a còng", "+": "cộng", "=": "bằng", "×": "nhân", "÷": "chia", "±": "cộng trừ",
+    "°": "độ", "$": "đô la", "€": "ơ rô", "£": "bảng", "¥": "yên", "₫": "đồng", "№": "số", "√": "căn", "∞": "vô cùng",
+    "≥": "lớn hơn hoặc bằng", "≤": "nhỏ hơn hoặc bằng", "≈": "khoảng", "α": "an pha", "β": "bê ta", "γ": "gam ma",
+    "δ": "đen ta", "ε": "ép xi lon", "θ": "tê ta", "λ": "lam đa", "ρ": "rô", "σ": "xích ma", "φ": "phi", "π": "pi",
+    "µ": "mi crô", "μ": "mi crô", "Ω": "ôm", "ω": "ô mê ga"
+}
 QUOTES = "`´ʹʼ|"          # symbols or letters in Unicode, used as quotes and bars
 FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0" # invisible, though not by their category
 NUMBER_SIGNS = "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd" # category Cf, but visible
@@ -32,7 +38,15 @@ def is_symbol(
     char:str, # one character
 )->bool:
     "A symbol or an emoji without a reading."
-    return (unicodedata.category(char) in ("So", "Sm", "Sc", "Sk", "No", "Me") and char not in READ and char not in QUOTES and char not in BRACKETS and char not in "\ufffd\u0600" or char in "#§") and not is_invisible(char)
+    return (
+        unicodedata.category(char) in ("So", "Sm", "Sc", "Sk", "No", "Me")
+        and char not in READ
+        and char not in QUOTES
+        and char not in BRACKETS
+        and char not in "\ufffd\u0600"
+        or char in "#§"
+    ) and not is_invisible(char)
+
 
 def symbols(
     text:str, # as typed
@@ -55,25 +69,53 @@ class CharacterMap(dict):
 CHARACTER_MAP = CharacterMap()
 
 # %% ../../nbs/text/06_signs.ipynb #57fd4b9b
-COMPATIBLE = re.compile("[ªº\u2080-\u2089\u2100-\u2115\u2117-\u211f\u2123-\u214f\u2160-\u217f\u2460-\u24ff\u3300-\u33ff\ufb00-\ufb06\uff01-\uff5e]")
+COMPATIBLE = re.compile(
+    "[ªº\u2080-\u2089\u2100-\u2115\u2117-\u211f\u2123-\u214f\u2160-\u217f\u2460-\u24ff\u3300-\u33ff\ufb00-\ufb06\uff01-\uff5e]"
+)
+
 
 def write_out(
     text:str, # NFC
 )->str:
     "Replace compatibility characters by plain ones; `º` becomes a degree sign."
-    return COMPATIBLE.sub(lambda m: "°" if m[0] == "º" else f" {unicodedata.normalize('NFKC', m[0])} " if "\u2460" <= m[0] < "\u2500" else unicodedata.normalize("NFKC", m[0]), text)
+    return COMPATIBLE.sub(
+        lambda m: (
+            "°"
+            if m[0] == "º"
+            else f" {unicodedata.normalize('NFKC', m[0])} "
+            if "\u2460" <= m[0] < "\u2500"
+            else unicodedata.normalize("NFKC", m[0])
+        ),
+        text,
+    )
 
 # %% ../../nbs/text/06_signs.ipynb #8f0699d2
 _ENDS = "com net org vn edu gov info io tv app shop asia biz xyz site online"
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
-WEB = re.compile(rf"""(?<![\w@.-])(?:(?P<scheme>https?://)|(?P<user>[A-Za-z0-9][\w.+-]*)@|(?=www\.))(?P<host>{_LABEL}(?:\.{_LABEL})+|localhost)(?P<path>[/?#][^\s<>"”)\],;]*)?
-    |(?<![\w@.-])(?P<bare>(?:{_LABEL}\.)+(?:{"|".join(_ENDS.split())}|[a-z]{{2,3}}(?=/[\w@-]{{3}})))(?![\w@-]|\.\w)(?P<way>/[^\s<>"”)\],;]*)?""", re.X)
+WEB = re.compile(
+    rf"""(?<![\w@.-])(?:(?P<scheme>https?://)|(?P<user>[A-Za-z0-9][\w.+-]*)@|(?=www\.))(?P<host>{_LABEL}(?:\.{_LABEL})+|localhost)(?P<path>[/?#][^\s<>"”)\],;]*)?
+    |(?<![\w@.-])(?P<bare>(?:{_LABEL}\.)+(?:{"|".join(_ENDS.split())}|[a-z]{{2,3}}(?=/[\w@-]{{3}})))(?![\w@-]|\.\w)(?P<way>/[^\s<>"”)\],;]*)?""",
+    re.X,
+)
 _SIGNS = {".": "chấm", "@": "a còng", "/": "xuyệt", "_": "gạch dưới", "-": "gạch ngang", "=": "bằng", "+": "cộng", "&": "và"}
 
 def _spelled(text:str, signs:dict)->str:
     "Letters as they are, numbers and signs in words."
     parts = re.findall(r"[^\W\d_]+|\d+|[\W_]", text)
-    return " ".join(filter(None, ((cardinal(int(o)) if len(o) < 3 and o[0] != "0" else digits(o)) if o.isdecimal() else signs.get(o, "") if not o.isalpha() else o for o in parts))).lower()
+    return " ".join(
+        filter(
+            None,
+            (
+                (cardinal(int(o)) if len(o) < 3 and o[0] != "0" else digits(o))
+                if o.isdecimal()
+                else signs.get(o, "")
+                if not o.isalpha()
+                else o
+                for o in parts
+            ),
+        )
+    ).lower()
+
 
 def read_web(
     text:str,
@@ -86,13 +128,21 @@ def read_web(
     return WEB.sub(words, text) if "." in text else text
 
 # %% ../../nbs/text/06_signs.ipynb #4a313e83
-SOUND_TAGS = """noise noises noisy background_noise laugh laughs laughing laughter breath breathing breathe inhale exhale cough coughing sneeze sigh cry crying sob music song singing applause clap clapping silence sil sp spn nsn unk unknown oov eps
-    inaudible unintelligible unclear crosstalk overlap hesitation filler um uh pause click lipsmack lip_smack noise_background speech_noise spk int sta fil beep ring phone_ringing static garbage foreign blank_audio
-    cười cười_lớn cười_to cười_nhẹ cười_rộ tiếng_cười vỗ_tay tiếng_vỗ_tay ho tiếng_ho hắt_hơi thở_dài tiếng_thở thở khóc tiếng_khóc nhạc âm_nhạc tiếng_nhạc nhạc_nền nhạc_dạo ồn tiếng_ồn tạp_âm nhiễu im_lặng khoảng_lặng ngập_ngừng
-    không_nghe_rõ không_rõ nghe_không_rõ không_nghe_được tiếng_động tiếng_chuông chuông_reo tiếng_xe tiếng_nước reo_hò hò_reo hát tiếng_hát tiếng_nước_ngoài nói_chen nói_chồng hắng_giọng tặc_lưỡi"""
+SOUND_TAGS = """noise noises noisy background_noise laugh laughs laughing laughter breath breathing breathe inhale
+    exhale cough coughing sneeze sigh cry crying sob music song singing applause clap clapping silence sil sp spn nsn
+    unk unknown oov eps inaudible unintelligible unclear crosstalk overlap hesitation filler um uh pause click
+    lipsmack lip_smack noise_background speech_noise spk int sta fil beep ring phone_ringing static garbage foreign
+    blank_audio cười cười_lớn cười_to cười_nhẹ cười_rộ tiếng_cười vỗ_tay tiếng_vỗ_tay ho tiếng_ho hắt_hơi thở_dài
+    tiếng_thở thở khóc tiếng_khóc nhạc âm_nhạc tiếng_nhạc nhạc_nền nhạc_dạo ồn tiếng_ồn tạp_âm nhiễu im_lặng
+    khoảng_lặng ngập_ngừng không_nghe_rõ không_rõ nghe_không_rõ không_nghe_được tiếng_động tiếng_chuông chuông_reo
+    tiếng_xe tiếng_nước reo_hò hò_reo hát tiếng_hát tiếng_nước_ngoài nói_chen nói_chồng hắng_giọng tặc_lưỡi"""
 _TAG = any_of(SOUND_TAGS).replace(" ", "[ _]")
-TAG = re.compile(rf"(?<![\[<{{(*♪♫])[\[<{{(*♪♫]{{1,3}}\s?[/!]?\s?(?P<tag>{_TAG})(?:[\s:_-]*[\d.:,s]+)?\s*/?[\]>}})*♪♫]+|\[(?P<sound>(?i:tiếng|âm thanh|nhạc)(?:[\s_][^\W_]+){{1,5}})\]|(?<!\w)(?:!SIL|\+\+?(?P<plus>{_TAG})\+\+?)(?!\w)")
-EMOTICON = re.compile(r"(?<!\w)(?:[:;=]['-]?(?:[DPpvOo](?!\w)|[)(\]*|/\\]+)|<3+(?!\d)|\^[_.-]*\^|(?:xD+|XDD+|(?<![Ss]ở )(?<![Bb]ộ )(?<![Nn]gành )XD(?=\s*(?:$|[.!?])))(?!\w)|T_T|[=-]+>+|<[=-]+(?!\d)|>{2,}|<{2,})")
+TAG = re.compile(
+    rf"(?<![\[<{{(*♪♫])[\[<{{(*♪♫]{{1,3}}\s?[/!]?\s?(?P<tag>{_TAG})(?:[\s:_-]*[\d.:,s]+)?\s*/?[\]>}})*♪♫]+|\[(?P<sound>(?i:tiếng|âm thanh|nhạc)(?:[\s_][^\W_]+){{1,5}})\]|(?<!\w)(?:!SIL|\+\+?(?P<plus>{_TAG})\+\+?)(?!\w)"
+)
+EMOTICON = re.compile(
+    r"(?<!\w)(?:[:;=]['-]?(?:[DPpvOo](?!\w)|[)(\]*|/\\]+)|<3+(?!\d)|\^[_.-]*\^|(?:xD+|XDD+|(?<![Ss]ở )(?<![Bb]ộ )(?<![Nn]gành )XD(?=\s*(?:$|[.!?])))(?!\w)|T_T|[=-]+>+|<[=-]+(?!\d)|>{2,}|<{2,})"
+)
 MARKUP = re.compile(r"<[/!?]?[A-Za-z][^<>]*>|<!--|&(?:#\d+|#[xX][0-9A-Fa-f]+|[A-Za-z]{2,8});")
 
 def split_tags(

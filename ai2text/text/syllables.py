@@ -91,8 +91,20 @@ def is_syllable(
 
 # %% ../../nbs/text/07_syllables.ipynb #afab36c4
 ONLY_UNICODE = re.compile("[ĂăĐđĨĩŨũƠơƯư\u1ea0-\u1ef9]")
-TCVN3 = str.maketrans("µ¸¶·¹¨»¾¼½Æ©ÇÊÈÉË®ÌÐÎÏÑªÒÕÓÔÖ×ÝØÜÞßãáâä«åèæçé¬êíëìîïóñòô\u00adõøö÷ùúýûüþ¡¢§£¤¥¦", "àáảãạăằắẳẵặâầấẩẫậđèéẻẽẹêềếểễệìíỉĩịòóỏõọôồốổỗộơờớởỡợùúủũụưừứửữựỳýỷỹỵĂÂĐÊÔƠƯ")
-_VNI_MARKS = dict(zip("øûõùïâàåãáäêèúüéë", ["\u0300", "\u0309", "\u0303", "\u0301", "\u0323", "\u0302", "\u0302\u0300", "\u0302\u0309", "\u0302\u0303", "\u0302\u0301", "\u0302\u0323", "\u0306", "\u0306\u0300", "\u0306\u0309", "\u0306\u0303", "\u0306\u0301", "\u0306\u0323"]))
+TCVN3 = str.maketrans(
+    "µ¸¶·¹¨»¾¼½Æ©ÇÊÈÉË®ÌÐÎÏÑªÒÕÓÔÖ×ÝØÜÞßãáâä«åèæçé¬êíëìîïóñòô\u00adõøö÷ùúýûüþ¡¢§£¤¥¦",
+    "àáảãạăằắẳẵặâầấẩẫậđèéẻẽẹêềếểễệìíỉĩịòóỏõọôồốổỗộơờớởỡợùúủũụưừứửữựỳýỷỹỵĂÂĐÊÔƠƯ",
+)
+_VNI_MARKS = dict(
+    zip(
+        "øûõùïâàåãáäêèúüéë",
+        [
+            "\u0300", "\u0309", "\u0303", "\u0301", "\u0323", "\u0302", "\u0302\u0300", "\u0302\u0309", "\u0302\u0303",
+            "\u0302\u0301", "\u0302\u0323", "\u0306", "\u0306\u0300", "\u0306\u0309", "\u0306\u0303", "\u0306\u0301",
+            "\u0306\u0323"
+        ],
+    )
+)
 _VNI_ALONE = str.maketrans("ñôöæóòîÑÔÖÆÓÒÎ", "đơưỉĩịỵĐƠƯỈĨỊỴ")
 _VNI = re.compile(f"([aeiouyôöAEIOUYÔÖ])([{''.join(_VNI_MARKS)}{''.join(_VNI_MARKS).upper()}])")
 _BYTES = {bytes([b]).decode("cp1252", "replace"): b for b in range(128, 160)}
@@ -101,7 +113,10 @@ _ALONE = re.compile(r"(?<![^\s(])[\u00a1-\u00ac\u00ae-\u00bf×÷](?![^\s.,;:)])"
 _INSIDE = re.compile(r"(?<![\W\d_])[µ¸¶·¹¨¾¼½©®ª¬\u00ad](?![\d])") # inside words only in TCVN3
 
 def _from_vni(text:str)->str:
-    return unicodedata.normalize("NFC", _VNI.sub(lambda m: m[1].translate(_VNI_ALONE) + _VNI_MARKS[m[2].lower()], text).translate(_VNI_ALONE))
+    return unicodedata.normalize(
+        "NFC", _VNI.sub(lambda m: m[1].translate(_VNI_ALONE) + _VNI_MARKS[m[2].lower()], text).translate(_VNI_ALONE)
+    )
+
 
 def _from_latin(text:str)->str:
     text = text.replace("Ã ", "Ã\u00a0") # editors turn the second byte of `à` into a space

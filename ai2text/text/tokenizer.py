@@ -100,12 +100,18 @@ def train_bpe(
 )->BPETokenizer:     # deterministic
     "Train BPE; one thread and no sampling, so that the result depends on the texts alone."
     least = 2 + len(ALPHABET)
-    if vocab_size < least: raise ValueError(f"vocab_size {vocab_size} cannot hold the blank, '{WORD_START}' and {len(ALPHABET)} letters; take at least {least}")
+    if vocab_size < least:
+        raise ValueError(
+            f"vocab_size {vocab_size} cannot hold the blank, '{WORD_START}' and {len(ALPHABET)} letters; take at least {least}"
+        )
     model = BytesIO()
-    try: sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size, unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
-        required_chars=ALPHABET, character_coverage=1.0, byte_fallback=False, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        num_threads=1, input_sentence_size=0, shuffle_input_sentence=False, max_sentence_length=1 << 20, minloglevel=2)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size, unk_id=0,
+            bos_id=-1, eos_id=-1, pad_id=-1, required_chars=ALPHABET, character_coverage=1.0, byte_fallback=False,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, input_sentence_size=0,
+            shuffle_input_sentence=False, max_sentence_length=1 << 20, minloglevel=2
+        )
     except RuntimeError as error:
         why = f"sentencepiece cannot learn {vocab_size} symbols from {len(texts)} texts; lower vocab_size or give more text ({error})"
         raise ValueError(why) from error
@@ -146,7 +152,11 @@ def save(self:Tokenizer,
         with atomic_write(folder/"bpe.model", "wb") as file: file.write(self.model)
     else: (folder/"bpe.model").unlink(missing_ok=True)
     self.normaliser.save(folder/NORMALISER_FILE)
-    write_json(folder/"tokenizer.json", dict(kind=self.kind, normaliser=normaliser_name(self.normaliser), vocab_size=self.vocab_size, sha256=self.fingerprint))
+    write_json(
+        folder / "tokenizer.json",
+        dict(kind=self.kind, normaliser=normaliser_name(self.normaliser), vocab_size=self.vocab_size, sha256=self.fingerprint),
+    )
+
 
 def load_tokenizer(
     folder:str|Path, # where `save` wrote it
@@ -159,10 +169,13 @@ def load_tokenizer(
         tokenizer = BPETokenizer((folder/"bpe.model").read_bytes()) if about["kind"] == "bpe" else CharTokenizer()
         check_normaliser(about["normaliser"], folder, "run the prepare stage again")
         tokenizer.normaliser = Normaliser.load(folder/NORMALISER_FILE)
-    except FileNotFoundError as error: raise ConfigError(f"{error.filename}: no such file; run the prepare stage to make the tokenizer") from None
+    except FileNotFoundError as error:
+        raise ConfigError(f"{error.filename}: no such file; run the prepare stage to make the tokenizer") from None
     wanted = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(tokenizer.symbols))
     if about["sha256"] != tokenizer.fingerprint or tokens != wanted:
-        raise ConfigError(f"{folder}: tokens.txt, tokenizer.json, {NORMALISER_FILE} and the model do not belong together; run the prepare stage again")
+        raise ConfigError(
+            f"{folder}: tokens.txt, tokenizer.json, {NORMALISER_FILE} and the model do not belong together; run the prepare stage again"
+        )
     return tokenizer
 
 # %% ../../nbs/text/20_tokenizer.ipynb #e02a296a

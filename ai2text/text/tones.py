@@ -58,7 +58,15 @@ def tone_errors(
     kinds = [missed(a, b) for kind,a,b in pairs if kind in ("equal", "substitute")]
     n, count = len(kinds), {k: kinds.count(k) for k in ERROR_KINDS}
     rate = lambda *which: sum(count[k] for k in which)/n if n else 0.
-    return dict(aligned=n, wrong=sum(count.values()), **count, syllable_error_rate=rate(*ERROR_KINDS), tone_error_rate=rate("tone", "both"), letters_error_rate=rate("letters", "both"))
+    return dict(
+        aligned=n,
+        wrong=sum(count.values()),
+        **count,
+        syllable_error_rate=rate(*ERROR_KINDS),
+        tone_error_rate=rate("tone", "both"),
+        letters_error_rate=rate("letters", "both"),
+    )
+
 
 def tone_matrix(
     pairs,        # as for `tone_errors`

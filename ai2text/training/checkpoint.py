@@ -200,7 +200,10 @@ def run_folder(
     return top/budget
 
 # %% ../../nbs/training/20_checkpoint.ipynb #8a3d52e7
-TRAVELS = re.compile(r"(recipe|result|memory|clocks)\.json|ttq_log\.jsonl|learning_curve\.csv|live/(\w+/)*\w+\.(json|tsv)|checkpoints/\w[\w-]*/\w+\.(json|safetensors)")
+TRAVELS = re.compile(
+    r"(recipe|result|memory|clocks)\.json|ttq_log\.jsonl|learning_curve\.csv|live/(\w+/)*\w+\.(json|tsv)|checkpoints/\w[\w-]*/\w+\.(json|safetensors)"
+)
+
 
 def pack_run(
     folder:Path, # a finished run: ROOT/MODEL/FINGERPRINT/BUDGET
@@ -250,8 +253,13 @@ def runs(
         if not files or folder.name.startswith("."): continue # being unpacked
         last = latest(folder/"checkpoints")
         inodes = {(s := p.stat()).st_ino: s.st_size for p in files} # named checkpoints are hard links
-        rows.append(dict(model=folder.parts[-3], fingerprint=folder.parts[-2], budget=folder.name, step=step_of(last) if last else 0,
-            finished=(folder/"result.json").exists(), changed=max(p.stat().st_mtime for p in files), bytes=sum(inodes.values()), path=folder))
+        rows.append(
+            dict(
+                model=folder.parts[-3], fingerprint=folder.parts[-2], budget=folder.name,
+                step=step_of(last) if last else 0, finished=(folder / "result.json").exists(),
+                changed=max(p.stat().st_mtime for p in files), bytes=sum(inodes.values()), path=folder
+            )
+        )
     rows.sort(key=lambda r: r["changed"], reverse=True)
     for r in rows: r["changed"] = datetime.fromtimestamp(r["changed"], timezone.utc).strftime("%Y-%m-%d %H:%M")
     return rows

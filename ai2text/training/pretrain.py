@@ -63,7 +63,10 @@ class Contrast(nn.Module):
     ):
         super().__init__()
         if model.architecture != "wav2vec2":
-            raise ConfigError(f"pretrain: {model.architecture} needs targets from an earlier model, which is not supported; leave pretrain out, or take a wav2vec2")
+            raise ConfigError(
+                f"pretrain: {model.architecture} needs targets from an earlier model, which is not supported; leave pretrain "
+                "out, or take a wav2vec2"
+            )
         from transformers import Wav2Vec2ForPreTraining
         self.prepare, self.share, self.length = model.prepare, share, length
         self.net = Wav2Vec2ForPreTraining(copy.deepcopy(model.shape))
@@ -80,7 +83,8 @@ class Contrast(nn.Module):
         "Masked frames, and for each of them negatives: other masked frames of the same utterance."
         from transformers.models.wav2vec2.modeling_wav2vec2 import _sample_negative_indices
         hidden = time_mask(frames, size, self.share, self.length, at_least=2)
-        with numpy_seed_from_torch(): others = _sample_negative_indices(tuple(hidden.shape), self.net.config.num_negatives, hidden.cpu().numpy())
+        with numpy_seed_from_torch():
+            others = _sample_negative_indices(tuple(hidden.shape), self.net.config.num_negatives, hidden.cpu().numpy())
         return hidden, torch.from_numpy(others).to(frames.device)
 
     def forward(self, batch:Batch)->Loss:
@@ -90,7 +94,9 @@ class Contrast(nn.Module):
         short = (~long).sum()
         if not long.any():
             nothing = self.net.project_q.weight.sum()*0
-            return Loss(nothing, nothing.detach(), dict(dict.fromkeys(("contrastive", "diversity", "perplexity"), nothing.detach()), short=short))
+            return Loss(
+                nothing, nothing.detach(), dict(dict.fromkeys(("contrastive", "diversity", "perplexity"), nothing.detach()), short=short)
+            )
         if short: batch = replace(batch, audio=batch.audio[long], lengths=batch.lengths[long])
         wave, inside, frames = self.prepare(batch)
         hidden, others = self.masks(frames, int(self.net._get_feat_extract_output_lengths(wave.shape[1])))
@@ -117,17 +123,18 @@ class Curve(Observer):
         gained = {k: v - self.seen.get(k, 0.) for k,v in now.items()}
         self.seen, n = now, gained["frames"]
         means = {k: gained[k]/n for k in ("loss", "contrastive", "diversity", "perplexity")} if n else {}
-        if n: self.rows.append(dict(step=trainer.state.step, audio_seconds=trainer.state.audio_seconds, **means, short=int(gained["short"])))
+        if n:
+            self.rows.append(dict(step=trainer.state.step, audio_seconds=trainer.state.audio_seconds, **means, short=int(gained["short"])))
 
 # %% ../../nbs/training/40_pretrain.ipynb #48a40c9b
 def pretrain(
-    model:Wav2Vec2,
-    loader,                # batches; transcripts are not used
-    config:PretrainConfig,
-    folder:Path|None=None, # folder of the run, to resume after a crash; None: not saved
-    observers=(),          # further observers of the trainer
-    every:int=0,           # steps between two rows of the curve; 0: a fiftieth of `config.steps`
-)->tuple[Wav2Vec2,list]:   # the model; the curve: step, audio_seconds, loss, contrastive, diversity (means per masked frame), perplexity, short
+    model: Wav2Vec2,
+    loader,  # batches; transcripts are not used
+    config: PretrainConfig,
+    folder: Path | None = None,  # folder of the run, to resume after a crash; None: not saved
+    observers=(),  # further observers of the trainer
+    every: int = 0,  # steps between two rows of the curve; 0: a fiftieth of `config.steps`
+)->tuple[Wav2Vec2,list]: # model; curve: step, audio_seconds, loss, contrastive, diversity (means per masked frame), perplexity, short
     "Continue the pre-training of a model's encoder; layers that are frozen in fine-tuning are trained here."
     frozen, vector = model.frozen, model.encoder.masked_spec_embed
     learned = vector.requires_grad

@@ -41,10 +41,13 @@ def publish(
     write_json(results/"ttq_log.json", log)
     took = {f"wer_{100*row['wer']:g}": {k: row[k] for k in ("hours", "audio_hours", "cost")} for row in to_target(log)}
     write_json(results/"ttq.json", took | read_json(folder/"memory.json"))
-    metrics = dict(family=family, **{k: best[k] for k in ("val_wer", "val_wer_low", "val_wer_high", "val_cer", "step")}, steps=result["step"],
-                   audio_hours=round(result["audio_hours"], 6), train_loss=best["train_loss"], skipped=result["skipped"],
-                   infeasible=int(result["counts"].get("infeasible", 0)), parameters=sum(p.numel() for p in model.parameters()),
-                   normaliser=log["about"].get("normaliser")) | {k: v for k,v in best.items() if k.startswith("val_written_")}
+    metrics = dict(
+        family=family,
+        **{k: best[k] for k in ("val_wer", "val_wer_low", "val_wer_high", "val_cer", "step")},
+        steps=result["step"], audio_hours=round(result["audio_hours"], 6), train_loss=best["train_loss"],
+        skipped=result["skipped"], infeasible=int(result["counts"].get("infeasible", 0)),
+        parameters=sum(p.numel() for p in model.parameters()), normaliser=log["about"].get("normaliser")
+    ) | {k: v for k, v in best.items() if k.startswith("val_written_")}
     if (dev := layout.split_index("dev")).is_file() and (seen := load_index(dev).seen): metrics["seen"] = seen
     write_json(results/"metrics.json", metrics)
     return metrics
@@ -62,8 +65,12 @@ def summary(
         percent = lambda d, key: f"{d[key]:.1%}  (95% interval {d[key + '_low']:.1%} to {d[key + '_high']:.1%})"
         lines += [name, f"  WER on dev         {percent(m, 'val_wer')}"]
         if "val_written_wer" in m: lines += [f"  as written         WER {m['val_written_wer']:.1%}, CER {m['val_written_cer']:.1%}"]
-        if (test := layout.results(f"{name}-eval")/"eval.json").exists(): lines += [f"  WER on test        {percent(read_json(test), 'wer')}"]
-        lines += [f"  but {line}" for line in caveats("dev", m.get("seen", {})) + (caveats("test", read_json(test).get("seen", {})) if test.exists() else [])]
+        if (test := layout.results(f"{name}-eval") / "eval.json").exists():
+            lines += [f"  WER on test        {percent(read_json(test), 'wer')}"]
+        lines += [
+            f"  but {line}"
+            for line in caveats("dev", m.get("seen", {})) + (caveats("test", read_json(test).get("seen", {})) if test.exists() else [])
+        ]
         minutes, speed = log["totals"]["elapsed_hours"]*60, log["totals"]["utterances"]/(trained*3600) if trained else 0
         why = "" if log["reason"] == "finished" else f"; stopped: {POLICIES.get(log['reason'], log['reason'])}"
         lines += [*_milestone_lines(log), f"  training           {minutes:.1f} min, {m['steps']} steps, {speed:.0f} utterances/s{why}"]
@@ -71,7 +78,10 @@ def summary(
     for name,run in sorted(newest.items()):
         if run["finished"] or not (run["path"]/"ttq_log.jsonl").exists(): continue
         log = load_log(run["path"]/"ttq_log.jsonl")
-        lines += [f"{name}, unfinished: {spell_hours(log['totals']['elapsed_hours'])}, step {log['totals'].get('step', 0)}", *_milestone_lines(log)]
+        lines += [
+            f"{name}, unfinished: {spell_hours(log['totals']['elapsed_hours'])}, step {log['totals'].get('step', 0)}",
+            *_milestone_lines(log),
+        ]
     if not lines: raise FileNotFoundError(f"{layout.root/'results'}: no results yet; run `make demo`")
     reports = ", ".join(p.name for p in sorted(layout.reports.glob("*.ipynb")))
     return "\n".join([*lines, f"reports: {layout.reports.name}/ ({reports})"])

@@ -68,7 +68,11 @@ def fetch_run(
     kept, none = packed(layout, name).absolute(), "starts from the beginning; there is no earlier run to continue"
     with Lock(top, wait=3600): # of several ranks, one fetches it and the others wait
         if any(top.glob("*/checkpoints/*/checkpoint.json")): return
-        named = (f"path: {kept.relative_to(p).as_posix()}\n" in (p/"dvc.lock").read_text("utf-8") for p in kept.parents if (p/"dvc.lock").is_file())
+        named = (
+            f"path: {kept.relative_to(p).as_posix()}\n" in (p / "dvc.lock").read_text("utf-8")
+            for p in kept.parents
+            if (p / "dvc.lock").is_file()
+        )
         if not any(named): return report(f"{none} (no `dvc.lock` names one)")
         try:
             files = {f.name: f.blocks for f in dvc_files(kept)}
@@ -86,7 +90,8 @@ def fetch_run(
         report(f"continues the run of {run.name} from DVC")
 
 START_OVER = "to start from the beginning instead, take it out of `dvc.lock`"
-CORRUPT = f"the object with the MD5 of `dvc.lock` is corrupt in DVC's cache or remote: delete it there and push it from where it was trained; {START_OVER}"
+CORRUPT = ("the object with the MD5 of `dvc.lock` is corrupt in DVC's cache or remote: delete it there "
+           f"and push it from where it was trained; {START_OVER}")
 
 # %% ../../nbs/training/60_run.ipynb #d4bbbade
 def train_rank(
@@ -107,15 +112,23 @@ def train_rank(
     trainer, loader = set_up(config, load_model(layout.init(name), tokenizer), layout, ranks)
     evaluate, evaluation_set = dev_scorer(trainer, config, layout, ranks)
     if ranks.main:
-        about = dict(environment(), processes=ranks.world, model=name, parameters=sum(p.numel() for p in trainer.model.parameters()),
-                     evaluation_set=evaluation_set, normaliser=normaliser_name(tokenizer.normaliser), label_hours=round(loader.index.seconds/3600, 6))
+        about = dict(
+            environment(), processes=ranks.world, model=name,
+            parameters=sum(p.numel() for p in trainer.model.parameters()), evaluation_set=evaluation_set,
+            normaliser=normaliser_name(tokenizer.normaliser), label_hours=round(loader.index.seconds / 3600, 6)
+        )
         tracker = TTQTracker(read_milestones(milestones), folder/"ttq_log.json", price_per_hour=config.price_per_hour or None, about=about,
                              startup_seconds=time.monotonic() - started_at,
                              announce=lambda text: tqdm.write(text, file=sys.stderr))
         policies = [StopWhen(tracker, config.stop_when)] if config.stop_when else []
         watching = [TTQObserver(tracker), *policies, LiveCurve(folder/"live"), RecordPeakMemory(folder), Progress(), *observers]
-    trainer.fit(loader, config.budget, watching, folder, evaluate=evaluate, go_on=go_on, evaluate_start=is_released(trainer.model.config),
-                evaluate_every=Every(config.evaluate_every_steps, config.evaluate_every_minutes), checkpoint_every=Every(minutes=config.checkpoint_minutes))
+    trainer.fit(
+        loader, config.budget, watching, folder, evaluate=evaluate, go_on=go_on,
+        evaluate_start=is_released(trainer.model.config),
+        evaluate_every=Every(config.evaluate_every_steps, config.evaluate_every_minutes),
+        checkpoint_every=Every(minutes=config.checkpoint_minutes)
+    )
+
 
 def fit(
     name:str,            # of the model, M
@@ -163,12 +176,19 @@ def train_distributed(
         meeting = dict(machine=machine, machines=config.machines, master=config.master, made_of=made_of(name, config, layout),
                        join=f"ai2text join {name} --machine")
     while True:
-        try: return launch("ai2text.training.run:train_rank", run, config.nproc, config.threads, meeting)
+        try:
+            return launch("ai2text.training.run:train_rank", run, config.nproc, config.threads, meeting)
         except LostMachine as e:
             now = time.monotonic()
-            if e.met: met = now
-            elif meeting is None or now - met > 60*MINUTES: raise # never met: give up
-            print(f"machine {machine} of {config.machines}: {e}; waits for it, and goes on from the last checkpoint", file=sys.stderr, flush=True)
+            if e.met:
+                met = now
+            elif meeting is None or now - met > 60 * MINUTES:
+                raise  # never met: give up
+            print(
+                f"machine {machine} of {config.machines}: {e}; waits for it, and goes on from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
         run = run | dict(started_at=time.monotonic())
 
 def join(

@@ -77,15 +77,21 @@ def set_up(
 ):                   # trainer, loader
     "Trainer and loader of a run, with CMVN fitted; model and CMVN are the same on every rank."
     index = train_index(config, layout)
-    train_loader = lambda **part: create_webdataset_loader(layout.split_shards("train"), config.batch_size, config.num_workers, config.shuffle_buffer,
-                                                           index=index, batch_seconds=config.batch_seconds, seed=config.seed, weights=config.weights, **part)
+    train_loader = lambda **part: create_webdataset_loader(
+        layout.split_shards("train"), config.batch_size, config.num_workers, config.shuffle_buffer, index=index,
+        batch_seconds=config.batch_seconds, seed=config.seed, weights=config.weights,
+        **part,
+    )
     if config.threads: torch.set_num_threads(config.threads)
     if hasattr(model, "fit_cmvn"): model.fit_cmvn(batch for batch, _ in zip(train_loader(), range(FEATURE_BATCHES)))
     optimizer = make_optimizer(model, config.optimizer, config.lr, config.weight_decay)
-    trainer = TrainerOptimized(model, optimizer, batch_size=None, accumulation_steps=config.accumulation_steps,
-        gradient_clip_val=config.gradient_clip_val, amp_dtype=config.amp_dtype, schedule=WarmupConstantDecay(config.warmup_steps, config.decay),
-        ema_decay=config.ema_decay, memory_gb=config.memory_gb, checkpointing=config.checkpointing,
-        seed=config.seed, threads=config.threads, ranks=ranks)
+    trainer = TrainerOptimized(
+        model, optimizer, batch_size=None, accumulation_steps=config.accumulation_steps,
+        gradient_clip_val=config.gradient_clip_val, amp_dtype=config.amp_dtype,
+        schedule=WarmupConstantDecay(config.warmup_steps, config.decay), ema_decay=config.ema_decay,
+        memory_gb=config.memory_gb, checkpointing=config.checkpointing, seed=config.seed, threads=config.threads,
+        ranks=ranks
+    )
     loader = train_loader(rank=ranks.rank, world=ranks.world)
     normaliser = Normaliser.load(layout.tokenizer/NORMALISER_FILE)
     check_normaliser(loader.index.normaliser, layout.split_index("train"), "write the shards again with `dvc repro`", normaliser)
@@ -102,7 +108,8 @@ def dev_scorer(
     dev, manifest = split_loader(layout, "dev", config.batch_seconds, config.num_workers, ranks), read_jsonl(layout.manifest("dev"))
     normaliser = Normaliser.load(layout.tokenizer/NORMALISER_FILE)
     def evaluate(model):
-        with trainer.autocast(): score, _ = score_model(model, dev, manifest, trainer.device, beat=trainer.beat, ranks=ranks, normaliser=normaliser)
+        with trainer.autocast():
+            score, _ = score_model(model, dev, manifest, trainer.device, beat=trainer.beat, ranks=ranks, normaliser=normaliser)
         found = dict(val_wer=score.wer, val_wer_low=score.wer_low, val_wer_high=score.wer_high, val_cer=score.cer)
         written = dict(val_written_wer=score.written_wer, val_written_cer=score.written_cer)
         return found | (written if getattr(model, "writes", False) else {})

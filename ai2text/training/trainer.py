@@ -146,7 +146,8 @@ class TrainerOptimized:
         for group in optimizer.param_groups: group.setdefault("initial_lr", group["lr"])
         self.state, self.clocks, self.folder, self.last, self.observers = State(), Clocks(), None, {}, []
         self.count_names, self._look = [], bool(memory_gb)
-        self.stop, self.stopped, self._open, self._beat = "", "", False, 0. # `stop`: the signal; `stopped`: the reason given to `request_stop`
+        # `stop`: the signal; `stopped`: the reason given to `request_stop`
+        self.stop, self.stopped, self._open, self._beat = "", "", False, 0.
 
     @property
     def effective_batch_size(self)->int|None:
@@ -202,13 +203,16 @@ def _sums(self:TrainerOptimized,
 
 # %% ../../nbs/training/30_trainer.ipynb #875dad32
 @patch
-def gradient(self:TrainerOptimized,
-    window:list,                         # this rank's micro-batches, none of them empty
-)->tuple[torch.Tensor,torch.Tensor]:     # sums of each micro-batch; over all ranks: sums, audio seconds, first rank's hours, signals, stop requests, and the norm
+def gradient(
+    self: TrainerOptimized,
+    window: list,  # this rank's micro-batches, none of them empty
+)->tuple[torch.Tensor,torch.Tensor]: # sums of each micro-batch; of all ranks: sums, audio seconds, rank 0's hours, signals, stops; norm
     "Compute the clipped gradient of the window's mean loss per unit."
     parts = self._in_memory(window)
     status = [sum(getattr(b, "seconds", 0.) for b in window), self.clocks.hours*self.ranks.main, bool(self.stop), bool(self.stopped)]
-    totals = self.ranks.sum(torch.cat([parts.sum(0).double(), torch.tensor(status, dtype=torch.float64).to(self.device, non_blocking=True)]))
+    totals = self.ranks.sum(
+        torch.cat([parts.sum(0).double(), torch.tensor(status, dtype=torch.float64).to(self.device, non_blocking=True)])
+    )
     grads = self.ranks.sum_gradients([p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad])
     self.scaler.unscale_(self.optimizer)
     units = totals[1].float()
@@ -238,7 +242,10 @@ def _in_memory(self:TrainerOptimized, window:list)->torch.Tensor:
         except torch.OutOfMemoryError as e: why = str(e)
         n = len(self._tried) # outside of the except block, which holds tensors
         if n < 2:
-            raise MemoryError(f"{', '.join(self._tried.ids)}: one utterance alone does not fit; leave it out, turn on checkpointing, or take a smaller model ({why})")
+            raise MemoryError(
+                f"{', '.join(self._tried.ids)}: one utterance alone does not fit; leave it out, turn on checkpointing, or "
+                f"take a smaller model ({why})"
+            )
         self.state.largest = self._tried.size//n*(n//2)
         self._free()
 
@@ -347,8 +354,11 @@ def _skip(self:TrainerOptimized, window:list, parts:torch.Tensor, spike:bool):
     if self.folder:
         save_batches(kept := self.folder/"bad_window.safetensors", sum(windows, []))
         where = f"{where}, {kept}"
-    raise FloatingPointError(f"{s.skipped_in_a_row} steps in a row after step {s.step} had no finite loss and gradient, or one of {self.max_norm_ratio:g} times the usual norm: "
-                             f"lower the learning rate, or look at {where}")
+    raise FloatingPointError(
+        f"{s.skipped_in_a_row} steps in a row after step {s.step} had no finite loss and gradient, or one of "
+        f"{self.max_norm_ratio:g} times the usual norm: "
+        f"lower the learning rate, or look at {where}"
+    )
 
 # %% ../../nbs/training/30_trainer.ipynb #84d1a187
 class Interrupted(KeyboardInterrupt):
@@ -404,10 +414,15 @@ class Observer:
     "Events of a run; all methods, and this base class, are optional."
     def on_start(self, trainer): "The run starts or resumes at `trainer.state.step`."
     def on_step(self, trainer): "`trainer.last` has loss, units, norm, lr, ok."
-    def on_evaluate(self, trainer, row:dict): "`row` is the new row of the learning curve: step, epoch, hours, audio_hours, train_loss, lr and the measures."
+
+    def on_evaluate(self, trainer, row: dict):
+        "`row` is the new row of the learning curve: step, epoch, hours, audio_hours, train_loss, lr and the measures."
+
     def on_checkpoint(self, trainer, path): "The state is saved."
     def on_beat(self, trainer): "Heartbeat, every few seconds, also in a long evaluation."
-    def on_end(self, trainer, outcome:str): '"finished", "interrupted" or "failed"; `trainer.stopped` is the reason for an end before the budget.'
+
+    def on_end(self, trainer, outcome: str):
+        '"finished", "interrupted" or "failed"; `trainer.stopped` is the reason for an end before the budget.'
 
 # %% ../../nbs/training/30_trainer.ipynb #06fd1582
 class Progress(Observer):
@@ -434,7 +449,9 @@ class Progress(Observer):
 
     def _show(self, trainer, rates):
         self.bar.n = min(100., round(100*trainer.used, 1))
-        self.bar.set_postfix_str(f"step {trainer.state.step}, loss {trainer.last.get('loss', math.nan):.3f}, lr {trainer.last.get('lr', 0):.1e}, {rates}")
+        self.bar.set_postfix_str(
+            f"step {trainer.state.step}, loss {trainer.last.get('loss', math.nan):.3f}, lr {trainer.last.get('lr', 0):.1e}, {rates}"
+        )
 
     def on_evaluate(self, trainer, row):
         self.bar.write(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k,v in row.items()), file=self.file)
@@ -687,7 +704,9 @@ def fit(self:TrainerOptimized,
     "Train until the budget is used up, from the last checkpoint in the run folder; for a finished run only return its result."
     self.budget, self.observers = budget, list(observers) if self.ranks.main else []
     self.folder = Path(run_folder) if run_folder and self.ranks.main else None
-    self.evaluate, self.evaluate_every, self.checkpoint_every, self.monitor, self.keep = evaluate, evaluate_every, checkpoint_every, monitor, keep
+    self.evaluate, self.evaluate_every, self.checkpoint_every, self.monitor, self.keep = (
+        evaluate, evaluate_every, checkpoint_every, monitor, keep
+    )
     self.stop, self.stopped, self.continued_from, self._beat = "", "", None, 0.
     if self.folder and not hasattr(loader, "state_dict"):
         raise TypeError(f"{type(loader).__name__} has no state_dict: a run kept in {self.folder} could not be resumed")
@@ -730,9 +749,14 @@ def _finish(self:TrainerOptimized)->dict:
         keep_last(self.folder/"checkpoints", 1)
     kept = self.folder and about(self.folder/"checkpoints/best") # may be of a later step, from a killed process
     best = dict(step=kept["step"], value=kept["value"]) if kept else s.best
-    result = _finite(dict(step=s.step, epoch=s.epoch, units=s.units, audio_hours=self.audio_hours, hours=self.clocks.hours, seconds=self.clocks.read(),
-        budget=self.budget.name, stopped=self.stopped, final=s.curve[-1] if s.curve else {}, best=best,
-        skipped=s.skipped, spikes=s.spikes, overflows=s.overflows, counts=s.counts, dtype=str(self.dtype)[6:], effective_batch_size=self.effective_batch_size))
+    result = _finite(
+        dict(
+            step=s.step, epoch=s.epoch, units=s.units, audio_hours=self.audio_hours, hours=self.clocks.hours,
+            seconds=self.clocks.read(), budget=self.budget.name, stopped=self.stopped,
+            final=s.curve[-1] if s.curve else {}, best=best, skipped=s.skipped, spikes=s.spikes, overflows=s.overflows,
+            counts=s.counts, dtype=str(self.dtype)[6:], effective_batch_size=self.effective_batch_size
+        )
+    )
     return self.ranks.same(result)
 
 @patch

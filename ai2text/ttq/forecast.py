@@ -26,7 +26,10 @@ def learning_rate(
     if schedule == "cosine": return (1 + np.cos(np.pi*np.clip(u_N, 0, 1)))/2
     decay = dict(linear=1., constant=0.).get(schedule, schedule)
     if isinstance(decay, str) or not 0 <= decay <= 1:
-        raise ValueError(f"schedule: {schedule!r} is not known; give the last share of the schedule in which the rate decays, cosine, linear or constant; 0 if unknown")
+        raise ValueError(
+            f"schedule: {schedule!r} is not known; give the last share of the schedule in which the rate decays, cosine, "
+            "linear or constant; 0 if unknown"
+        )
     return np.clip((1 - u_N)/decay, 0, 1) if decay else np.ones_like(u_N)
 
 def features(
@@ -53,8 +56,14 @@ class Constants:
     stop:float       # probability that gains end within half a schedule
     lift:float       # added log gain for each share of the schedule that is left
 
-UNSCHEDULED = Constants(slope=(-.783, .245), fall=(-.683, .1), straight=.127, falling=.9, jitter=.0037, recency=3., spread=.33, stall=.07, flat=(.5, .18), stop=.2, lift=.75)
-SCHEDULED   = Constants(slope=(-.4, .4), fall=(-.15, .1), straight=0., falling=1., jitter=.015, recency=1., spread=.3, stall=.05, flat=(0., 0.), stop=.1, lift=0.)
+UNSCHEDULED = Constants(
+    slope=(-0.783, 0.245), fall=(-0.683, 0.1), straight=0.127, falling=0.9, jitter=0.0037, recency=3.0, spread=0.33,
+    stall=0.07, flat=(0.5, 0.18), stop=0.2, lift=0.75
+)
+SCHEDULED = Constants(
+    slope=(-0.4, 0.4), fall=(-0.15, 0.1), straight=0.0, falling=1.0, jitter=0.015, recency=1.0, spread=0.3, stall=0.05,
+    flat=(0.0, 0.0), stop=0.1, lift=0.0
+)
 WILD    = (.15, 2.5)   # share of the draws with a wider spread, and its factor
 DOUBTS  = 3            # weight of the prior noise, in evaluations
 
@@ -76,7 +85,11 @@ def sample_curves(
         V = np.linalg.inv(A)
         m = (V @ (prior*centre + (at_N3.swapaxes(-1, -2) @ (weight_N*log_wer_N)[...,None])[...,0])[...,None])[...,0]
         misfit = (weight_N*(log_wer_N - (at_N3 @ m[...,None])[...,0])**2).sum(-1) + (prior*(m - centre)**2).sum(-1)
-        evidence = math.log(prior_probability) + .5*(np.log(prior).sum() - np.linalg.slogdet(A)[1]) - .5*(n + DOUBTS)*np.log(misfit + DOUBTS)
+        evidence = (
+            math.log(prior_probability)
+            + 0.5 * (np.log(prior).sum() - np.linalg.slogdet(A)[1])
+            - 0.5 * (n + DOUBTS) * np.log(misfit + DOUBTS)
+        )
         found.append((evidence, m, V, np.sqrt((misfit + DOUBTS)/(n + DOUBTS - 1))))
     return [np.stack(part) for part in zip(*found)]
 

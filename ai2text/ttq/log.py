@@ -41,7 +41,9 @@ def read_milestones(
     items = tuple(sorted(items, key=lambda m: -m.wer))
     for easy,hard in zip(items, items[1:]):
         if easy.wer == hard.wer:
-            raise ConfigError(f"{where}: wer {hard.wer:g} is there twice, with {easy.budget_hours:g} and {hard.budget_hours:g} hours; keep one")
+            raise ConfigError(
+                f"{where}: wer {hard.wer:g} is there twice, with {easy.budget_hours:g} and {hard.budget_hours:g} hours; keep one"
+            )
         if easy.budget_hours > hard.budget_hours:
             raise ConfigError(f"{where}: wer {hard.wer:g} has {hard.budget_hours:g} hours, less than the {easy.budget_hours:g} "
                               f"of the easier {easy.wer:g}; give it as many or more")
@@ -62,7 +64,9 @@ def read_entries(
         except ValueError as e:
             raise ConfigError(f"{path}, line {i}: {line[:40]!r} is not JSON; restore the file from a copy, or remove the line") from e
         if not isinstance(entry, dict) or not {"kind", "seconds", "wall"} <= entry.keys():
-            raise ConfigError(f"{path}, line {i}: {line[:40]!r} is not an entry of a TTQ log; restore the file from a copy, or remove the line")
+            raise ConfigError(
+                f"{path}, line {i}: {line[:40]!r} is not an entry of a TTQ log; restore the file from a copy, or remove the line"
+            )
         entries.append(entry)
     if entries and entries[0]["kind"] != "start":
         raise ConfigError(f"{path}, line 1: a TTQ log begins with a start, not with {entries[0]['kind']!r}; restore the file from a copy")
@@ -118,7 +122,9 @@ class RunLog:
         attempt["wall"] = entry["wall"]
         attempt["clocks"] |= entry.get("clocks") or {}
         self.progress |= {k: entry[k] for k in ("epoch", "step", "audio_hours", "utterances") if entry.get(k) is not None}
-        handler = dict(evaluation=self._evaluation, forecast=self._forecast, checkpoint=self._checkpoint, resume=self._resume, end=self._end)
+        handler = dict(
+            evaluation=self._evaluation, forecast=self._forecast, checkpoint=self._checkpoint, resume=self._resume, end=self._end
+        )
         if entry["kind"] in handler: handler[entry["kind"]](entry)
 
     def _start(self, e):
@@ -180,7 +186,9 @@ def _evaluation(self:RunLog, e:dict):
         if a["confirmed"] or e["val_wer"] > a["target_wer"]: continue
         clear = (more.get("interval") or (0, 1))[1] <= a["target_wer"]
         again = before is not None and before[0] != at and before[1] <= a["target_wer"] and before[2] == more.get("evaluation_set")
-        if clear or again: a |= dict(confirmed=True, confirmed_by="interval" if clear else "two in a row", confirmed_hours=row["elapsed_hours"])
+        if clear or again:
+            a |= dict(confirmed=True, confirmed_by="interval" if clear else "two in a row", confirmed_hours=row["elapsed_hours"])
+
 
 @patch
 def _achieve(self:RunLog, m:Milestone, row:dict):
@@ -223,14 +231,17 @@ CONFIDENT = .9 # probability above which a forecast is called confident
 
 def score_forecasts(
     rows:list[dict],  # `forecast_outcomes`, of one run or several
-)->dict:              # scored, brier, promises (confident forecasts), kept (those that were correct), covered, n_covered, hours_error
-    "Brier score, confident forecasts and how many were correct, share of intervals that cover the time, median relative error of the time; None for no data."
+)->dict:  # scored, brier, promises (confident forecasts), kept (those that were correct), covered, n_covered, hours_error
+    "Brier score, confident forecasts and correct ones, share of intervals that cover the time, its median relative error; None: no data."
     scored, crossed = [r for r in rows if r["in_budget"] is not None], [r for r in rows if r["covered"] is not None]
     confident = [r["in_budget"] for r in scored if r["probability"] > CONFIDENT]
     mean = lambda x: round(sum(x)/len(x), 6) if x else None
     error = statistics.median([r["error"] for r in crossed]) if crossed else math.inf
-    return dict(scored=len(scored), brier=mean([(r["probability"] - r["in_budget"])**2 for r in scored]), promises=len(confident), kept=sum(confident),
-                covered=mean([r["covered"] for r in crossed]), n_covered=len(crossed), hours_error=round(error, 6) if error < math.inf else None)
+    return dict(
+        scored=len(scored), brier=mean([(r["probability"] - r["in_budget"]) ** 2 for r in scored]),
+        promises=len(confident), kept=sum(confident), covered=mean([r["covered"] for r in crossed]),
+        n_covered=len(crossed), hours_error=round(error, 6) if error < math.inf else None
+    )
 
 def calibrate(
     log:dict,  # a view, as of `load_log`
@@ -259,15 +270,30 @@ def view(self:RunLog)->dict: # what ttq_log.json holds
     phases = dict.fromkeys(k for attempt in self.attempts for k in attempt["clocks"])
     evaluation, cost = self.clock("evaluation"), self.cost
     valid = [h["val_wer"] for h in self.history if h["val_wer"] is not None]
-    totals = dict(elapsed_hours=_hours(self.seconds), training_hours=_hours(None if evaluation is None else self.seconds - evaluation),
-        down_hours=_hours(sum(x["down"] for x in self.attempts)), lost_hours=_hours(sum(x["lost"] for x in self.attempts)), attempts=len(self.attempts),
-        device_hours=_hours(sum(x["seconds"]*x["devices"] for x in self.attempts)), cost=None if cost is None else round(cost, 4),
-        clocks={p: _hours(self.clock(p)) for p in phases}, **self.progress,
-        evaluations=len(self.history), invalid=len(self.history) - len(valid), best_wer=min(valid, default=None))
-    log = dict(version=VERSION, milestones=self.states(), achieved=self.achieved, history=self.history, total_elapsed_hours=_hours(self.seconds), totals=totals,
-        attempts=[dict(start_hours=_hours(x["start"]), hours=_hours(x["seconds"]), down_hours=_hours(x["down"]), lost_hours=_hours(x["lost"]),
-                       devices=x["devices"], price_per_hour=x["price_per_hour"]) for x in self.attempts],
-        about=self.about, finished=bool(self.finished), reason=self.reason, forecasts=self.forecasts)
+    totals = dict(
+        elapsed_hours=_hours(self.seconds),
+        training_hours=_hours(None if evaluation is None else self.seconds - evaluation),
+        down_hours=_hours(sum(x["down"] for x in self.attempts)),
+        lost_hours=_hours(sum(x["lost"] for x in self.attempts)), attempts=len(self.attempts),
+        device_hours=_hours(sum(x["seconds"] * x["devices"] for x in self.attempts)),
+        cost=None if cost is None else round(cost, 4), clocks={p: _hours(self.clock(p)) for p in phases},
+        **self.progress,
+        evaluations=len(self.history),
+        invalid=len(self.history) - len(valid),
+        best_wer=min(valid, default=None),
+    )
+    log = dict(
+        version=VERSION, milestones=self.states(), achieved=self.achieved, history=self.history,
+        total_elapsed_hours=_hours(self.seconds), totals=totals,
+        attempts=[
+            dict(
+                start_hours=_hours(x["start"]), hours=_hours(x["seconds"]), down_hours=_hours(x["down"]),
+                lost_hours=_hours(x["lost"]), devices=x["devices"], price_per_hour=x["price_per_hour"]
+            )
+            for x in self.attempts
+        ],
+        about=self.about, finished=bool(self.finished), reason=self.reason, forecasts=self.forecasts
+    )
     return log | dict(calibration=calibrate(log))
 
 # %% ../../nbs/ttq/10_log.ipynb #c8a71eac
@@ -299,8 +325,8 @@ def _futures(line:list, decay:float)->Futures:
 
 # %% ../../nbs/ttq/10_log.ipynb #e6dff333
 def forecast_run(
-    log:dict,     # a view, as of `load_log`
-)->dict|None:     # step, at_hours, progress, refused, horizon_hours, end, curve, milestones; None before the first evaluation and after the end
+    log: dict,  # a view, as of `load_log`
+)->dict|None: # step, at_hours, progress, refused, horizon_hours, end, curve, milestones; None before the first evaluation or after the end
     "Forecast WER up to the end of the schedule, and time, cost and probability of each milestone that is left."
     schedule = log["about"].get("schedule") or dict(max_hours=max((m["budget_hours"] for m in log["milestones"]), default=0))
     line = [] if log["finished"] else _line(log, schedule)
@@ -317,8 +343,12 @@ def forecast_run(
     wer_3M = seen.quantiles(EARLY_QUANTILE, .5, LATE_QUANTILE).round(6)
     shown = np.unique(np.linspace(0, len(seen.progress_M) - 1, 40).round().astype(int))
     curve = [[hours(float(seen.progress_M[i])), *wer_3M[:,i].tolist()] for i in shown]
-    return forecast | dict(end=dict(zip(("low", "middle", "high"), curve[-1][1:])), curve=curve,
-                           milestones=[_milestone_forecast(log, m, seen, now, elapsed, pace, hours) for m in log["milestones"] if "elapsed_hours" not in m])
+    return forecast | dict(
+        end=dict(zip(("low", "middle", "high"), curve[-1][1:])),
+        curve=curve,
+        milestones=[_milestone_forecast(log, m, seen, now, elapsed, pace, hours) for m in log["milestones"] if "elapsed_hours" not in m],
+    )
+
 
 def _milestone_forecast(log:dict, m:dict, seen:Futures, now:float, elapsed:float, pace:float, hours)->dict:
     "Time and cost of a milestone, and its probability within the budget."
@@ -327,7 +357,10 @@ def _milestone_forecast(log:dict, m:dict, seen:Futures, now:float, elapsed:float
     attempt, spent = log["attempts"][-1], log["totals"]["cost"]
     price = None if middle is None or attempt.get("price_per_hour") is None else attempt["price_per_hour"]*attempt["devices"]
     cost = None if price is None else round((spent or 0) + price*max(0., middle - log["totals"]["elapsed_hours"]), 4)
-    return dict(wer=m["wer"], budget_hours=m["budget_hours"], early_hours=early, middle_hours=middle, late_hours=late, probability=round(at.probability, 4), cost=cost)
+    return dict(
+        wer=m["wer"], budget_hours=m["budget_hours"], early_hours=early, middle_hours=middle, late_hours=late,
+        probability=round(at.probability, 4), cost=cost
+    )
 
 # %% ../../nbs/ttq/10_log.ipynb #408016a3
 def _plain(value, name:str):
@@ -398,7 +431,9 @@ def _begin(self:TTQTracker):
     self._begun, torn = True, {}
     if self._rank == 0:
         if self.log_file.exists() and not self.truth.exists():
-            raise ConfigError(f"{self.log_file}: {self.truth.name} is missing beside it; restore it, or move {self.log_file.name} away to begin a new log")
+            raise ConfigError(
+                f"{self.log_file}: {self.truth.name} is missing beside it; restore it, or move {self.log_file.name} away to begin a new log"
+            )
         self._file = EntryFile(self.truth)
         for e in self._file.entries: self.run_log.add(e)
         if self._file.torn: torn = dict(repaired_bytes=self._file.torn)
@@ -412,8 +447,11 @@ def _announce(self:TTQTracker, before:list, after:list):
         if a["state"] != b["state"] and a["state"] in (ACHIEVED, LATE):
             where = f"epoch {a['epoch']}" + ("" if a["step"] is None else f", step {a['step']}")
             when = f"after {spell_hours(a['elapsed_hours'])} of {spell_hours(a['budget_hours'])}"
-            self.announce(f"🎯 {goal} {a['state']}: WER {a['achieved_wer']:.1%} {when}, {where}" + ("" if a["confirmed"] else " (not confirmed yet)"))
-        elif a["state"] != b["state"] and a["state"] == MISSED: self.announce(f"{goal} missed: its budget was {spell_hours(a['budget_hours'])}")
+            self.announce(
+                f"🎯 {goal} {a['state']}: WER {a['achieved_wer']:.1%} {when}, {where}" + ("" if a["confirmed"] else " (not confirmed yet)")
+            )
+        elif a["state"] != b["state"] and a["state"] == MISSED:
+            self.announce(f"{goal} missed: its budget was {spell_hours(a['budget_hours'])}")
         elif a["confirmed"] and not b["confirmed"]: self.announce(f"{goal} confirmed")
 
 @patch
@@ -461,7 +499,8 @@ def adopt(self:TTQTracker,
     "Begin a new log with the other run's entries up to that checkpoint, so that its hours count here too."
     entries = read_entries(log)[0]
     at = [i for i,e in enumerate(entries) if e["kind"] == "checkpoint" and e["step"] == step]
-    last = max(at or [i for i,e in enumerate(entries) if e.get("step", math.inf) <= step], default=0) # without one if the run was killed between checkpoint and entry
+    # without one if the run was killed between checkpoint and entry
+    last = max(at or [i for i,e in enumerate(entries) if e.get("step", math.inf) <= step], default=0)
     if self.truth.exists(): raise ConfigError(f"{self.truth}: exists already; adopt a log before the first entry, or move this file away")
     write_jsonl(self.truth, entries[:last+1])
 
@@ -502,8 +541,11 @@ def load_log(
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise ConfigError(f"{path}: not a TTQ log ({e!r}); give a ttq_log.json or its folder") from e
     if not isinstance(log, dict) or not {"version", "milestones", "achieved", "history", "totals"} <= log.keys():
-        raise ConfigError(f"{path}: not a TTQ log: it lacks version, milestones, achieved, history or totals; give a ttq_log.json or its folder")
-    if log["version"] > VERSION: raise ConfigError(f"{path}: written as version {log['version']}, this program reads up to {VERSION}; update ai2text")
+        raise ConfigError(
+            f"{path}: not a TTQ log: it lacks version, milestones, achieved, history or totals; give a ttq_log.json or its folder"
+        )
+    if log["version"] > VERSION:
+        raise ConfigError(f"{path}: written as version {log['version']}, this program reads up to {VERSION}; update ai2text")
     return dict(forecasts=[], calibration={}) | log
 
 # %% ../../nbs/ttq/10_log.ipynb #a655c562
@@ -515,7 +557,9 @@ def to_target(
     for m in log["milestones"]:
         a = crossings.get(m["wer"], {})
         row = next((h for h in log["history"] if a and h["elapsed_hours"] == a["elapsed_hours"]), {})
-        rows.append(dict(wer=m["wer"], state=m["state"], hours=a.get("elapsed_hours"), audio_hours=row.get("audio_hours"), cost=a.get("cost")))
+        rows.append(
+            dict(wer=m["wer"], state=m["state"], hours=a.get("elapsed_hours"), audio_hours=row.get("audio_hours"), cost=a.get("cost"))
+        )
     return rows
 
 def forecast_texts(
@@ -557,9 +601,14 @@ def milestone_rows(
         done, wer = "elapsed_hours" in m, m.get("achieved_wer", best)
         state = f"pending, {spell_hours(m['budget_hours'] - elapsed)} left" if m["state"] == PENDING else m["state"]
         confirmed = ("yes" if m["confirmed"] else "no") if done else ""
-        rows.append({"milestone": f"{m['wer']:.1%}", "budget": spell_hours(m["budget_hours"]), "state": state, "WER": "" if wer is None else f"{wer:.1%}",
-                     "after": spell_hours(m["elapsed_hours"]) if done else "", "confirmed": confirmed, "epoch": m.get("epoch"), "step": m.get("step"),
-                     "forecast": texts.get(m["wer"], "")})
+        rows.append(
+            {
+                "milestone": f"{m['wer']:.1%}", "budget": spell_hours(m["budget_hours"]), "state": state,
+                "WER": "" if wer is None else f"{wer:.1%}", "after": spell_hours(m["elapsed_hours"]) if done else "",
+                "confirmed": confirmed, "epoch": m.get("epoch"), "step": m.get("step"),
+                "forecast": texts.get(m["wer"], "")
+            }
+        )
     return rows
 
 # %% ../../nbs/ttq/10_log.ipynb #8c4d1ee8
@@ -597,4 +646,6 @@ class TTQObserver:
         self.tracker.log_epoch(row["epoch"], row["train_loss"], row["val_wer"], **self._counts(trainer), **more)
 
     def on_checkpoint(self, trainer, path): self.tracker.saved(trainer.state.step, clocks=self._counts(trainer)["clocks"])
-    def on_end(self, trainer, outcome:str): self.tracker.end(outcome == "finished", getattr(trainer, "stopped", "") or outcome, **self._counts(trainer))
+
+    def on_end(self, trainer, outcome: str):
+        self.tracker.end(outcome == "finished", getattr(trainer, "stopped", "") or outcome, **self._counts(trainer))

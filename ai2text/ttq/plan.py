@@ -36,11 +36,18 @@ class Prices:
     hours:float = 0.   # machine hours until the deadline; 0 = no limit
 
     def __post_init__(self):
-        for name,value,unit,zero in (("label", self.label, "an hour of labels", "0 where no more labels can be bought"), ("compute", self.compute, "a machine hour", "0 where the machine is free")):
-            if value is None: raise ConfigError(f"--{name}-price is missing: the price of {unit}; give --{name}-price 25 for 25 euros ({zero})")
+        for name, value, unit, zero in (
+            ("label", self.label, "an hour of labels", "0 where no more labels can be bought"),
+            ("compute", self.compute, "a machine hour", "0 where the machine is free"),
+        ):
+            if value is None:
+                raise ConfigError(f"--{name}-price is missing: the price of {unit}; give --{name}-price 25 for 25 euros ({zero})")
             if not 0 <= value < math.inf: raise ConfigError(f"--{name}-price {value}: not a price; give 0 or more for {unit}")
-        if not (0 <= self.owned < math.inf and 0 <= self.hours < math.inf): raise ConfigError(f"--owned {self.owned}, --hours {self.hours}: give hours, 0 or more")
-        if not self.label and not self.compute: raise ConfigError("--label-price and --compute-price are both 0, so every option is free; give one of them a price")
+        if not (0 <= self.owned < math.inf and 0 <= self.hours < math.inf):
+            raise ConfigError(f"--owned {self.owned}, --hours {self.hours}: give hours, 0 or more")
+        if not self.label and not self.compute:
+            raise ConfigError("--label-price and --compute-price are both 0, so every option is free; give one of them a price")
+
 
 def paces(points)->dict: # parameters -> machine hours an hour of speech
     "Machine hours for an hour of training speech, for each size."
@@ -65,8 +72,12 @@ class Purchases:
         "An option in numbers."
         low, middle, high = np.quantile(self.wer_SO[:,i], (.1, .5, .9))
         probability = None if target is None else float((self.wer_SO[:,i] <= target).mean())
-        return dict(label_hours=float(self.label_hours[i]), audio_hours=float(self.audio_hours[i]), parameters=int(self.parameters[i]),
-                    machine_hours=float(self.machine_hours[i]), cost=float(self.cost[i]), low=float(low), middle=float(middle), high=float(high), probability=probability)
+        return dict(
+            label_hours=float(self.label_hours[i]), audio_hours=float(self.audio_hours[i]),
+            parameters=int(self.parameters[i]), machine_hours=float(self.machine_hours[i]), cost=float(self.cost[i]),
+            low=float(low), middle=float(middle), high=float(high), probability=probability
+        )
+
 
 def options(surface:Surface, label_hours, audio_hours, parameters, prices:Prices)->Purchases:
     "Options at given hours of labels, hours of training and sizes (arrays of one length)."
@@ -109,9 +120,12 @@ def check_target(every:Purchases, target:float, surface:Surface):
     if not 0 < target < 1: raise ConfigError(f"--target {target}: an error rate lies between 0 and 1{hint}")
     if cheapest(every, target, EVEN): return
     best = every.row(int(every.middle.argmin()))
-    raise ConfigError(f"--target {target:g}: below the range of these {len(surface.points)} runs. With {best['label_hours']:.3g} h of labels and {best['audio_hours']:.3g} h of training, "
-                      f"{MAX_EXTRAPOLATION} times the largest run, {best['middle']:.1%} ({best['low']:.1%} to {best['high']:.1%}) is expected. "
-                      f"Ask for {math.ceil(200*best['middle'])/200:.1%} or more, or train larger runs first, or other pretrained weights")
+    raise ConfigError(
+        f"--target {target:g}: below the range of these {len(surface.points)} runs. With {best['label_hours']:.3g} h of "
+        f"labels and {best['audio_hours']:.3g} h of training, "
+        f"{MAX_EXTRAPOLATION} times the largest run, {best['middle']:.1%} ({best['low']:.1%} to {best['high']:.1%}) is expected. "
+        f"Ask for {math.ceil(200 * best['middle']) / 200:.1%} or more, or train larger runs first, or other pretrained weights"
+    )
 
 def spend(surface:Surface, prices:Prices, every:Purchases, start:dict, euros:float, target=None)->list[dict]: # way, and what it gives
     "What a further sum buys: all in labels, all in training, or the best of both, within the range of the grid."
@@ -156,7 +170,12 @@ def experiments(surface:Surface, prices:Prices, at:dict, count:int=3)->list[dict
     def command(share, C, N):
         size = f"  # with the size of {largest(N).name}: {N:,} parameters" if len(pace) > 1 else ""
         return f"dvc exp run --queue -S train.data_share={share:g} -S train.max_steps={round(C*steps[N])} train@{largest(N).model}{size}"
-    return [found.row(i) | dict(share=candidates[i][0], surer=surer, run=command(candidates[i][0], *candidates[i][2:])) for i,surer in zip(best, gain) if surer >= .005]
+
+    return [
+        found.row(i) | dict(share=candidates[i][0], surer=surer, run=command(candidates[i][0], *candidates[i][2:]))
+        for i, surer in zip(best, gain)
+        if surer >= 0.005
+    ]
 
 # %% ../../nbs/ttq/60_plan.ipynb #ba855f36
 def make_plan(
@@ -168,7 +187,8 @@ def make_plan(
     doubts=(),            # as of `check_points`
 )->tuple[dict,Surface,Purchases]: # the plan, the surface, the options
     "A plan from runs and prices; raises `ConfigError` for a question that they cannot answer."
-    if target is None and budget is None: raise ConfigError("neither --target nor --budget: give an error rate (--target 0.2) or a sum (--budget 300)")
+    if target is None and budget is None:
+        raise ConfigError("neither --target nor --budget: give an error rate (--target 0.2) or a sum (--budget 300)")
     if budget is not None and not 0 < budget < math.inf: raise ConfigError(f"--budget {budget}: give a sum above 0")
     surface = fit_surface(points)
     every = grid(surface, prices)
@@ -177,23 +197,35 @@ def make_plan(
     if budget is not None and for_budget is None:
         raise ConfigError(f"--budget {budget:g}{f' and --hours {prices.hours:g}' if prices.hours else ''}: less than the smallest run, "
                           f"which costs {every.cost.min():.2f} and takes {spell_hours(every.machine_hours.min())}; give more")
-    ways = {} if target is None else {name: cheapest(every, target, probability, prices.hours) for name,probability in (("even", EVEN), ("sure", SURE))}
+    ways = (
+        {}
+        if target is None
+        else {name: cheapest(every, target, probability, prices.hours) for name, probability in (("even", EVEN), ("sure", SURE))}
+    )
     at = for_budget or ways.get("even") or every.row(int(every.middle.argmin()), target)
     sigma, alpha, beta = (np.exp(np.quantile(surface.draws_SK[:,k], (.1, .5, .9))).tolist() for k in (7, 2, 4))
-    plan = dict(version=1, family=points[0].family, evaluation_set=points[0].evaluation_set, normaliser=points[0].normaliser,
-                runs=[list(p.id) for p in points], best_so_far=min(p.wer for p in points),
-                prices=dict(label=prices.label, compute=prices.compute, owned=owned(surface, prices), hours=prices.hours),
-                target=target, budget=budget, for_budget=for_budget, to_target=ways, more=more, next=spend(surface, prices, every, at, more, target),
-                experiments=experiments(surface, prices, at), noise=sigma, exponents=dict(labels=alpha, compute=beta), doubts=list(doubts))
+    plan = dict(
+        version=1, family=points[0].family, evaluation_set=points[0].evaluation_set, normaliser=points[0].normaliser,
+        runs=[list(p.id) for p in points], best_so_far=min(p.wer for p in points),
+        prices=dict(label=prices.label, compute=prices.compute, owned=owned(surface, prices), hours=prices.hours),
+        target=target, budget=budget, for_budget=for_budget, to_target=ways, more=more,
+        next=spend(surface, prices, every, at, more, target), experiments=experiments(surface, prices, at), noise=sigma,
+        exponents=dict(labels=alpha, compute=beta), doubts=list(doubts)
+    )
     predicted = {"for the budget": for_budget, "to the target, even odds": ways.get("even"), "to the target, sure": ways.get("sure")}
     predicted |= {f"experiment {i}": e for i,e in enumerate(plan["experiments"], 1)}
-    plan["said"] = [dict(what=what) | {k: o[k] for k in ("label_hours", "audio_hours", "parameters", "low", "middle", "high")} for what,o in predicted.items() if o]
+    plan["said"] = [
+        dict(what=what) | {k: o[k] for k in ("label_hours", "audio_hours", "parameters", "low", "middle", "high")}
+        for what, o in predicted.items()
+        if o
+    ]
     return plan, surface, every
 
 def plan_headline(plan:dict)->str:
     "The answer in a sentence."
     target, ways, o, parts = plan["target"], plan["to_target"], plan["for_budget"], []
-    if target is not None and plan["best_so_far"] <= target: parts.append(f"WER {target:.1%} was already reached: the best run has {plan['best_so_far']:.1%}")
+    if target is not None and plan["best_so_far"] <= target:
+        parts.append(f"WER {target:.1%} was already reached: the best run has {plan['best_so_far']:.1%}")
     elif target is not None:
         costs = [f"{ways[name]['cost']:.3g} with probability {odds:.0%}" for name,odds in (("even", EVEN), ("sure", SURE)) if ways[name]]
         parts.append(f"WER {target:.1%} costs " + " and ".join(costs) if costs else f"WER {target:.1%} cannot be reached within the limits")
@@ -210,16 +242,25 @@ def plan_text(plan:dict)->str:
     def error(o):
         probability = "" if o["probability"] is None else f"; at most {target:.1%} with probability {o['probability']:.0%}"
         return f"WER {o['middle']:.1%} ({o['low']:.1%} to {o['high']:.1%}, 80% interval){probability}"
-    lines = [f"{plan['family']}: {len(plan['runs'])} runs, the best WER {plan['best_so_far']:.1%}; {prices['owned']:.3g} h of labels available; "
-             f"noise between runs {plan['noise'][1]:.1%} of the error"]
+
+    lines = [
+        f"{plan['family']}: {len(plan['runs'])} runs, the best WER {plan['best_so_far']:.1%}; {prices['owned']:.3g} h of labels available; "
+        f"noise between runs {plan['noise'][1]:.1%} of the error"
+    ]
     if o := plan["for_budget"]: lines += [f"for {plan['budget']:g}: {error(o)}", f"  with {option(o)}, at {o['cost']:.2f}"]
     if target is not None and plan["best_so_far"] <= target: lines.append(f"{target:.1%} was already reached by one of the runs")
     for name,odds in (("even", EVEN), ("sure", SURE)) if target is not None else ():
         within = f"{spell_hours(prices['hours'])} of the machine and {limit}" if prices["hours"] else limit
         o = plan["to_target"][name]
-        lines.append(f"{target:.1%} with probability {odds:.0%}: " + (f"{o['cost']:.2f}, with {option(o)}" if o else f"no option within {within}"))
+        lines.append(
+            f"{target:.1%} with probability {odds:.0%}: " + (f"{o['cost']:.2f}, with {option(o)}" if o else f"no option within {within}")
+        )
     head = ("", "labels, h", "training, h", "WER", "80% interval", *([f"at most {target:.1%}"] if target else []))
-    cells = lambda o: (o["way"], f"{o['label_hours']:.3g}", f"{o['audio_hours']:.3g}", f"{o['middle']:.1%}", f"{o['low']:.1%} to {o['high']:.1%}", *([f"{o['probability']:.0%}"] if target else []))
+    cells = lambda o: (
+        o["way"], f"{o['label_hours']:.3g}", f"{o['audio_hours']:.3g}", f"{o['middle']:.1%}",
+        f"{o['low']:.1%} to {o['high']:.1%}",
+        *([f"{o['probability']:.0%}"] if target else []),
+    )
     lines += [f"a further {plan['more']:g}:", *("  " + line for line in columns([head, *map(cells, plan["next"])]).splitlines())]
     if plan["experiments"]: lines.append("next short runs, in this order, with the share of the variance that each removes:")
     lines += [f"  {e['surer']:.0%} in {spell_hours(e['machine_hours'])}: {e['run']}" for e in plan["experiments"]]
@@ -241,7 +282,10 @@ def score_plan(
 )->list[dict]:    # what, run, wer, middle, low, high, error, covered
     "Predictions of a plan, each with the run that tests it."
     close = lambda p, s: all(abs(math.log(getattr(p, k)/s[k])) <= NEAR for k in ("label_hours", "audio_hours", "parameters"))
-    known, same = [list(r) for r in plan["runs"]], lambda p: all(getattr(p, k) == plan[k] for k in ("family", "evaluation_set", "normaliser"))
+    known, same = (
+        [list(r) for r in plan["runs"]],
+        lambda p: all(getattr(p, k) == plan[k] for k in ("family", "evaluation_set", "normaliser")),
+    )
     new = [p for p in points if list(p.id) not in known and same(p)]
     return [dict(what=s["what"], run=p.name, wer=p.wer, **{k: s[k] for k in ("middle", "low", "high")}, error=abs(s["middle"]/p.wer - 1),
                  covered=s["low"] <= p.wer <= s["high"]) for s in plan["said"] for p in new if close(p, s)]
@@ -250,7 +294,10 @@ def score_plans(folder, points)->str: # "" if nothing can be scored yet
     "Predictions of earlier plans beside their runs, as text."
     rows = [dict(plan=path.stem) | row for path in sorted(Path(folder).glob("*.json")) for row in score_plan(read_json(path), points)]
     if not rows: return ""
-    cells = lambda r: (r["plan"], r["what"], r["run"], f"{r['middle']:.1%}", f"{r['low']:.1%} to {r['high']:.1%}", f"{r['wer']:.1%}", f"{r['error']:.0%}")
+    cells = lambda r: (
+        r["plan"], r["what"], r["run"], f"{r['middle']:.1%}", f"{r['low']:.1%} to {r['high']:.1%}", f"{r['wer']:.1%}",
+        f"{r['error']:.0%}"
+    )
     text = columns([("plan", "prediction", "run", "predicted WER", "80% interval", "WER", "error"), *map(cells, rows)])
     error = np.median([r["error"] for r in rows])
     return f"earlier plans: {sum(r['covered'] for r in rows)} of {len(rows)} runs within their interval, median error {error:.0%}\n{text}"
@@ -263,7 +310,11 @@ def _least_cost(every:Purchases, hours:float=0., n:int=40)->list[int]:
     allowed = every.machine_hours <= (hours or math.inf)
     middle = np.where(allowed, every.middle, np.inf)
     low = max(every.cost[allowed].min(), every.cost[allowed].max()*1e-4) if allowed.any() else math.inf
-    best = [int(np.where(every.cost <= c, middle, np.inf).argmin()) for c in np.geomspace(low, every.cost[allowed].max(), n)] if allowed.any() else []
+    best = (
+        [int(np.where(every.cost <= c, middle, np.inf).argmin()) for c in np.geomspace(low, every.cost[allowed].max(), n)]
+        if allowed.any()
+        else []
+    )
     return [i for k,i in enumerate(best) if k == 0 or middle[i] < min(middle[j] for j in best[:k])]
 
 def _outlined(width:float)->list:
@@ -289,12 +340,22 @@ def plot_contours(plan:dict, surface:Surface, every:Purchases, ax=None):
         ax.contour(labels, speech*pace*scale, wer, levels=[plan["target"]], colors=[GREEN], linewidths=2.2)
         ax.plot([], [], color=GREEN, lw=2.2, label=f"target {plan['target']:.1%}")
     same = [p for p in points if p.parameters == at["parameters"]]
-    ax.plot([p.label_hours for p in same], [p.audio_hours*pace*scale for p in same], "o", color="white", mec="black", ms=6, label="finished runs")
+    ax.plot(
+        [p.label_hours for p in same], [p.audio_hours * pace * scale for p in same], "o", color="white", mec="black",
+        ms=6, label="finished runs"
+    )
     path = [i for i in _least_cost(every, plan["prices"]["hours"]) if every.parameters[i] == at["parameters"]]
-    ax.plot(every.label_hours[path], every.machine_hours[path]*scale, "-", color="black", lw=1.8, path_effects=_outlined(1.8), label="path of least cost")
+    ax.plot(
+        every.label_hours[path], every.machine_hours[path] * scale, "-", color="black", lw=1.8,
+        path_effects=_outlined(1.8), label="path of least cost"
+    )
     ax.plot(at["label_hours"], at["machine_hours"]*scale, "*", ms=15, color=ORANGE, mec="white", ls="none", label="this plan")
-    if hours := plan["prices"]["hours"]: ax.axhline(hours*scale, color="black", ls=":", lw=1.4, path_effects=_outlined(1.4), label="deadline")
-    ax.set(xscale="log", yscale="log", xlabel="hours of labels (log scale)", ylabel=f"machine {unit} (log scale)", title=f"{at['parameters']/1e6:.3g} million parameters")
+    if hours := plan["prices"]["hours"]:
+        ax.axhline(hours * scale, color="black", ls=":", lw=1.4, path_effects=_outlined(1.4), label="deadline")
+    ax.set(
+        xscale="log", yscale="log", xlabel="hours of labels (log scale)", ylabel=f"machine {unit} (log scale)",
+        title=f"{at['parameters'] / 1e6:.3g} million parameters"
+    )
     for axis in (ax.xaxis, ax.yaxis): plain_numbers(axis)
     ax.legend(loc="upper center", bbox_to_anchor=(.5, -.16), ncols=3)
     return ax
@@ -359,7 +420,8 @@ def plan(
         return f"{len([keep_point(p, keep) for p in points])} runs in {keep}" + "".join(f"\nleft out: {why}" for why in left_out)
     mine, doubts, points = runs_for_plan(layout, runs, family, label_hours)
     if layout and not runs: owned = owned or all_label_hours(layout) or 0.
-    if compute_price is None and layout: compute_price = load_params(layout.root/"params.yaml").get("train", {}).get("price_per_hour") or None
+    if compute_price is None and layout:
+        compute_price = load_params(layout.root / "params.yaml").get("train", {}).get("price_per_hour") or None
     answer, surface, every = make_plan(mine, Prices(label_price, compute_price, owned, hours), target, budget, more, doubts)
     if figures:
         import matplotlib.pyplot as plt

@@ -14,7 +14,10 @@ from textwrap import indent
 import numpy as np
 from ..core.tables import columns, spell_hours
 from ..core.params import ConfigError
-from .log import ACHIEVED, CONFIDENT, LATE, MISSED, PENDING, forecast_run, forecast_texts, load_log, spell_share, milestone_rows, to_target
+from ai2text.ttq.log import (
+    ACHIEVED, CONFIDENT, LATE, MISSED, PENDING, forecast_run, forecast_texts, load_log, spell_share, milestone_rows,
+    to_target
+)
 
 # %% ../../nbs/ttq/30_plots.ipynb #adc05390
 COLOURS = {PENDING: "#0072b2", ACHIEVED: "#009e73", LATE: "#e69f00", MISSED: "#d55e00"} # of the palette of Okabe and Ito
@@ -70,12 +73,17 @@ def plot_ttq(
     band = [(x, *h["interval"]) for x,h in zip(t, rows) if h.get("interval")]
     if band: ax.fill_between(*zip(*band), color=INK, alpha=.25, lw=0, label="95% interval of WER")
     ax.plot(t, wer, ".-", color=INK, lw=1.4, ms=4, label="WER on dev", zorder=4)
-    for i,attempt in enumerate(log["attempts"][1:]): ax.axvline(attempt["start_hours"]*scale, color=INK, lw=.9, ls=":", label="" if i else "restart")
+    for i, attempt in enumerate(log["attempts"][1:]):
+        ax.axvline(attempt["start_hours"] * scale, color=INK, lw=0.9, ls=":", label="" if i else "restart")
     if not log["finished"]: ax.axvline(log["totals"]["elapsed_hours"]*scale, color=INK, lw=1, ls="--", label="now")
     if logarithmic:
         ax.set_xscale("log")
         plain_numbers(ax.xaxis)
-    seen = [max(w, 1e-3) for w in wer] + [m["wer"] for m in log["milestones"]] + ([forecast["end"]["low"]] if forecast and forecast["end"] else [])
+    seen = (
+        [max(w, 1e-3) for w in wer]
+        + [m["wer"] for m in log["milestones"]]
+        + ([forecast["end"]["low"]] if forecast and forecast["end"] else [])
+    )
     ax.set(xlim=(left*scale, right*scale), yscale="log", ylim=(.85*min(seen, default=.1), 1.1*max(seen, default=1)),
            xlabel=f"{unit} of the run{' (log scale)' if logarithmic else ''}", ylabel="WER on dev (log scale)")
     _wer_ticks(ax)
@@ -97,7 +105,7 @@ def _legend(ax): ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxe
 
 # %% ../../nbs/ttq/30_plots.ipynb #dd6a8ff6
 def _boxes(log:dict, ax, scale:float):
-    "A box a milestone: green achieved, ochre late, orange missed, blue pending. Labels stand where the curve is not: right of a crossing, or at the left end."
+    "A box per milestone: green achieved, ochre late, orange missed, blue pending; labels right of a crossing, or at the left end."
     left, right = ax.get_xlim()
     for i,m in enumerate(log["milestones"]):
         colour, budget, wer = COLOURS[m["state"]], m["budget_hours"]*scale, m["wer"]
@@ -109,12 +117,17 @@ def _boxes(log:dict, ax, scale:float):
             below = ax.transAxes.inverted().transform(ax.transData.transform((at, wer)))[0] > .75
             shift, side = (-8, "right") if below else (8, "left")
         label = f"{wer:.0%} in {spell_hours(m['budget_hours'])}{MARKS[m['state']]}" + (" →" if budget > right else "")
-        ax.annotate(label, (at, wer), xytext=(shift, -2 if below else 2), textcoords="offset points", ha=side, va="top" if below else "bottom",
-                    fontsize=8, color=colour, weight="bold", zorder=6)
+        ax.annotate(
+            label, (at, wer), xytext=(shift, -2 if below else 2), textcoords="offset points", ha=side,
+            va="top" if below else "bottom", fontsize=8, color=colour, weight="bold", zorder=6
+        )
     for i,a in enumerate(log["achieved"]):
         colour = COLOURS[ACHIEVED if a["within_budget"] else LATE]
-        ax.plot(a["elapsed_hours"]*scale, a["achieved_wer"], "*", ms=12, mec=colour, mew=1.2, mfc=colour if a["confirmed"] else "none", ls="none", zorder=5,
-                label="" if i else "reached (filled: confirmed)")
+        ax.plot(
+            a["elapsed_hours"] * scale, a["achieved_wer"], "*", ms=12, mec=colour, mew=1.2,
+            mfc=colour if a["confirmed"] else "none", ls="none", zorder=5,
+            label="" if i else "reached (filled: confirmed)"
+        )
 
 def _fan(forecast:dict, wer:float, ax, scale:float):
     "The forecast of the curve, and for each milestone that of the time to reach it."
@@ -132,7 +145,11 @@ def _fan(forecast:dict, wer:float, ax, scale:float):
             label = ""
             if last is None: ax.plot(end, wer, ">", color=colour, ms=10, zorder=4)
         if m["middle_hours"] is not None: ax.plot(m["middle_hours"]*scale, wer, "|", color=INK, ms=11, mew=2, zorder=5)
-        ax.annotate(spell_share(probability), (end, wer), xytext=(0, -6), textcoords="offset points", ha="right", va="top", fontsize=9, color=colour, weight="bold", zorder=6)
+        ax.annotate(
+            spell_share(probability), (end, wer), xytext=(0, -6), textcoords="offset points", ha="right", va="top",
+            fontsize=9, color=colour, weight="bold", zorder=6
+        )
+
 
 def _cost_axis(log:dict, ax, scale:float):
     "Cost on the upper axis; attempts may have different prices."
@@ -141,12 +158,18 @@ def _cost_axis(log:dict, ax, scale:float):
     ends = np.array([start for start,_ in attempts[1:]] + [max(attempts[-1][0], ax.get_xlim()[1]/scale) + 1])
     hours = np.concatenate([[0.], ends])
     cost = np.concatenate([[0.], np.cumsum(np.diff(hours)*[price for _,price in attempts])])
-    axis = ax.secondary_xaxis("top", functions=(lambda x: np.interp(np.asarray(x)/scale, hours, cost), lambda c: np.interp(c, cost, hours)*scale))
+    axis = ax.secondary_xaxis(
+        "top", functions=(lambda x: np.interp(np.asarray(x) / scale, hours, cost), lambda c: np.interp(c, cost, hours) * scale)
+    )
     axis.set_xlabel("cost, in the currency of the price")
 
 # %% ../../nbs/ttq/30_plots.ipynb #a67f36fb
-def _cost_until(log:dict, hours:float): # None without a price
-    costs = [max(0., min(x["hours"], hours - x["start_hours"]))*x["devices"]*x["price_per_hour"] for x in log["attempts"] if x.get("price_per_hour") is not None]
+def _cost_until(log:dict, hours:float):  # None without a price
+    costs = [
+        max(0.0, min(x["hours"], hours - x["start_hours"])) * x["devices"] * x["price_per_hour"]
+        for x in log["attempts"]
+        if x.get("price_per_hour") is not None
+    ]
     return sum(costs) if costs else None
 
 def log_at(
@@ -157,11 +180,16 @@ def log_at(
     history = [h for h in log["history"] if h["elapsed_hours"] <= hours]
     best = min((h["val_wer"] for h in history if h["val_wer"] is not None), default=None)
     totals = log["totals"] | dict(elapsed_hours=hours, cost=_cost_until(log, hours), best_wer=best)
-    open_ = lambda m: dict(wer=m["wer"], budget_hours=m["budget_hours"], state=MISSED if hours > m["budget_hours"] else PENDING, confirmed=False)
-    return log | dict(history=history, totals=totals, finished=False, reason=None,
-        attempts=[x for x in log["attempts"] if x["start_hours"] <= hours], forecasts=[f for f in log["forecasts"] if f["at_hours"] <= hours],
+    open_ = lambda m: dict(
+        wer=m["wer"], budget_hours=m["budget_hours"], state=MISSED if hours > m["budget_hours"] else PENDING, confirmed=False
+    )
+    return log | dict(
+        history=history, totals=totals, finished=False, reason=None,
+        attempts=[x for x in log["attempts"] if x["start_hours"] <= hours],
+        forecasts=[f for f in log["forecasts"] if f["at_hours"] <= hours],
         achieved=[a for a in log["achieved"] if a["elapsed_hours"] <= hours],
-        milestones=[m if m.get("elapsed_hours", math.inf) <= hours else open_(m) for m in log["milestones"]])
+        milestones=[m if m.get("elapsed_hours", math.inf) <= hours else open_(m) for m in log["milestones"]],
+    )
 
 # %% ../../nbs/ttq/30_plots.ipynb #0fd41977
 def plot_forecast_check(
@@ -189,9 +217,14 @@ def calibration_rows(
     c = log["calibration"]
     if not c.get("forecasts"): return []
     percent = lambda share: "" if share is None else f"{share:.0%}"
-    rows = [("forecasts", c["forecasts"]), ("refused, too early or too uncertain", c["refused"]), ("forecasts of a milestone with a known outcome", c["scored"]),
-            ("Brier score (0 is best)", c["brier"]), (f"confident forecasts (probability above {CONFIDENT:.0%})", c["promises"]), ("confident and correct", c["kept"]),
-            ("times to target that were forecast", c["n_covered"]), ("of these within the 80% interval", percent(c["covered"])), ("median error of the time to target", percent(c["hours_error"]))]
+    rows = [
+        ("forecasts", c["forecasts"]), ("refused, too early or too uncertain", c["refused"]),
+        ("forecasts of a milestone with a known outcome", c["scored"]), ("Brier score (0 is best)", c["brier"]),
+        (f"confident forecasts (probability above {CONFIDENT:.0%})", c["promises"]),
+        ("confident and correct", c["kept"]), ("times to target that were forecast", c["n_covered"]),
+        ("of these within the 80% interval", percent(c["covered"])),
+        ("median error of the time to target", percent(c["hours_error"]))
+    ]
     return [dict(measure=name, value=value) for name,value in rows if value not in (None, "")]
 
 # %% ../../nbs/ttq/30_plots.ipynb #4ffa7fdd
@@ -223,7 +256,8 @@ def watch(
             plt.close(figure)
             if view["reason"] is not None: return view
         elif silent >= patience:
-            if view is None: raise ConfigError(f"{truth}: no such file after {silent:.0f} s; start the run, or give the folder that it writes to")
+            if view is None:
+                raise ConfigError(f"{truth}: no such file after {silent:.0f} s; start the run, or give the folder that it writes to")
             return view
         clock.sleep(seconds)
 
@@ -256,7 +290,9 @@ def _pooled(rows:list)->dict:
         low, high, level = median_interval(values)
         trimmed = values[1:-1]
         mlperf = finite(sum(trimmed)/len(trimmed)) if trimmed else None
-        pooled[what] = dict(median=finite(statistics.median(values)), low=finite(low), high=finite(high), level=round(level, 4), mlperf=mlperf)
+        pooled[what] = dict(
+            median=finite(statistics.median(values)), low=finite(low), high=finite(high), level=round(level, 4), mlperf=mlperf
+        )
     return pooled
 
 # %% ../../nbs/ttq/30_plots.ipynb #48967a24
@@ -281,7 +317,8 @@ def _select(path, log:dict, wer:float)->dict:
     "A log reduced to the milestones asked for, and whether they are met."
     asked = [m for m in log["milestones"] if wer is None or m["wer"] == wer]
     known = ", ".join(f"{m['wer']:g}" for m in log["milestones"]) or "none"
-    if not asked: raise ConfigError(f"{path}: no milestone" + ("" if wer is None else f" with wer {wer:g}") + f" to meet; the log has {known}")
+    if not asked:
+        raise ConfigError(f"{path}: no milestone" + ("" if wer is None else f" with wer {wer:g}") + f" to meet; the log has {known}")
     forecast = forecast_run(log)
     if forecast: forecast["milestones"] = [m for m in forecast["milestones"] if wer is None or m["wer"] == wer]
     return dict(log=str(path), met=all(m["state"] == ACHIEVED for m in asked), milestones=asked, totals=log["totals"],
@@ -303,7 +340,10 @@ def _print(results:list, read:list, pooled:list):
 def _pooled_row(row:dict)->dict:
     "A milestone of several runs, in words."
     spell = lambda h: "infinite" if h is None else spell_hours(h)
-    texts = {"milestone": f"{row['wer']:.1%}", "reached": f"{row['reached']} of {row['runs']}", "in budget": row["in_budget"], "open": row["open"]}
+    texts = {
+        "milestone": f"{row['wer']:.1%}", "reached": f"{row['reached']} of {row['runs']}",
+        "in budget": row["in_budget"], "open": row["open"]
+    }
     for what,name in (("hours", "median"), ("audio_hours", "training speech")):
         x = row[what]
         texts |= {name: spell(x["median"]), f"{name}, {x['level']:.0%} interval": f"{spell(x['low'])} to {spell(x['high'])}"}

@@ -55,16 +55,24 @@ def point_of(
     if not log["finished"] or log["reason"] != "finished" or not rows: return None
     labels = about.get("label_hours", label_hours)
     again = "train it again with this version"
-    for key,value,fix in (("parameters", about.get("parameters"), again), ("label_hours", labels, "give --label-hours, the hours of its labelled training set"),
-                          ("evaluation_set", about.get("evaluation_set"), again), ("audio_hours", totals.get("audio_hours"), again)):
+    for key, value, fix in (
+        ("parameters", about.get("parameters"), again),
+        ("label_hours", labels, "give --label-hours, the hours of its labelled training set"),
+        ("evaluation_set", about.get("evaluation_set"), again), ("audio_hours", totals.get("audio_hours"), again)
+    ):
         if value is None: raise ConfigError(f"{name}: its log has no {key}; {fix}")
     best = min(rows, key=lambda h: h["val_wer"])
     useful = 1 - (totals.get("lost_hours") or 0.)/totals["elapsed_hours"] if totals.get("elapsed_hours") else 1. # share without lost work
     low, high = best.get("interval") or (best["val_wer"],)*2
     start = next((h["val_wer"] for h in log["history"] if h.get("step") == 0), None)
-    curve = tuple((round(h["audio_hours"], 4), round(h["elapsed_hours"], 5), round(h["val_wer"], 5)) for h in rows if h.get("audio_hours") is not None)
-    return Point(name, about.get("model", name), family, int(about["parameters"]), float(labels), float(totals["audio_hours"]), float(totals["device_hours"]*useful),
-                 int(totals["step"]), best["val_wer"], low, high, about["evaluation_set"], about.get("normaliser") or "", start, curve)
+    curve = tuple(
+        (round(h["audio_hours"], 4), round(h["elapsed_hours"], 5), round(h["val_wer"], 5)) for h in rows if h.get("audio_hours") is not None
+    )
+    return Point(
+        name, about.get("model", name), family, int(about["parameters"]), float(labels), float(totals["audio_hours"]),
+        float(totals["device_hours"] * useful), int(totals["step"]), best["val_wer"], low, high,
+        about["evaluation_set"], about.get("normaliser") or "", start, curve
+    )
 
 # %% ../../nbs/ttq/40_points.ipynb #32157e50
 def keep_point(point:Point, folder)->Path:
@@ -75,22 +83,30 @@ def keep_point(point:Point, folder)->Path:
 
 def read_point(path)->Point:
     "Read what `keep_point` wrote; raises `ConfigError` for another file."
-    try: values = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as e: raise ConfigError(f"{path}: not a saved run ({e}); `ai2text plan --keep FOLDER` writes such files") from e
+    try:
+        values = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{path}: not a saved run ({e}); `ai2text plan --keep FOLDER` writes such files") from e
     known = {f.name for f in fields(Point)}
     needed = [f.name for f in fields(Point) if f.name not in ("start_wer", "curve")]
-    if not isinstance(values, dict): raise ConfigError(f"{path}: not a saved run: not a JSON object; `ai2text plan --keep FOLDER` writes such files")
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: not a saved run: not a JSON object; `ai2text plan --keep FOLDER` writes such files")
     if missing := [name for name in needed if name not in values]:
-        raise ConfigError(f"{path}: not a saved run: {', '.join(missing[:4])} {'is' if len(missing) == 1 else 'are'} missing; `ai2text plan --keep FOLDER` writes such files")
+        raise ConfigError(
+            f"{path}: not a saved run: {', '.join(missing[:4])} {'is' if len(missing) == 1 else 'are'} missing; `ai2text "
+            "plan --keep FOLDER` writes such files"
+        )
     numbers = ("parameters", "label_hours", "audio_hours", "machine_hours", "steps", "wer")
     for key in numbers:
         if not (isinstance(values[key], (int, float)) and not isinstance(values[key], bool) and 0 < values[key] < math.inf):
-            raise ConfigError(f"{path}: {key}: {values[key]!r} is not a number above 0; save the run again with `ai2text plan --keep FOLDER`")
+            raise ConfigError(
+                f"{path}: {key}: {values[key]!r} is not a number above 0; save the run again with `ai2text plan --keep FOLDER`"
+            )
     return Point(**{k: tuple(map(tuple, v)) if k == "curve" else v for k,v in values.items() if k in known})
 
 # %% ../../nbs/ttq/40_points.ipynb #4d0a1b4e
 def _git(root:Path, *words)->str:
-    done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, encoding="utf-8") # nosec B603 B607 # the user's own git, with fixed words
+    done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, encoding="utf-8")  # nosec B603 B607 # own git, fixed words
     return done.stdout if done.returncode == 0 else ""
 
 def all_label_hours(layout:Layout)->float|None: # None: no index
@@ -108,7 +124,9 @@ def _logs(layout:Layout):
         if ref.startswith("refs/exps/exec/"): continue
         for name in _git(layout.root, "ls-tree", "-r", "--name-only", ref, "results").splitlines():
             if not name.endswith("/ttq_log.json"): continue
-            if text := _git(layout.root, "show", f"{ref}:./{name}"): yield f"{ref.split('/')[-1]}-{Path(name).parent.name}", Path(name).parent.name, json.loads(text)
+            if text := _git(layout.root, "show", f"{ref}:./{name}"):
+                yield f"{ref.split('/')[-1]}-{Path(name).parent.name}", Path(name).parent.name, json.loads(text)
+
 
 def find_points(
     layout:Layout=None,     # a workspace; None: only the folders

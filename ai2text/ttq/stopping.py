@@ -11,7 +11,11 @@ import math
 from .log import TTQTracker
 
 # %% ../../nbs/ttq/20_stopping.ipynb #f16f2953
-POLICIES = dict(confirmed="every milestone is confirmed", missed="the budget of the next milestone is spent", hopeless="the next milestone is out of reach")
+POLICIES = dict(
+    confirmed="every milestone is confirmed",
+    missed="the budget of the next milestone is spent",
+    hopeless="the next milestone is out of reach",
+)
 HOPELESS = 0.05 # a milestone is out of reach when two forecasts in a row are below this probability
 
 def _probabilities(

@@ -18,9 +18,13 @@ from .points import Point
 FEWEST = 5        # runs that a fit needs
 DRAWS  = 1000     # draws from the posterior
 NAMES  = ("floor", "a", "alpha", "b", "beta", "g", "gamma", "sigma", "d", "c")
-# Medians and standard deviations of logarithms. Shares of error are relative to the runs' median; exponents as published for recognition and translation.
-PRIOR  = dict(floor=(math.log(.08), 1.2), a=(math.log(.3), .9), alpha=(math.log(.5), .5), b=(math.log(.3), .9), beta=(math.log(.6), .5), g=(math.log(.15), 1.), gamma=(math.log(.35), .5),
-              sigma=(math.log(.03), .6), d=(0., 1.5), c=(0., 1.5))
+# Medians and standard deviations of logarithms. Shares of error are relative to the runs' median;
+# exponents as published for recognition and translation.
+PRIOR = dict(
+    floor=(math.log(0.08), 1.2), a=(math.log(0.3), 0.9), alpha=(math.log(0.5), 0.5), b=(math.log(0.3), 0.9),
+    beta=(math.log(0.6), 0.5), g=(math.log(0.15), 1.0), gamma=(math.log(0.35), 0.5), sigma=(math.log(0.03), 0.6),
+    d=(0.0, 1.5), c=(0.0, 1.5)
+)
 
 def log_error(wer): return -np.log1p(-np.clip(wer, 1e-4, .995)) # -ln(1 - WER): close to WER where that is small, unbounded
 def to_wer(log_error): return -np.expm1(-log_error)
@@ -62,8 +66,12 @@ def check_points(
     if family and family not in families: raise ConfigError(f"--family {family}: no finished run of it; there are runs of {listed}")
     mine = [p for p in points if p.family == (family or (families or [""])[0])]
     if len(mine) < FEWEST:
-        raise ConfigError(f"{len(mine)} finished runs{f' of {mine[0].family}' if mine else ''}, a plan needs {FEWEST}: train a few short ones on parts of the data, "
-                          "as `dvc exp run --queue -S train.data_share=0.25 -S train.max_steps=600` (an eighth, a quarter, a half; two budgets), then `dvc queue start`")
+        raise ConfigError(
+            f"{len(mine)} finished runs{f' of {mine[0].family}' if mine else ''}, a plan needs {FEWEST}: train a few short "
+            "ones on parts of the data, "
+            "as `dvc exp run --queue -S train.data_share=0.25 -S train.max_steps=600` (an eighth, a quarter, a half; two "
+            "budgets), then `dvc queue start`"
+        )
     for what,name,fix in (("evaluation_set", "dev sets", "train them again on the present data, or give only those of one set with --runs"),
                           ("normaliser", "normalisers", "train again with one normaliser, or give only the runs of one with --runs")):
         kinds = sorted({getattr(p, what) for p in mine})
@@ -72,11 +80,19 @@ def check_points(
             raise ConfigError(f"the runs were scored on different {name}: {groups}. Their error rates do not compare; {fix}")
     doubts, spread = [], lambda key: max(getattr(p, key) for p in mine)/min(getattr(p, key) for p in mine)
     if spread("label_hours") < 1.5:
-        doubts.append("all runs had the same hours of labels: the effect of labels rests on the prior alone; add runs with train.data_share=0.25 and 0.5")
-    if spread("audio_hours") < 1.5: doubts.append("all runs had the same budget: the effect of compute rests on the prior alone; add runs with half and twice the steps")
+        doubts.append(
+            "all runs had the same hours of labels: the effect of labels rests on the prior alone; add runs with "
+            "train.data_share=0.25 and 0.5"
+        )
+    if spread("audio_hours") < 1.5:
+        doubts.append(
+            "all runs had the same budget: the effect of compute rests on the prior alone; add runs with half and twice the steps"
+        )
     if spread("parameters") < 1.2: doubts.append("all runs had one size: this plan predicts nothing for other sizes")
-    if len({p.start_wer is None for p in mine}) > 1: doubts.append("some runs begin with pretrained weights and some do not; they are treated as one family")
-    if others := [f for f in families if f != mine[0].family]: doubts.append(f"only runs of {mine[0].family} count here; there are others of {', '.join(others)}, see --family")
+    if len({p.start_wer is None for p in mine}) > 1:
+        doubts.append("some runs begin with pretrained weights and some do not; they are treated as one family")
+    if others := [f for f in families if f != mine[0].family]:
+        doubts.append(f"only runs of {mine[0].family} count here; there are others of {', '.join(others)}, see --family")
     return mine, doubts
 
 def fit_surface(
@@ -100,7 +116,8 @@ def fit_surface(
     def density(x_WK): # log posterior
         z = log_seen - np.log(_log_error(x_WK, unit, pretrained, D, C, N))
         sigma = np.exp(x_WK[:,7:8])
-        return -.5*(((x_WK - centre)/width)**2).sum(1) - (np.log(sigma) + .5*np.log1p((z/sigma)**2/3)*4).sum(1) # Student's t with 3 degrees of freedom: robust against outliers
+        # Student's t with 3 degrees of freedom: robust against outliers
+        return -.5*(((x_WK - centre)/width)**2).sum(1) - (np.log(sigma) + .5*np.log1p((z/sigma)**2/3)*4).sum(1)
 
     rng = np.random.default_rng(0)
     many = centre + width*rng.standard_normal((4000, len(NAMES)))
