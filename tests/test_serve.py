@@ -190,7 +190,7 @@ def test_windowed_engine(bundle):
     spans = first[1] + [[w, a + later, b + later] for w, a, b in second[1]]
     async def main():
         async with running(bundle, windowed=True, vad="loudness", every=0.1, silence_after_words=0.6) as service:
-            assert "whole utterances" in service.about()
+            assert "full context" in service.about()
             live, fast = await asyncio.gather(send(service, frames(wave), pace=0.1), send(service, frames(wave)))
             for received in (live, fast):
                 finals = [r for r in received.results if r["is_final"]]
@@ -348,7 +348,7 @@ def test_every_kind(tmp_path, kind):
     async def main():
         async with running(folder, workers=1, vad="loudness", every=0.2) as service, aiohttp.ClientSession() as session:
             about = service.about()
-            assert f"kind {kind}" in about and ("whole utterances" in about) == (kind != "chunk_ctc")
+            assert f"kind {kind}" in about and ("full context" in about) == (kind != "chunk_ctc")
             received = await send(service, frames(wave))
             assert (received.code, received.text, received.results[-1]["is_eof"]) == (1000, "một hai ba", True) and len(
                 received.results[-1]["words"]

@@ -11,6 +11,7 @@ from base64 import b64encode
 from pathlib import Path
 
 import nbformat
+from latex2mathml.converter import convert
 from nbformat.v4 import new_code_cell, new_markdown_cell
 from nbformat.v4.rwbase import rejoin_lines
 
@@ -106,6 +107,12 @@ def _code_cells(cell, library:bool)->list:
     tag = "example" if not library or source.count("\n") < OPEN_LINES else "test"
     return [new_code_cell(source, metadata=dict(tags=[tag]), outputs=cell.outputs)]
 
+_FORMULA = re.compile(r"`[^`]*`|(\$\$?)(?! )([^$`\n]+?)(?<! )\1(?!\d)")
+
+def _formulas(text:str)->str:
+    "Markdown with its LaTeX formulas as MathML; inline code as it is."
+    return _FORMULA.sub(lambda m: convert(m[2], display="block" if m[1] == "$$" else "inline") if m[1] else m[0], text)
+
 def _relink(text:str, notebook:Path, root:Path, pages:set, repository:str)->str:
     "Markdown with pictures in it and links to pages; raises `ConfigError` for a link that leads nowhere."
     def picture(found):
@@ -123,7 +130,7 @@ def _relink(text:str, notebook:Path, root:Path, pages:set, repository:str)->str:
     parts = re.split(r"(^```.*?^```)", text, flags=re.M | re.S)
     for i in range(0, len(parts), 2):
         parts[i] = re.sub(r"!\[([^\]]*)\]\(((?![a-z]+:)[^)\s]+)\)", picture, parts[i])
-        parts[i] = re.sub(r"\]\(([^)\s]+)\)", link, parts[i])
+        parts[i] = _formulas(re.sub(r"\]\(([^)\s]+)\)", link, parts[i]))
     return "".join(parts)
 
 # %% ../../nbs/pipeline/25_docs.ipynb #7d4b3ca3

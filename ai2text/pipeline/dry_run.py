@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PART_SECONDS', 'TensorMemory', 'planned_steps', 'batch_part', 'step_memory', 'step_seconds', 'evaluation_seconds',
-           'run_length', 'ways_to_fit', 'spell_bytes', 'estimate_run', 'estimate_text', 'train']
+           'run_length', 'ways_to_fit', 'spell_bytes', 'estimate_run', 'budget_text', 'estimate_text', 'train']
 
 # %% ../../nbs/pipeline/05_dry_run.ipynb #29c6aa9d
 import dataclasses, math, os, time, weakref
@@ -30,6 +30,7 @@ from ..evaluation.score_split import split_loader
 from ..training.advice import train_values
 from ..training.trainer import Progress
 from ..training.setup import set_up
+from .stage_runner import chosen_milestones
 
 # %% ../../nbs/pipeline/05_dry_run.ipynb #bf7b1483
 class TensorMemory(TorchDispatchMode):
@@ -227,10 +228,20 @@ def estimate_run(
         hours=hours, audio_hours=length["steps"]*audio_hours, cost=config.price_per_hour*hours if config.price_per_hour else None)
 
 # %% ../../nbs/pipeline/05_dry_run.ipynb #b13e4b32
+def budget_text(
+    milestone:dict, # wer, budget_hours
+    hours:float,    # of the whole run
+)->str:
+    "Whether the run ends within the budget of a milestone, and otherwise how much of it does."
+    budget = milestone["budget_hours"]
+    part = "the whole run" if hours <= budget else f"the first {budget/hours:.0%} of the run"
+    return f"{milestone['wer']:.0%} within {spell_hours(budget)}: {part}"
+
 def estimate_text(
     name:str,           # of the model
     config:TrainConfig,
     found:dict,         # from `estimate_run`
+    milestones:list=(), # dicts with wer and budget_hours, to compare with the hours of the run
 )->str:
     "An estimate, in lines."
     memory, processes, f = found["memory"], config.nproc*config.machines, found
@@ -249,6 +260,7 @@ def estimate_text(
         speech=f"{f['audio_hours']:.1f} h, repeats counted",
         time=f"{1000*f['step']:.0f} ms a step, by {f['timed']} of them; {f['evaluations']} evaluations of {f['evaluation']:.1f} s",
         hours=spell_hours(f["hours"]),
+        milestones="; ".join(budget_text(m, f["hours"]) for m in milestones),
         cost="no price: train.price_per_hour is 0" if f["cost"] is None else f"{f['cost']:.2f}, at {config.price_per_hour:g} an hour")
     return "\n".join([f"{key:<11} {value}" for key,value in rows.items() if value] + ["nothing was trained or written"])
 
@@ -276,7 +288,7 @@ def train(
     config = section("train", train_values(values, {**params, "train": own}) | asked)
     new = build_model(params, load_tokenizer(layout.tokenizer), values["init"]["seed"], model)
     if dry_run:
-        try: return estimate_text(model, config, estimate_run(config, new, layout))
+        try: return estimate_text(model, config, estimate_run(config, new, layout), chosen_milestones(values))
         except MemoryError as e: raise ConfigError(f"memory: {e}") from e
     losses = []
     class Losses:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'EACH', 'SINGULAR', 'FAMILY_STAGES', 'ANY_FAMILY', 'USED', 'WEIGHT_FILES', 'MAX_REPORT_BYTES', 'POLL_S',
-           'BENCHMARKS', 'check_names', 'pick_item', 'stage_section', 'stage_parameters', 'stage_identity',
-           'write_identities', 'start_of', 'write_starts', 'read_settings', 'strip_report', 'write_report',
-           'kernel_main', 'StageError', 'Watch', 'report_headline', 'run_stage']
+           'BENCHMARKS', 'check_names', 'pick_item', 'chosen_milestones', 'stage_section', 'stage_parameters',
+           'stage_identity', 'write_identities', 'start_of', 'write_starts', 'read_settings', 'strip_report',
+           'write_report', 'kernel_main', 'StageError', 'Watch', 'report_headline', 'run_stage']
 
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #8d738bfa
 import ast, builtins, contextlib, dataclasses, difflib, errno, html, importlib, os, re, signal, sys, tempfile, threading, time
@@ -70,7 +70,7 @@ def pick_item(
     return section, key, items[key]
 
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #8f73fbcd
-def _milestones(params:dict)->list:
+def chosen_milestones(params:dict)->list:
     "The milestones that `train.milestones` names."
     lists, chosen = params.get("milestones") or {}, (params.get("train") or {}).get("milestones")
     if chosen not in lists:
@@ -107,7 +107,7 @@ def stage_parameters(
     values = dict(workspace=".", config=config, stream=params.get("stream") or {}, corpora=[*corpora, *(params.get("pseudo") or {})],
                   sources={k: (v or {}).get("source", "demo") for k,v in corpora.items()}, models=list(params.get("models") or {}))
     if each: values[SINGULAR[each]] = key
-    if each == "models": values |= dict(model_params=item, milestone_list=_milestones(params))
+    if each == "models": values |= dict(model_params=item, milestone_list=chosen_milestones(params))
     for parameter in wanted:
         if parameter not in values:
             raise ConfigError(f"stage {name}: its notebook asks for {parameter}, which is none of {', '.join(values)}")

@@ -329,7 +329,7 @@ class Service:
         self.bundle, self.token, self.origins, self.log = check_bundle(bundle), token, check_origins(origins), log
         self.most, self.seconds, self.idle, self.heartbeat = streams, seconds, idle, heartbeat
         self.store = Store(keep, self.bundle) if keep else None
-        self.kind = self.bundle.kind + ("" if self.bundle.streams and not windowed else ", whole utterances")
+        self.kind = self.bundle.kind + ("" if self.bundle.streams and not windowed else ", full context")
         self.models = {self.bundle.config["name"]: int((self.bundle.folder/"config.json").stat().st_mtime)}
         split = speech_segments if vad == "silero" and self.bundle.kind == "whisper" else split_at_silence
         self.split = functools.partial(split, longest=longest)
