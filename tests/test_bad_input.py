@@ -150,9 +150,8 @@ def test_empty_split_stops_prepare_and_leaves_no_manifest(tmp_path):
 def test_one_speaker_without_dev_is_split_by_utterance_and_noted_in_every_file(tmp_path):
     layout = corpus(release(tmp_path/"cv", train=["a"], test=["e"]), tmp_path)
     stats = prepared(layout)
-    assert {split: s["utterances"] for split, s in stats["splits"].items()} == dict(train=3, dev=1, test=4) and stats[
-        "drawn_by_utterance"
-    ] == ["dev"]
+    assert {split: s["utterances"] for split, s in stats["splits"].items()} == dict(train=3, dev=1, test=4)
+    assert stats["drawn_by_utterance"] == ["dev"]
     assert stats["caveats"] == [
         "the speakers of 100% of the utterances of dev are in train too: this error rate flatters, and says little of other speakers"
     ]
@@ -371,9 +370,8 @@ def test_bad_inputs_are_counted_with_a_reason_or_work(tmp_path):
                 (kind, known[kind][r["line"] if "line" in r else stem(r["id"] or r.get("audio_filepath", r["file"]))]), []
             ).append(r["reason"])
         for r in read_jsonl(layout.corpus(kind) / "manifest.jsonl"):
-            assert Path(os.path.realpath(layout.corpus(kind) / r["audio_filepath"])).is_relative_to(tmp_path / kind) and r[
-                "sha256"
-            ] != sha256(tmp_path / "outside.wav")
+            assert Path(os.path.realpath(layout.corpus(kind) / r["audio_filepath"])).is_relative_to(tmp_path/kind)
+            assert r["sha256"] != sha256(tmp_path/"outside.wav")
     stats = prepared(layout, max_reject_share=0.9)
     rejects, rows = read_jsonl(layout.prepared/"rejects.jsonl"), [r for split in SPLITS for r in read_jsonl(layout.manifest(split))]
     assert len(rows) + len(rejects) == stats["utterances"] and Counter(r["reason"] for r in rejects) == {

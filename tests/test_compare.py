@@ -34,9 +34,8 @@ def test_stages_are_those_of_the_project():
         assert rest(mine) == rest(theirs)
         assert mine["cmd"] == theirs["cmd"].replace("exec python", "exec env PYTHONPATH=.. python") # the package of this copy
         known = [d for d in theirs["deps"] if not d.startswith("starts/")]  # all models start from random weights
-        assert [d.removeprefix("../") for d in mine["deps"]] == known and all(
-            m.get("init", "scratch") == "scratch" for m in PARAMS["models"].values()
-        ), name
+        assert [d.removeprefix("../") for d in mine["deps"]] == known, name
+        assert all(m.get("init", "scratch") == "scratch" for m in PARAMS["models"].values()), name
 
 
 def test_three_families_have_equal_budgets():

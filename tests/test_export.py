@@ -294,12 +294,10 @@ def test_bundle_of_every_family_agrees_with_its_model(families, name, kind, file
     object.__setattr__(there, "kind", kind)
     rows, model = export(ExportConfig(**CONFIG | dict(model=name)), STREAM, there), load_model(there.model(name))
     bundle, report = check_bundle(there.bundle), read_json(there.comparison/"export.json")
-    assert (bundle.kind, bundle.streams, report["kind"], bundle.config["name"]) == (kind, kind == "chunk_ctc", kind, name) and len(
-        rows
-    ) == 6
-    assert {*report["graphs"]} == files and not any(o["texts_differ"] or o["apart"] > 1e-3 for o in report["graphs"].values()), report[
-        "graphs"
-    ]
+    assert (bundle.kind, bundle.streams, report["kind"], bundle.config["name"]) == (kind, kind == "chunk_ctc", kind, name)
+    assert len(rows) == 6
+    graphs = report["graphs"]
+    assert {*graphs} == files and not any(o["texts_differ"] or o["apart"] > 1e-3 for o in graphs.values()), graphs
     assert sum(len(r["hypothesis"]) for r in rows) > 20, "empty texts agree trivially"
     assert report["wer"]["full"]["wer"] == bundle.config["wer"]["full"]["wer"] and "**Not measured.**" not in (
         bundle.folder / "README.md"

@@ -554,9 +554,8 @@ def test_every_score_notes_overlap_with_train():
     for split, seen in dict(dev=dict(speaker=1.0), test=dict(text=0.5)).items():
         write_json(layout.split_index(split), read_json(layout.split_index(split)) | dict(seen=seen))
     tiny_model("m", layout, "evaluate")
-    assert read_json(layout.results("m") / "metrics.json")["seen"] == dict(speaker=1.0) and read_json(
-        layout.results("m-eval") / "eval.json"
-    )["seen"] == dict(text=0.5)
+    assert read_json(layout.results("m")/"metrics.json")["seen"] == dict(speaker=1.)
+    assert read_json(layout.results("m-eval")/"eval.json")["seen"] == dict(text=.5)
     (layout.root/"params.yaml").touch()
     text = summary(layout.root)
     for line in (
