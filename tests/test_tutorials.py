@@ -60,7 +60,7 @@ def add_family(root:Path):
     )
     for name, old, new in (
         ("models/50_registry", 'wav2vec=\\"Wav2Vec2\\")', 'wav2vec=\\"Wav2Vec2\\", gru=\\"Gru\\")'),
-        ("testing/05_family_check", 'wav2vec=dict(size=\\"tiny\\"))', 'wav2vec=dict(size=\\"tiny\\"), gru=dict(width=16))'),
+        ("testing/05_family_check", 'wav2vec=dict(size=\\"tiny\\"),', 'wav2vec=dict(size=\\"tiny\\"), gru=dict(width=16),'),
     ):
         path = root/f"nbs/{name}.ipynb"
         text = path.read_text()
