@@ -31,7 +31,8 @@ from .stage_runner import STAGES
 TAGS = set("a audio b blockquote br code details div em h1 h2 h3 h4 h5 h6 hr i img li ol p pre span strong sub summary sup table tbody td "
            "th thead tr u ul math mfrac mi mn mo mrow mspace msub msubsup msup".split())
 ATTRIBUTES = {"*": {"alt", "class", "colspan", "controls", "open", "preload", "rowspan", "style", "title"}, "a": {"href"}, "audio": {"src"},
-              "img": {"src"}, "math": {"display"}}
+              "img": {"src"}, "math": {"display"},
+              "mi": {"mathvariant"}, "mo": {"maxsize", "minsize", "stretchy"}, "mspace": {"width"}}
 SOURCES = dict(img="data:image/", audio="data:audio/")
 
 def _allow(tag:str, name:str, value:str)->str|None:
