@@ -120,7 +120,7 @@ def read_sides(
                 f"{path}: a table; write an id and a text in each line, or a manifest (JSON Lines), or give --kind lines if "
                 "each line is text"
             )
-    # of a short file
+    # lines of a short file can be ids too
     if kind == "auto" and {*kinds} == {"ids", "lines"} and {*_ids(lines[kinds.index("lines")])} <= {*_ids(lines[kinds.index("ids")])}:
         kinds = ["ids", "ids"]
     if kinds[0] != kinds[1]:

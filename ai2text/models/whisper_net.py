@@ -243,7 +243,7 @@ def from_release(
     theirs, found = {k.removeprefix("model."): v for k,v in theirs.items()}, {}
     for ours,names in _renamed(shape, decoder):
         found[f"{ours}.weight"] = torch.cat([theirs[f"{n}.weight"] for n in names]).float()
-        # keys have none in a release
+        # the key projections of a release have no bias
         bias = lambda n: theirs[f"{n}.bias"] if not n.endswith("k_proj") else torch.zeros(len(theirs[f"{n}.weight"]))
         found[f"{ours}.bias"] = torch.cat([bias(n) for n in names]).float()
     return found | {a: theirs[b].float() for a,b in UNJOINED.items() if decoder}

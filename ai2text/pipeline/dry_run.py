@@ -232,9 +232,9 @@ def budget_text(
     milestone:dict, # wer, budget_hours
     hours:float,    # of the whole run
 )->str:
-    "Whether the run ends within the budget of a milestone, and otherwise how much of it does."
+    "How much of the run is within the budget of a milestone."
     budget = milestone["budget_hours"]
-    part = "the whole run" if hours <= budget else f"the first {budget/hours:.0%} of the run"
+    part = "the whole run is within it" if hours <= budget else f"only the first {budget/hours:.0%} of the run are within it"
     return f"{milestone['wer']:.0%} within {spell_hours(budget)}: {part}"
 
 def estimate_text(

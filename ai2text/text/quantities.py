@@ -129,7 +129,7 @@ def fraction(m):
     top, under = m[2], m[3]
     above, below, unit = value_of(top), value_of(under), f" {name_of(m[4])}" if m[4] else ""
     over = f"{read_number(top)} trên {read_number(under)}{unit}"
-    # a season
+    # two years in a row are a season: 2023/24
     if re.fullmatch(r"(1[89]|20)\d\d", top) and (below - above) % 100 == 1 and len(under) in (2, 4):
         return either(over.replace(" trên ", " "), over)
     if m["whole"]:

@@ -356,8 +356,7 @@ def _skip(self:TrainerOptimized, window:list, parts:torch.Tensor, spike:bool):
         where = f"{where}, {kept}"
     raise FloatingPointError(
         f"{s.skipped_in_a_row} steps in a row after step {s.step} had no finite loss and gradient, or one of "
-        f"{self.max_norm_ratio:g} times the usual norm: "
-        f"lower the learning rate, or look at {where}"
+        f"{self.max_norm_ratio:g} times the usual norm: lower the learning rate, or look at {where}"
     )
 
 # %% ../../nbs/training/30_trainer.ipynb #84d1a187

@@ -499,7 +499,7 @@ def adopt(self:TTQTracker,
     "Begin a new log with the other run's entries up to that checkpoint, so that its hours count here too."
     entries = read_entries(log)[0]
     at = [i for i,e in enumerate(entries) if e["kind"] == "checkpoint" and e["step"] == step]
-    # without one if the run was killed between checkpoint and entry
+    # a run that was killed between checkpoint and entry has no entry of the checkpoint
     last = max(at or [i for i,e in enumerate(entries) if e.get("step", math.inf) <= step], default=0)
     if self.truth.exists(): raise ConfigError(f"{self.truth}: exists already; adopt a log before the first entry, or move this file away")
     write_jsonl(self.truth, entries[:last+1])
