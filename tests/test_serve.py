@@ -20,7 +20,9 @@ from ai2text.core.files import read_jsonl
 from ai2text.core.params import ConfigError
 from ai2text.core.sections import CorpusConfig
 from ai2text.corpora.corpus import make_corpus
+from ai2text.decoding.beam_search import save_weights
 from ai2text.decoding.itn import written
+from ai2text.decoding.ngram_lm import build_lm
 from ai2text.serving.bundle import seal
 from ai2text.serving.latency import served
 from ai2text.serving.server import FRAME_BYTES, MAX_AHEAD, running
@@ -217,6 +219,21 @@ def test_hotwords_of_a_request(bundle):
                 refused = await send(there, frames(whistle("ba")[0]))
                 assert refused.code == 1008 and sign in refused.reason and reason in refused.reason
     asyncio.run(main())
+
+
+def test_final_results_use_the_language_model(bundle, tmp_path):
+    "The recording is between two words: greedy decoding takes one, the language model has only the other."
+    (tmp_path/"text").write_text("hai ba\nhai bốn sáu\n", encoding="utf-8")
+    build_lm([tmp_path/"text"], tmp_path/"lm", order=2, processes=1, normaliser=str(bundle))
+    save_weights(tmp_path/"lm", dict(lm_weight=1., word_bonus=0., unknown=-10.))
+    between = 0.6*whistle("hai ba")[0] + 0.4*whistle("hai năm")[0]
+    async def main(lm):
+        async with running(bundle, workers=1, lm=lm) as service:
+            return (await send(service, frames(between))).text, service.about()
+    greedy, searched = asyncio.run(main("")), asyncio.run(main(str(tmp_path/"lm")))
+    assert (greedy[0], searched[0]) == ("hai năm", "hai ba")
+    assert f"lm        {tmp_path/'lm'}, for final results" in searched[1] and "  lm  " not in greedy[1]
+    with pytest.raises(ConfigError, match="none/lm.json: no such file"): asyncio.run(main(str(tmp_path/"none")))
 
 
 def test_disconnected_and_unauthorised_clients(bundle):

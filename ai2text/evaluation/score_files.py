@@ -217,8 +217,7 @@ class FileScores:
                 f"of {tone['aligned']} aligned syllables: {tone['tone']} wrong in the tone, {tone['letters']} in the "
                 f"letters, {tone['both']} in both",
                 f"WER without tones {percent(self.kinds['no_tones']['wer'])}, without any diacritics "
-                f"{percent(self.kinds['no_diacritics']['wer'])}, "
-                f"as written {percent(self.kinds['raw']['wer'])} (CER {percent(self.kinds['raw']['cer'])})",
+                f"{percent(self.kinds['no_diacritics']['wer'])}",
             ]
         interval = lambda g: "" if g["wer_low"] is None else f"{percent(g['wer_low'])} to {percent(g['wer_high'])}"
         speakers = [[g["group"], g["utterances"], g["words"], percent(g["wer"]), interval(g)] for g in self.speakers]
@@ -263,7 +262,7 @@ def score_files(
     clean, where = find_normaliser(normaliser)
     rows = utterance_rows(refs, found, normaliser=clean)
     known = all(r["speaker"] for r in rows)
-    total = score_rows(rows, normaliser=clean, variants=() if variants == "none" else read_variants(variants))
+    total = score_rows(rows, written=True, normaliser=clean, variants=() if variants == "none" else read_variants(variants))
     result = FileScores(
         total, found_kind, error_kinds(rows), groups(rows, "speaker") if known else [],
         [r for r in worst(rows, worst_count) if r["errors"]], confusions(rows, confusion_count),

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 from .metrics import MIN_SPEAKERS, Score, aligned, bootstrap, rate_interval, score
 from ..text.tones import strip_diacritics, strip_tones, tone_errors, tone_matrix
-from ..data.written import as_written
 
 # %% ../../nbs/evaluation/30_scorecard.ipynb #4318408a
 @dataclass(frozen=True)
@@ -100,14 +99,14 @@ def tone_confusions(
 # %% ../../nbs/evaluation/30_scorecard.ipynb #9c3648d2
 def error_kinds(
     rows, # of utterances.jsonl
-)->dict:  # raw, no_tones, no_diacritics (rates); syllables, speakers (counts and rates)
+)->dict:  # no_tones, no_diacritics (rates); syllables, speakers (counts and rates)
     "Error rates by kind, and their spread over speakers."
     speakers = [r["speaker"] for r in rows]
-    def rates(change, end=""):
-        refs, hyps = ([change(r[f"{side}{end}"]) for r in rows] for side in ("reference", "hypothesis"))
+    def rates(change):
+        refs, hyps = ([change(r[side]) for r in rows] for side in ("reference", "hypothesis"))
         return score(refs, hyps, speakers if all(speakers) else None, normaliser=None).rates
     wers = [g["wer"] for g in groups(rows, "speaker") if g["wer"] is not None] or [None]
-    return dict(raw=rates(as_written, "_raw"), no_tones=rates(strip_tones), no_diacritics=rates(strip_diacritics),
+    return dict(no_tones=rates(strip_tones), no_diacritics=rates(strip_diacritics),
                 syllables=tone_errors(pair for row in rows for pair in aligned(row)),
                 speakers=dict(count=len(set(speakers)), best=wers[-1],
                               median=None if wers == [None] else float(np.median(wers)), worst=wers[0]))

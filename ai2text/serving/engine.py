@@ -21,6 +21,7 @@ from ..core.params import ConfigError
 from ..audio.segment import LONGEST
 from ..audio.vad import SPEECH_WINDOW, Endpointer, SpeechDetector
 from ..decoding.beam_search import Decoder, Word
+from ..decoding.ngram_lm import load_lm
 from ..decoding.calibration import calibrated_words
 from ..text.tokenizer import WORD_START, Tokenizer
 from ..streams.graphs import session
@@ -355,9 +356,12 @@ class Engine:
         detector=SpeechDetector, # windowed: voice activity detector
         clock=time.monotonic,    # seconds
         calibration=None,        # streaming: `[a, b]` of the confidences
+        tokens=None,             # streaming: tokens.txt of the bundle
+        lm=None,                 # streaming: language model of final results
     ):
         self.stream_class, self.graph, self.ends, self.every = stream_class, graph, ends, every
         self.detector, self.clock, self.calibration, self._make = detector, clock, calibration, make_recogniser
+        self.tokens, self.lm = tokens, lm
         self.streams = {}
         self.decoder = functools.lru_cache(16)(self._decoder)
 
@@ -375,13 +379,14 @@ class Engine:
         return other
 
     def _decoder(self, phrases:tuple):
-        search = {} if phrases else dict(beam=0)
-        return Decoder(self.graph.tokenizer, hotwords=phrases, frame_seconds=self.graph.shape.frame_samples/SAMPLE_RATE, **search)
+        search = {} if phrases or self.lm else dict(beam=0)
+        return Decoder(self.tokens, self.lm, hotwords=phrases, frame_seconds=self.graph.shape.frame_samples/SAMPLE_RATE, **search)
 
     def words(self, log_probs_NV, phrases:tuple):
         "The `Hypothesis` of an utterance, and its words."
-        found = self.decoder(phrases).decode(log_probs_NV)
-        return found, calibrated_words(self.decoder(phrases).words(found, log_probs_NV), None if phrases else self.calibration)
+        decoder = self.decoder(phrases)
+        found = decoder.decode(log_probs_NV)
+        return found, calibrated_words(decoder.words(found, log_probs_NV), None if decoder.beam else self.calibration)
 
     def open(self, id:int, start:int=0, segment:int=0, hotwords=(), whole:bool=False):
         "Open a stream; raises `ConfigError` or `ValueError` for unusable hotwords."
@@ -433,19 +438,23 @@ def load_engine(
     vad:str="silero",    # windowed: silero or loudness
     every:float=0.5,     # windowed: s between partial results of an utterance, at least
     sums:str="",         # digest of its SHA256SUMS when it was checked; empty: not compared
+    lm:str="",           # folder of a language model, or an ARPA file, for final results of a CTC model; empty: none
     **ends,              # of `EndpointRules`
 )->Engine:
     "The engine of a bundle, by its `kind`; raises `BundleError` or `ConfigError`."
     def whole():
         _check_same(folder, sums)
-        return load_recogniser(folder, int8 and not bundle.streams)
+        return load_recogniser(folder, int8 and not bundle.streams, model)
     _check_same(folder, sums)
     bundle = Bundle(Path(folder), read_json(Path(folder)/"config.json"))
     if vad not in DETECTORS: raise ConfigError(f"vad {vad}: not known; choose from {', '.join(DETECTORS)}")
+    model = load_lm(lm) if lm else None
     how = dict(make_recogniser=whole, ends=EndpointRules(**ends), every=every, detector=DETECTORS[vad])
     if bundle.streams and not windowed:
         graph = ConformerGraph(bundle, int8) if bundle.kind == "streaming_ctc" else ChunkGraph(folder, int8)
-        return Engine(ChunkStreamDecoder, graph=graph, calibration=bundle.calibration("stream"), **how)
+        engine = Engine(ChunkStreamDecoder, graph=graph, calibration=bundle.calibration("stream"), tokens=bundle.tokens, lm=model, **how)
+        engine.decoder(()) # raises for a language model of another normaliser
+        return engine
     Endpointer(how["ends"].silence, how["ends"].silence_after_words, how["ends"].longest) # raises for settings that do not fit
     engine = Engine(WindowStreamDecoder, **how)
     engine.whole(np.zeros(SAMPLE_RATE, np.float32)) # loads the model

@@ -302,6 +302,7 @@ class Service:
         bundle,               # folder of an exported model
         token:str="",         # required in each request; empty: none, and only this machine is served
         int8:bool=False,      # 8-bit weights
+        lm:str="",            # language model of final results, for a CTC model: a folder of `ai2text lm`, or an ARPA file
         workers:int=0,        # recognition processes; 0 = one for each core
         streams:int=64,       # open at once, at most
         seconds:float=14400., # of audio in one stream, at most
@@ -334,7 +335,8 @@ class Service:
         split = speech_segments if vad == "silero" and self.bundle.kind == "whisper" else split_at_silence
         self.split = functools.partial(split, longest=longest)
         settings = dict(folder=str(Path(bundle).resolve()), sums=sha256(self.bundle.folder/SUMS), int8=int8, windowed=windowed, vad=vad,
-                        every=every, silence=silence, silence_after_words=silence_after_words, longest=longest)
+                        lm=str(Path(lm).resolve()) if lm else "", every=every, silence=silence,
+                        silence_after_words=silence_after_words, longest=longest)
         self.workers = Workers(settings, workers, patience, log)
         self.readers = ThreadPoolExecutor(thread_name_prefix="recording") # for files, so that writing kept segments does not wait
         self.open_streams, self.streams = 0, set()
@@ -395,6 +397,7 @@ def about(self:Service)->str:
     return "\n".join([
         f"{self.url}  model {b.config['name']}, kind {self.kind}{rate}",
         f"  trained   {trained_on(b.config)}",
+        *([f"  lm        {lm}, for final results"] if (lm := self.workers.settings["lm"]) else []),
         f"  token     {'required' if self.token else 'none: every account and program of this machine may use it'}",
         f"  workers   {n} {'process' if n == 1 else 'processes'}",
         f"  limits    {self.most} streams, {self.seconds:g} s of audio each, closed after {self.idle:g} s without audio; "
