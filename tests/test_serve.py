@@ -184,14 +184,15 @@ def test_stream_that_kills_workers_is_closed(bundle):
     asyncio.run(asyncio.wait_for(main(), 120))
 
 
-def test_windowed_engine(bundle):
-    "Full context for a streaming bundle: utterances found by loudness, word times, partial results whose words stay."
+def test_windowed_engine(tmp_path):
+    "A full-context bundle: utterances found by loudness, word times, partial results whose words stay."
+    bundle = toy_bundle(tmp_path/"bundle", kind="ctc")
     first, second = whistle("một hai", seconds=0.4), whistle("ba sáu năm", seconds=0.4)
     pause = np.zeros(round(1.5*SAMPLE_RATE), np.float32)
     wave, later = np.concatenate([first[0], pause, second[0]]), (len(first[0]) + len(pause))/SAMPLE_RATE
     spans = first[1] + [[w, a + later, b + later] for w, a, b in second[1]]
     async def main():
-        async with running(bundle, windowed=True, vad="loudness", every=0.1, silence_after_words=0.6) as service:
+        async with running(bundle, vad="loudness", every=0.1, silence_after_words=0.6) as service:
             assert "full context" in service.about()
             live, fast = await asyncio.gather(send(service, frames(wave), pace=0.1), send(service, frames(wave)))
             for received in (live, fast):
@@ -234,6 +235,22 @@ def test_final_results_use_the_language_model(bundle, tmp_path):
     assert (greedy[0], searched[0]) == ("hai năm", "hai ba")
     assert f"lm        {tmp_path/'lm'}, for final results" in searched[1] and "  lm  " not in greedy[1]
     with pytest.raises(ConfigError, match="none/lm.json: no such file"): asyncio.run(main(str(tmp_path/"none")))
+
+
+def test_two_passes(bundle):
+    "The recording is between two words: the stream takes one, full context the other; times are those of the whole stream."
+    pause = np.zeros(2*SAMPLE_RATE, np.float32)
+    between = np.concatenate([whistle("hai")[0], pause, 0.6*whistle("hai ba")[0] + 0.4*whistle("hai năm")[0], pause, whistle("sáu")[0]])
+    async def main(two_pass):
+        async with running(bundle, workers=1, two_pass=two_pass) as service:
+            assert f"kind streaming_ctc{', two passes'*two_pass}, a result each 0.32 s" in service.about()
+            received = await send(service, frames(between))
+            finals = [r for r in received.results if r["is_final"]]
+            assert finals[-1]["is_eof"] and [r["segment"] for r in finals] == [0, 1, 2]
+            return [r["text"] for r in finals], [w["start"] for r in finals for w in r["words"]]
+    (one, starts), (two, again) = asyncio.run(main(False)), asyncio.run(main(True))
+    assert (one, two) == (["hai", "hai năm", "sáu"], ["hai", "hai ba", "sáu"])
+    assert max(abs(a - b) for a, b in zip(starts, again, strict=True)) < 0.16
 
 
 def test_disconnected_and_unauthorised_clients(bundle):

@@ -158,7 +158,9 @@ class ChunkStreamDecoder(StreamDecoder):
     def __init__(self, engine, start=0, segment=0, hotwords=()):
         super().__init__(engine, start, segment, hotwords)
         engine.decoder(self.phrases) # raises for a phrase that cannot be spelled
+        self.recogniser = engine.recogniser(self.phrases) if engine.two_pass else None
         self.scores, self.begin = engine.graph.scores(), start
+        self.audio_T, self.second = np.zeros(0, np.float32), None # with two passes: samples from `begin` on; the utterance to decode again
         self._reset()
 
     def _reset(self): self.tokens, self.times, self.probs, self.last, self.frames, self.quiet, self.rows = [], [], [], 0, 0, 0, []
@@ -170,33 +172,32 @@ class ChunkStreamDecoder(StreamDecoder):
 
     def urgency(self, now:float)->int|None:
         "Priority, lowest first; None: nothing to do."
-        return 0 if len(self.waiting) >= self.need or self.over else None
+        return 1 if self.second else 0 if len(self.waiting) >= self.need or self.over else None
 
     def step(self, now:float)->list[dict]:
-        "Decode the next chunk, or the end."
+        "Decode the next chunk, the end, or an utterance again."
+        if self.second: return self._again()
         shape, need = self.scores.shape, self.need
-        if len(self.waiting) >= need:
-            samples, self.waiting = self.waiting[:need], self.waiting[need:]
-            self._extend(self.scores.accept(samples))
-        else:
-            self._extend(self.scores.finish(self.waiting))
-            self.closed = True
+        self.closed = len(self.waiting) < need
+        samples, self.waiting = self.waiting[:need], self.waiting[need:]
+        self._extend((self.scores.finish if self.closed else self.scores.accept)(samples))
+        if self.recogniser: self.audio_T = np.concatenate([self.audio_T, samples])
         decoded, quiet = self.begin + self.frames*shape.frame_samples, self.quiet*shape.frame_samples/SAMPLE_RATE
-        if self.closed: return [self._final(self.received), dict(what="closed")]
+        if self.closed: return self._final(self.received, self.received)
         rules = self.engine.ends
         if not rules.over(bool(self.tokens), quiet, (decoded - self.begin)/SAMPLE_RATE):
             tokenizer = self.engine.graph.tokenizer
             tokens = [tokenizer.symbols[t].replace("▁", " ", 1) for t in self.tokens]
             result = self.result(tokenizer.decode(self.tokens), tokens, list(self.times), self.begin, ys_probs=list(self.probs))
             return [self.event("partial", decoded, self.begin, decoded + shape.lookahead, result=result)]
-        if not rules.over(bool(self.tokens), quiet, 0): return [self._cut(decoded)]
-        found = self._final(decoded)
+        if not rules.over(bool(self.tokens), quiet, 0): return self._cut(decoded)
+        events = self._final(decoded, decoded)
         self.scores.samples -= self.scores.chunks*shape.shift
         self.scores.chunks, self.scores.state, self.begin = 0, self.engine.graph.scores().state, decoded
         self._reset()
-        return [found]
+        return events
 
-    def _cut(self, decoded:int)->dict:
+    def _cut(self, decoded:int)->list[dict]:
         "Split an utterance at its maximum length, at the longest pause before a word of its second half."
         rows_NV, symbols = np.concatenate(self.rows), self.engine.graph.tokenizer.symbols
         best, pauses, last = rows_NV.argmax(1).tolist(), [], -1 # last: frame with a token
@@ -207,11 +208,11 @@ class ChunkStreamDecoder(StreamDecoder):
         place = word - pause//2
         self._reset()
         self._extend(rows_NV[:place])
-        found = self._final(decoded, self.begin + place*self.scores.shape.frame_samples)
-        self.begin = found["end"]
+        end = min(decoded, self.begin + place*self.scores.shape.frame_samples)
+        events, self.begin = self._final(decoded, end), end
         self._reset()
         self._extend(rows_NV[place:])
-        return found
+        return events
 
     def _extend(self, log_probs_NV):
         self.rows.append(log_probs_NV)
@@ -223,15 +224,28 @@ class ChunkStreamDecoder(StreamDecoder):
                 self.probs.append(round(score, 4))
             self.last, self.frames = token, self.frames + 1
 
-    def _final(self, decoded:int, end:int=None)->dict:
-        end = decoded if end is None else end
+    def _final(self, decoded:int, end:int)->list[dict]:
+        wave_T, self.audio_T = self.audio_T[:end - self.begin], self.audio_T[end - self.begin:]
+        if self.recogniser and self.tokens:
+            self.second = decoded, self.begin, end, wave_T
+            return []
         found, words = self.engine.words(np.concatenate(self.rows), self.phrases)
         tokens = [self.engine.graph.tokenizer.symbols[t].replace("▁", " ", 1) for t in found.tokens]
         begin = self.begin/SAMPLE_RATE
         words = [Word(w.word, w.start + begin, w.end + begin, w.confidence) for w in words]
         times, probs = (self.times, self.probs) if found.tokens == self.tokens else (found.times, [])
-        result = self.result(found.text, tokens, times, self.begin, True, ys_probs=probs, **spelled(words))
-        return self.event("final", decoded, end, decoded + self.scores.shape.lookahead, begin=self.begin, end=end, result=result)
+        return self._ended(decoded, self.begin, end, found.text, tokens, times, words, ys_probs=probs)
+
+    def _again(self)->list[dict]:
+        (decoded, begin, end, wave_T), self.second = self.second, None
+        text, words = self.recogniser(wave_T, begin/SAMPLE_RATE)
+        tokens, times = [" " + w.word for w in words], [round(w.start - begin/SAMPLE_RATE, 3) for w in words]
+        return self._ended(decoded, begin, end, text, tokens, times, words)
+
+    def _ended(self, decoded:int, begin:int, end:int, text:str, tokens, times, words, **more)->list[dict]:
+        result = self.result(text, tokens, times, begin, True, **more, **spelled(words))
+        final = self.event("final", decoded, end, decoded + self.scores.shape.lookahead, begin=begin, end=end, result=result)
+        return [final] + [dict(what="closed")]*self.closed
 
 # %% ../../nbs/serving/50_engine.ipynb #0be62f1d
 def agreed(
@@ -356,12 +370,13 @@ class Engine:
         detector=SpeechDetector, # windowed: voice activity detector
         clock=time.monotonic,    # seconds
         calibration=None,        # streaming: `[a, b]` of the confidences
-        tokens=None,             # streaming: tokens.txt of the bundle
+        tokens=None,             # tokens.txt of the bundle
         lm=None,                 # streaming: language model of final results
+        two_pass:bool=False,     # streaming: final results of the full-context recogniser
     ):
         self.stream_class, self.graph, self.ends, self.every = stream_class, graph, ends, every
         self.detector, self.clock, self.calibration, self._make = detector, clock, calibration, make_recogniser
-        self.tokens, self.lm = tokens, lm
+        self.tokens, self.lm, self.two_pass = tokens, lm, two_pass
         self.streams = {}
         self.decoder = functools.lru_cache(16)(self._decoder)
 
@@ -375,7 +390,7 @@ class Engine:
         if not phrases: return self.whole
         if not hasattr(self.whole, "decoder"): raise ConfigError("hotwords: this kind of model takes no phrase list; leave it out")
         other, decoder = copy.copy(self.whole), self.whole.decoder
-        other.decoder = Decoder(decoder.symbols, decoder.lm, hotwords=phrases, frame_seconds=decoder.frame_seconds)
+        other.decoder = Decoder(self.tokens, decoder.lm, hotwords=phrases, frame_seconds=decoder.frame_seconds)
         return other
 
     def _decoder(self, phrases:tuple):
@@ -434,11 +449,11 @@ def _check_same(folder, sums:str):
 def load_engine(
     folder,              # a checked bundle
     int8:bool=False,     # 8-bit weights
-    windowed:bool=False, # full context even if the model could stream
     vad:str="silero",    # windowed: silero or loudness
     every:float=0.5,     # windowed: s between partial results of an utterance, at least
     sums:str="",         # digest of its SHA256SUMS when it was checked; empty: not compared
     lm:str="",           # folder of a language model, or an ARPA file, for final results of a CTC model; empty: none
+    two_pass:bool=False, # of a streaming model: final results with full context
     **ends,              # of `EndpointRules`
 )->Engine:
     "The engine of a bundle, by its `kind`; raises `BundleError` or `ConfigError`."
@@ -449,11 +464,12 @@ def load_engine(
     bundle = Bundle(Path(folder), read_json(Path(folder)/"config.json"))
     if vad not in DETECTORS: raise ConfigError(f"vad {vad}: not known; choose from {', '.join(DETECTORS)}")
     model = load_lm(lm) if lm else None
-    how = dict(make_recogniser=whole, ends=EndpointRules(**ends), every=every, detector=DETECTORS[vad])
-    if bundle.streams and not windowed:
+    how = dict(make_recogniser=whole, ends=EndpointRules(**ends), every=every, detector=DETECTORS[vad], tokens=bundle.tokens)
+    if bundle.streams:
         graph = ConformerGraph(bundle, int8) if bundle.kind == "streaming_ctc" else ChunkGraph(folder, int8)
-        engine = Engine(ChunkStreamDecoder, graph=graph, calibration=bundle.calibration("stream"), tokens=bundle.tokens, lm=model, **how)
+        engine = Engine(ChunkStreamDecoder, graph=graph, calibration=bundle.calibration("stream"), lm=model, two_pass=two_pass, **how)
         engine.decoder(()) # raises for a language model of another normaliser
+        if two_pass: engine.whole(np.zeros(SAMPLE_RATE, np.float32)) # loads the graph
         return engine
     Endpointer(how["ends"].silence, how["ends"].silence_after_words, how["ends"].longest) # raises for settings that do not fit
     engine = Engine(WindowStreamDecoder, **how)

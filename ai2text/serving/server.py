@@ -311,7 +311,7 @@ class Service:
         silence:float=2.4,    # seconds of silence that end an utterance without words
         silence_after_words:float=1.2, # seconds of silence that end an utterance
         longest:float=20.,    # seconds of an utterance, at most
-        windowed:bool=False,  # full context for a streaming model: more accurate, with more delay
+        two_pass:bool=False,  # of a streaming model: final results with full context, more accurate and a little later
         every:float=0.5,      # seconds between partial results of a full-context model, at least
         vad:str="silero",     # voice activity detector of a full-context model: silero or loudness
         origins:list[str]=(), # allowed origins of other pages, as https://app.example.vn
@@ -330,11 +330,11 @@ class Service:
         self.bundle, self.token, self.origins, self.log = check_bundle(bundle), token, check_origins(origins), log
         self.most, self.seconds, self.idle, self.heartbeat = streams, seconds, idle, heartbeat
         self.store = Store(keep, self.bundle) if keep else None
-        self.kind = self.bundle.kind + ("" if self.bundle.streams and not windowed else ", full context")
+        self.kind = self.bundle.kind + (", two passes"*two_pass if self.bundle.streams else ", full context")
         self.models = {self.bundle.config["name"]: int((self.bundle.folder/"config.json").stat().st_mtime)}
         split = speech_segments if vad == "silero" and self.bundle.kind == "whisper" else split_at_silence
         self.split = functools.partial(split, longest=longest)
-        settings = dict(folder=str(Path(bundle).resolve()), sums=sha256(self.bundle.folder/SUMS), int8=int8, windowed=windowed, vad=vad,
+        settings = dict(folder=str(Path(bundle).resolve()), sums=sha256(self.bundle.folder/SUMS), int8=int8, two_pass=two_pass, vad=vad,
                         lm=str(Path(lm).resolve()) if lm else "", every=every, silence=silence,
                         silence_after_words=silence_after_words, longest=longest)
         self.workers = Workers(settings, workers, patience, log)
@@ -392,8 +392,7 @@ class Service:
 def about(self:Service)->str:
     "The settings in effect, in lines."
     b, n = self.bundle, self.workers.count
-    chunked = "whole" not in self.kind and "chunk_size" in b.config
-    rate = f", a result each {0.04*b.config['chunk_size']:g} s" if chunked else ""
+    rate = f", a result each {0.04*b.config['chunk_size']:g} s" if b.streams else ""
     return "\n".join([
         f"{self.url}  model {b.config['name']}, kind {self.kind}{rate}",
         f"  trained   {trained_on(b.config)}",
