@@ -1,9 +1,10 @@
-"The commands of the front page and the tutorials exist; the model family of the tutorial passes the project's checks and trains."
+"The commands of the front page and the tutorials exist, committed outputs are current; the model family of the tutorial passes the project's checks and trains."
 import json
 import re
 import shlex
 from pathlib import Path
 
+import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from nbformat import write
@@ -30,6 +31,20 @@ def test_commands_of_the_front_page_and_the_tutorials_exist(capsys):
             try: _parser(words).parse_args(words)
             except SystemExit: wrong.append(f"{name}: ai2text {' '.join(words)}: {capsys.readouterr().err.splitlines()[-1]}")
     assert len(known) > 20 and not wrong, wrong
+
+
+def shown(path):
+    "The text of all outputs; a table as its HTML."
+    return ["".join(o.get("text") or (o["data"].get("text/html") or o["data"]["text/plain"]))
+            for c in json.loads(Path(path).read_text(encoding="utf-8"))["cells"] for o in c.get("outputs", ())]
+
+
+@pytest.mark.parametrize("name", ["models", "recordings"])
+def test_committed_outputs_are_of_this_code(name, tmp_path):
+    "Of the tutorials whose outputs are text that does not depend on the machine."
+    papermill.execute_notebook(str(ROOT/f"nbs/tutorials/{name}.ipynb"), str(tmp_path/"now.ipynb"), progress_bar=False, cwd=str(tmp_path))
+    now, then = shown(tmp_path/"now.ipynb"), shown(ROOT/f"nbs/tutorials/{name}.ipynb")
+    assert now == then, f"run nbs/tutorials/{name}.ipynb again and commit its outputs"
 
 
 NEW = "models/45_gru", "testing/05_family_check"
