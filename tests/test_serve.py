@@ -203,6 +203,11 @@ def test_windowed_engine(tmp_path):
                 assert max(abs(w["start"] - a) + abs(w["end"] - b) for w, (_, a, b) in zip(words, spans, strict=True)) < 0.16
             partial = [r["text"].split() for r in live.results if not r["is_final"] and r["segment"] == 0]
             assert any(partial) and all(b[:len(a)] == a for a, b in zip(partial, partial[1:]))
+            decoded = await metric(service, "decoded_seconds_total")
+            assert abs(decoded - 2*len(wave)/SAMPLE_RATE) < 0.01
+            sf.write(tmp_path/"a.wav", first[0], SAMPLE_RATE)
+            assert (await service.recognise(tmp_path/"a.wav")).lines == ["một hai"]
+            assert await metric(service, "decoded_seconds_total") - decoded > 0.5*len(first[0])/SAMPLE_RATE
     asyncio.run(asyncio.wait_for(main(), 60))
 
 

@@ -382,7 +382,7 @@ class Conformer(nn.Module):
     frame_seconds = FRAME_SECONDS    # seconds from one row of `log_probs` to the next
     def __init__(self,
         config:ConformerConfig, # shape
-        tokenizer,              # of `ai2text.text.normalise`
+        tokenizer,              # of `ai2text.text.tokenizer`
     ):
         super().__init__()
         c = self.shape = config

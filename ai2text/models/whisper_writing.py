@@ -90,7 +90,7 @@ class WhisperTokens:
 
     @classmethod
     def appended(cls,
-        tokenizer,            # of the data, see `ai2text.text.normalise`
+        tokenizer,            # of the data, see `ai2text.text.tokenizer`
         seconds:float|None,   # the last timestamp; None = no timestamps
     )->'WhisperTokens':
         "The data's vocabulary, followed by special tokens and timestamps."

@@ -337,7 +337,7 @@ class WindowStreamDecoder(StreamDecoder):
         text, words = self.recogniser(self.held[begin - self.first:], offset)
         now = self.engine.clock()
         speaking = sum(s.speaking for s in self.engine.streams.values() if isinstance(s, WindowStreamDecoder))
-        self.due = now + max(self.engine.every, (now - began)*speaking)
+        self.due = now + max(self.engine.every, (now - began)*(2*speaking - 1)) # so that partial results take half of the time at most
         latest = text.split()
         self.shown, self.before = agreed(self.shown, self.before, latest), latest
         times = [round(w.start - offset, 3) for w in words[:len(self.shown)]]

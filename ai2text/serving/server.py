@@ -216,6 +216,7 @@ async def _send_results(self:Stream):
             raise Ended(code, kind, text.format(**event)[:120])
         decoded, now, store = event["decoded"], time.monotonic(), self.service.store
         more, self.decoded = decoded - self.decoded, max(decoded, self.decoded)
+        self.service.metrics.decoded.inc(max(0, more)/SAMPLE_RATE)
         self.moved.set()
         if not (result := event.get("result")): continue
         self.text = result["text"]
@@ -224,8 +225,7 @@ async def _send_results(self:Stream):
                        received=round(self.received/SAMPLE_RATE, 3), latency=round(latency, 4))
         if store: result["id"] = self.id
         if result["is_final"]: result["written"] = written(result["text"], sentence=True)
-        real_time = self.received/SAMPLE_RATE < now - self.began + 1
-        self.service.measure(latency if real_time else None, max(0, more)/SAMPLE_RATE)
+        if self.received/SAMPLE_RATE < now - self.began + 1: self.service.metrics.latency.observe(latency) # in real time
         try: await self._send(json.dumps(result, ensure_ascii=False))
         finally: # also for a client that has left
             if result["is_final"]:
@@ -470,12 +470,6 @@ async def _stream(self:Service, request):
     return client
 
 @patch
-def measure(self:Service, latency, decoded:float):
-    "Count a result."
-    if latency is not None: self.metrics.latency.observe(latency)
-    self.metrics.decoded.inc(decoded)
-
-@patch
 async def save(self:Service, id:str, wave, text:str, confidence:float=0.):
     "Save an utterance with words; a full disk is logged and does not end the stream."
     what = "without words"
@@ -501,6 +495,7 @@ async def _segment(self:Service, start:float, wave, options:dict)->dict:
     if (last := events[-1])["what"] == "refused": raise ConfigError(last["error"])
     if last["what"] != "closed":
         raise RuntimeError(f"the segment at {start:g} s: {last.get('error', 'every worker died while decoding it')}")
+    self.metrics.decoded.inc(len(wave)/SAMPLE_RATE)
     return events[-2]["result"]
 
 def likely_phrases(

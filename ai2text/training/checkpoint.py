@@ -237,8 +237,8 @@ def unpack_run(
             if about(p) is None: raise ConfigError(f"checkpoints/{p.name}: not a whole checkpoint; nothing was taken")
         recipe = read_json(part/"recipe.json") if "recipe.json" in files else {}
         if _short(recipe) != top.name: raise ConfigError(f"recipe.json: is of {_short(recipe)}, not of {top.name}; nothing was taken")
+        if any((top/budget).glob("checkpoints/*/checkpoint.json")): raise ConfigError(f"{top/budget}: is there already; nothing was taken")
         (part/"recipe.json").replace(top/"recipe.json")
-    if any((top/budget).glob("checkpoints/*/checkpoint.json")): raise ConfigError(f"{top/budget}: is there already; nothing was taken")
     with Lock(top/budget, wait=0): shutil.rmtree(top/budget) # empty, or of a process that ended before its first checkpoint
     return (top/".arrived").rename(top/budget)
 
