@@ -81,7 +81,7 @@ def test_shards_language_model_and_hotwords_use_the_normaliser_of_their_folder(l
     assert {*lm.words} - {*SPECIAL_WORDS} == {*SPOKEN.split()} and lm.about["normaliser"] == index.normaliser
     tokenizer = load_tokenizer(layout.tokenizer)
     assert Decoder(tokenizer, tmp_path/"lm", hotwords=["CTXH"]).hotwords == {("công", "tác", "xã", "hội"): 3.}
-    with pytest.raises(ConfigError, match="which has other tables; make it again with `ai2text lm --normaliser"):
+    with pytest.raises(ConfigError, match="which has other tables; make it again with `ai2text lm --text FILES --to LM --normaliser"):
         Decoder(CharTokenizer(), tmp_path / "lm")
 
 

@@ -340,7 +340,8 @@ class Decoder:
                     f"names); it is assumed to be that of the recogniser's transcripts", stacklevel=2)
         elif normaliser and self.lm:
             check_normaliser(self.lm.about.get("normaliser"), self.lm.folder or "the language model",
-                f"make it again with `ai2text lm --normaliser {Path(tokens).parent if isinstance(tokens, (str, Path)) else 'FOLDER'}`, "
+                "make it again with `ai2text lm --text FILES --to LM --normaliser "
+                f"{Path(tokens).parent if isinstance(tokens, (str, Path)) else 'FOLDER'}`, "
                 f"the folder of the model", normaliser)
         self.hotwords = self._read_hotwords(hotwords, normaliser or NORMALISER)
         self._tables()

@@ -240,7 +240,7 @@ def load_lm(
     if not (folder/"lm.json").is_file():
         raise ConfigError(f"{folder}/lm.json: no such file; make a language model with `ai2text lm --text FILES --to {folder}`")
     about = read_json(folder/"lm.json")
-    again = f"make it again with `ai2text lm --to {folder}`"
+    again = f"make it again with `ai2text lm --text FILES --to {folder}`"
     if not isinstance(about, dict) or about.get("format") != LM_FORMAT:
         raise ConfigError(f"{folder}/lm.json: not a language model of format {LM_FORMAT}; {again}")
     check_normaliser(about.get("normaliser"), folder, again)
@@ -412,7 +412,7 @@ def _sentences(path:Path)->list[str]:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     except FileNotFoundError: raise ConfigError(f"{path}: no such file; give text files with a sentence a line, or manifests") from None
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as e:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise ConfigError(f"{path}: cannot be read as text ({e}); save it as UTF-8") from None
     lines = io.StringIO(text).readlines() # str.splitlines would also split at rare separators
     if path.name.removesuffix(".gz").rpartition(".")[2] != "jsonl": return lines

@@ -262,8 +262,8 @@ def pseudo_curve(
     if not rows or not all(isinstance(row.get("text"), str) for row in rows):
         raise ConfigError(f"{manifest}: {'no utterances' if not rows else 'an utterance without text'}; give a prepared manifest, such "
             f"as data/prepared/dev.jsonl")
-    found = score_teacher(load_teacher(Path(teacher)), rows[::max(1, len(rows)//utterances) if utterances else 1][:utterances or None],
-        manifest.parent, second=0. if second else None)
+    if 0 < utterances < len(rows): rows = [rows[i*len(rows)//utterances] for i in range(utterances)]
+    found = score_teacher(load_teacher(Path(teacher)), rows, manifest.parent, second=0. if second else None)
     curves = {a: confidence_curve(found, a) for a in (AGREEMENTS if second else AGREEMENTS[-1:])}
     cell = lambda row: f"{row['kept']:.0%}" + ("" if row["wer"] is None else f", WER {row['wer']:.1%}")
     minutes, wer = sum(f["duration"] for f in found)/60, sum(f["errors"] for f in found)/max(1, sum(f["words"] for f in found))

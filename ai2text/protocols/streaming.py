@@ -31,7 +31,8 @@ class Refused(ConnectionError):
     "The service refused the stream or closed it before its end; `status` is the HTTP status or the WebSocket's close code."
     def __init__(self, text:str, status:int): super().__init__(text); self.status = status
 
-_FIXES = {401: "give its token in AI2TEXT_TOKEN or --token-file", 403: "it serves its own page only", 404: "check the path",
+_FIXES = {401: "give its token in AI2TEXT_TOKEN or --token-file",
+          403: "without a token it serves 127.0.0.1 and localhost only; start it with one", 404: "check the path",
           503: "it is full or starting; try again later", 1006: "check that it is running",
           1012: "the recogniser was restarted or stops; send the recording again"}
 

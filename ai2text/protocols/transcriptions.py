@@ -221,7 +221,7 @@ class Transcriptions:
         token:str="",          # required in each request; empty: none, and only this machine is served
         origins=(),            # allowed origins of other pages, as https://app.example.vn
         folder=None,           # for uploads; None: the system's temporary folder
-        most:int=1 << 30,      # bytes of a file: 1 GiB is 3 h of 16-bit stereo at 48 kHz, or 70 h of MP3
+        most:int=1 << 30,      # bytes of a file: 1 GiB is 1.5 h of 16-bit stereo at 48 kHz, or 18 h of MP3 at 128 kbit/s
         at_once:int=16,        # requests; further ones get status 429
         stall:float=60.,       # s without a byte sent or read until the time-out
         aliases=("whisper-1",),# other names of the first model
@@ -330,7 +330,7 @@ async def _transcribe(self:Transcriptions, request):
 
 @patch
 async def _stream(self:Transcriptions, request, path, asked):
-    "Text as it is recognised. The response begins with the first text, so that a bad file still gets an HTTP status."
+    "Text as it is recognised. The response begins with the first text or `KEEPALIVE`; an earlier failure gets an HTTP status."
     texts, response = asyncio.Queue(), web.StreamResponse(headers={
         "Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
     async def write(text):

@@ -153,7 +153,7 @@ def window_samples(
     chunk_size:int,    # encoder frames of a chunk
     right_context:int, # feature frames that the last of them needs besides its own
 )->int:
-    "Samples at 16 kHz before a stream's first chunk is decoded."
+    "Samples at 16 kHz before sherpa-onnx decodes a stream's first chunk; `ai2text serve` needs a frame (160) less."
     frames = _SUBSAMPLING*(chunk_size - 1) + right_context + 2
     return 160*frames + 120 # frames every 10 ms, 25 ms wide, the first around 5 ms
 

@@ -226,7 +226,8 @@ class ChunkStreamDecoder(StreamDecoder):
 
     def _final(self, decoded:int, end:int)->list[dict]:
         wave_T, self.audio_T = self.audio_T[:end - self.begin], self.audio_T[end - self.begin:]
-        if self.recogniser and self.tokens:
+        if self.recogniser:
+            if not self.tokens: return self._ended(decoded, self.begin, end, "", [], [], [], ys_probs=[])
             self.second = decoded, self.begin, end, wave_T
             return []
         found, words = self.engine.words(np.concatenate(self.rows), self.phrases)
@@ -240,7 +241,7 @@ class ChunkStreamDecoder(StreamDecoder):
         (decoded, begin, end, wave_T), self.second = self.second, None
         text, words = self.recogniser(wave_T, begin/SAMPLE_RATE)
         tokens, times = [" " + w.word for w in words], [round(w.start - begin/SAMPLE_RATE, 3) for w in words]
-        return self._ended(decoded, begin, end, text, tokens, times, words)
+        return self._ended(decoded, begin, end, text, tokens, times, words, ys_probs=[])
 
     def _ended(self, decoded:int, begin:int, end:int, text:str, tokens, times, words, **more)->list[dict]:
         result = self.result(text, tokens, times, begin, True, **more, **spelled(words))
@@ -373,27 +374,31 @@ class Engine:
         tokens=None,             # tokens.txt of the bundle
         lm=None,                 # streaming: language model of final results
         two_pass:bool=False,     # streaming: final results of the full-context recogniser
+        check=lambda: None,      # raises if the bundle's files were replaced; called before they are read again
     ):
         self.stream_class, self.graph, self.ends, self.every = stream_class, graph, ends, every
         self.detector, self.clock, self.calibration, self._make = detector, clock, calibration, make_recogniser
-        self.tokens, self.lm, self.two_pass = tokens, lm, two_pass
+        self.tokens, self.lm, self.two_pass, self.check = tokens, lm, two_pass, check
         self.streams = {}
-        self.decoder = functools.lru_cache(16)(self._decoder)
+        self.decoder, self.recogniser = functools.lru_cache(16)(self._decoder), functools.lru_cache(16)(self._recogniser) # by phrases
 
     @functools.cached_property
     def whole(self):
         "The full-context recogniser."
         return self._make()
 
-    def recogniser(self, phrases:tuple):
+    def _recogniser(self, phrases:tuple):
         "The full-context recogniser with hotwords."
         if not phrases: return self.whole
         if not hasattr(self.whole, "decoder"): raise ConfigError("hotwords: this kind of model takes no phrase list; leave it out")
         other, decoder = copy.copy(self.whole), self.whole.decoder
+        other.session = self.whole.session # a copy has none, and would load the graph again
+        self.check()
         other.decoder = Decoder(self.tokens, decoder.lm, hotwords=phrases, frame_seconds=decoder.frame_seconds)
         return other
 
     def _decoder(self, phrases:tuple):
+        if phrases: self.check()
         search = {} if phrases or self.lm else dict(beam=0)
         return Decoder(self.tokens, self.lm, hotwords=phrases, frame_seconds=self.graph.shape.frame_samples/SAMPLE_RATE, **search)
 
@@ -452,19 +457,21 @@ def load_engine(
     vad:str="silero",    # windowed: silero or loudness
     every:float=0.5,     # windowed: s between partial results of an utterance, at least
     sums:str="",         # digest of its SHA256SUMS when it was checked; empty: not compared
-    lm:str="",           # folder of a language model, or an ARPA file, for final results of a CTC model; empty: none
+    lm:str="",           # folder of a language model, or an ARPA file, for a CTC model (a stream's final results); empty: none
     two_pass:bool=False, # of a streaming model: final results with full context
     **ends,              # of `EndpointRules`
 )->Engine:
     "The engine of a bundle, by its `kind`; raises `BundleError` or `ConfigError`."
+    check = functools.partial(_check_same, folder, sums)
     def whole():
-        _check_same(folder, sums)
+        check()
         return load_recogniser(folder, int8 and not bundle.streams, model)
-    _check_same(folder, sums)
+    check()
     bundle = Bundle(Path(folder), read_json(Path(folder)/"config.json"))
     if vad not in DETECTORS: raise ConfigError(f"vad {vad}: not known; choose from {', '.join(DETECTORS)}")
     model = load_lm(lm) if lm else None
-    how = dict(make_recogniser=whole, ends=EndpointRules(**ends), every=every, detector=DETECTORS[vad], tokens=bundle.tokens)
+    how = dict(make_recogniser=whole, ends=EndpointRules(**ends), every=every, detector=DETECTORS[vad], tokens=bundle.tokens,
+               check=check)
     if bundle.streams:
         graph = ConformerGraph(bundle, int8) if bundle.kind == "streaming_ctc" else ChunkGraph(folder, int8)
         engine = Engine(ChunkStreamDecoder, graph=graph, calibration=bundle.calibration("stream"), lm=model, two_pass=two_pass, **how)

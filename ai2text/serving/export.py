@@ -430,7 +430,8 @@ def judge_words(
 
 # %% ../../nbs/serving/30_export.ipynb #82162096
 CHUNKS, LEFT_CHUNKS = (4, 8, 16), (2, 4, 8, 16) # of the figure of WER against latency
-_FIXES = dict(max_wer_gap="train longer with chunks, or take a longer chunk", max_int8_gap="serve the 32-bit weights, or raise the limit")
+_FIXES = dict(max_wer_gap="train longer with chunks, or take a longer chunk",
+              max_int8_gap="raise the limit, and serve without --int8 if only 8 bits are worse")
 
 def verdict(
     report:dict,           # content of export.json

@@ -62,7 +62,7 @@ def sessions(
 
 # %% ../../nbs/serving/80_latency.ipynb #4a521fd3
 EDGE = 0.0475 # s of audio that a chunk needs after its end, for a service that does not report `needs`: 3 frames of right context, one that
-              # sherpa-onnx's server holds back, and half of a frame's window
+              # sherpa-onnx's server holds back, and half of what a frame's window exceeds its shift by
 
 @dataclass
 class SessionLog:
@@ -216,7 +216,7 @@ _SERVE = "import json, sys; from ai2text.serving.server import serve; serve(**js
 @contextlib.contextmanager
 def served(
     bundle,        # folder
-    **settings,    # of `ai2text serve`: int8, threads, streams, ...
+    **settings,    # of `ai2text serve`: int8, workers, streams, ...
 ):                 # a `Served`
     "Run a service in a process of its own until the end of the `with`; raises `ConfigError` if it does not start."
     settings = {k: str(v) if isinstance(v, Path) else v for k,v in settings.items()}

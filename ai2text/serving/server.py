@@ -185,7 +185,7 @@ async def _next(self:Stream,
         except asyncio.TimeoutError:
             if time.monotonic() >= idle:
                 raise Ended(1008, "idle", f"no audio for {self.service.idle:g} s; send Done at the end") from None
-            if pinged: raise Ended(1006, "no pong", "no answer to a ping") from None
+            if pinged: raise Ended(1008, "no pong", "no answer to a ping") from None
             await self.client.ping()
             pinged = True
             continue
@@ -261,8 +261,8 @@ class Metrics:
         of = lambda kind, name, help, *labels, **more: kind(f"ai2text_{name}", help, labels, registry=self.registry, **more)
         self.streams  = of(Counter, "streams", "streams that ended, by how", "end")
         self.refused  = of(Counter, "refused", "requests refused before a stream began, by HTTP status", "status")
-        self.audio    = of(Counter, "audio_seconds", "audio received")
-        self.decoded  = of(Counter, "decoded_seconds", "audio decoded, with the silence after the end")
+        self.audio    = of(Counter, "audio_seconds", "audio received in streams")
+        self.decoded  = of(Counter, "decoded_seconds", "audio decoded, of streams and files")
         self.latency  = of(Histogram, "partial_latency_seconds", "from the last sample that a result needs to the result",
                            buckets=LATENCIES)
         self.kept     = of(Counter, "segments", "segments: kept, without words, or failed to be written", "what")
@@ -302,7 +302,7 @@ class Service:
         bundle,               # folder of an exported model
         token:str="",         # required in each request; empty: none, and only this machine is served
         int8:bool=False,      # 8-bit weights
-        lm:str="",            # language model of final results, for a CTC model: a folder of `ai2text lm`, or an ARPA file
+        lm:str="",            # language model for a CTC model (a stream's final results): a folder of `ai2text lm`, or an ARPA file
         workers:int=0,        # recognition processes; 0 = one for each core
         streams:int=64,       # open at once, at most
         seconds:float=14400., # of audio in one stream, at most
@@ -396,7 +396,7 @@ def about(self:Service)->str:
     return "\n".join([
         f"{self.url}  model {b.config['name']}, kind {self.kind}{rate}",
         f"  trained   {trained_on(b.config)}",
-        *([f"  lm        {lm}, for final results"] if (lm := self.workers.settings["lm"]) else []),
+        *([f"  lm        {lm}{', for final results' if b.streams else ''}"] if (lm := self.workers.settings["lm"]) else []),
         f"  token     {'required' if self.token else 'none: every account and program of this machine may use it'}",
         f"  workers   {n} {'process' if n == 1 else 'processes'}",
         f"  limits    {self.most} streams, {self.seconds:g} s of audio each, closed after {self.idle:g} s without audio; "
@@ -464,7 +464,7 @@ async def _stream(self:Service, request):
         finally: self.streams.discard(stream)
         self.metrics.streams.labels(end).inc()
         try:
-            async with within(6): await client.close(code=code, message=text.encode()[:120])
+            async with within(6): await client.close(code=code, message=text.encode()[:120].decode("utf-8", "ignore").encode())
         except asyncio.TimeoutError: request.transport.abort() # a client that does not read gets no close frame either
     finally: self.open_streams -= 1
     return client
@@ -515,7 +515,7 @@ async def recognise(self:Service,
     on_text=None,      # called with the text of each segment, in order
 )->Transcript:
     "Transcribe a recording; raises `AudioError` if it cannot be read."
-    phrases = likely_phrases(prompt, self.bundle.normaliser) if self.bundle.kind != "whisper" else []
+    phrases = likely_phrases(prompt, self.bundle.normaliser) if prompt and self.bundle.kind != "whisper" else []
     found, tasks, options, wanted = Transcript(str(path)), deque(), dict(hotwords=phrases) if phrases else {}, True
     def blocks():
         for block in read_blocks(path, notes=found.notes):

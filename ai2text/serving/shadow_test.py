@@ -176,6 +176,7 @@ def run_shadow_test(
                           "give another share, or more recordings")
     bundles = dict(A=a, B=b)
     recognisers = {name: load_recogniser(folder) for name,folder in bundles.items()}
+    normaliser = recognisers["A"].bundle.normaliser # raises for that of another version, before anything is streamed
     with contextlib.ExitStack() as stack:
         services = {name: stack.enter_context(served(folder, int8=int8, vad=vad)) for name,folder in bundles.items()}
         before = {name: s.processor() for name,s in services.items()}
@@ -185,7 +186,7 @@ def run_shadow_test(
         spent = {name: s.processor() - before[name] for name,s in services.items()}
     sides = {name: (logs[name], answers(logs[name], recognisers[name]), figures(logs[name], spent[name])) for name in parts}
     judged = dict(a=str(a), b=str(b), audio=str(audio), share=share, streams=streams, real_time=not fast)
-    judged |= judge(sides, shadow, recognisers["A"].bundle.normaliser)
+    judged |= judge(sides, shadow, normaliser)
     judged["answers"] = {name: results for name,(_,results,_) in sides.items()}
     write_json(to, judged)
     return f"{show(judged)}\n{to}"

@@ -165,7 +165,8 @@ class Workers:
         pause = FIRST
         while True:
             worker = Worker()
-            why = await self._run_worker(worker)
+            try: why = await self._run_worker(worker)
+            except Exception as e: why = f"{type(e).__name__}: {e}" # no process or socket to be had: tried again
             pause = FIRST if worker.ready else min(2*pause, LAST)
             self.restarts += 1
             self.log(f"worker: {why}; starting again in {pause:g} s")
@@ -173,12 +174,17 @@ class Workers:
 
     async def _run_worker(self, worker:Worker)->str: # why it ended
         "Start a process and read its events until it ends."
-        ours, theirs = socket.socketpair()
         one = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")} # one thread a worker
-        with theirs:
-            worker.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", ENGINE, str(theirs.fileno()), str(os.getpid()), pass_fds=[theirs.fileno()], env=one | os.environ,
-                start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                worker.process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-m", ENGINE, str(theirs.fileno()), str(os.getpid()), pass_fds=[theirs.fileno()],
+                    env=one | os.environ, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT)
+        except BaseException:
+            ours.close()
+            raise
         lines, why = asyncio.create_task(self._read(worker.process.stdout)), ""
         try:
             reader, worker.writer = await asyncio.open_unix_connection(sock=ours)

@@ -47,6 +47,8 @@ def export_chunk_graph(
             "the export stage does it: export.model in params.yaml"
             if family == "conformer"
             else f"it needs full context: train a {GRAPH_TYPE} with its weights as init"
+            if family == "whisper"
+            else "the export stage exports it for full context: export.model in params.yaml"
         )
         raise ConfigError(f"{source}: is of family {family}, and only {GRAPH_TYPE} is exported here; {fix}")
     if folder.resolve() == source.resolve(): raise ConfigError(f"{folder}: is the model itself, and would be replaced; name another folder")
