@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ai2text.training.checkpoint import latest, load_checkpoint
+from ai2text.core.files import read_json
 from ai2text.core.layout import Layout
 from ai2text.core.distributed import WORKER, RankError, launch
 from ai2text.core.sections import InitConfig
@@ -138,6 +139,11 @@ def test_several_ranks_equal_one_with_more_accumulation_steps(layout, whole, wor
     for name in a: torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5)
     for x,y in zip(curve_a, curve_b, strict=True): assert x == pytest.approx(y, rel=1e-4)
     assert load_log(folder/"ttq_log.jsonl")["about"]["processes"] == world
+
+def test_two_ranks_measure_their_precision_together(layout):
+    "`auto` times the first micro-batch in both types; a rank that did not would leave the other waiting."
+    _, curve, folder = run(layout, "auto", nproc=2, amp_dtype="auto", max_steps=2, evaluate_every_steps=0)
+    assert curve[-1]["step"] == 2 and read_json(folder/"result.json")["dtype"] in ("bfloat16", "float32")
 
 def when_saved(folder, steps, act):
     "Call `act` from a thread once a run has a checkpoint at one of these steps."

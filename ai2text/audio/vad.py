@@ -29,7 +29,7 @@ def _network():
         raise ConfigError("the package silero-vad, which detects speech, is not installed; pip install silero-vad")
     path = Path(home.origin).parent/"data"/_GRAPH
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file; this release of silero-vad does not fit: pip install 'silero-vad>=6.2,<7'")
+        raise ConfigError(f"{path}: no such file; this release of silero-vad does not fit: pip install 'silero-vad>=6.2.3,<7'")
     try: import onnxruntime
     except ImportError as e: raise ConfigError(f"onnxruntime cannot be imported ({e}), which runs {_GRAPH}; pip install onnxruntime") from e
     options = onnxruntime.SessionOptions()

@@ -73,7 +73,7 @@ def collate(
 class Loss(NamedTuple):
     "The result of `forward`: 0-d float32 tensors, so that the trainer need not synchronize with the device."
     sum: 'Tensor'    # loss summed over the units
-    units: 'Tensor'  # number of units: utterances here
+    units: 'Tensor'  # number of units: utterances with a valid target, in pre-training masked frames
     counts: dict     # other sums, such as utterances without a valid alignment
 
 # %% ../../nbs/core/70_batch.ipynb #1c159107
@@ -83,4 +83,4 @@ class Hypothesis:
     text: str                                     # decoded text
     tokens: list = field(default_factory=list)    # token ids
     times: list = field(default_factory=list)     # start of each token, in seconds
-    score: float = 0.                             # mean log probability of the frames' best tokens
+    score: float = 0.                             # natural log: mean over frames (CTC) or tokens (Whisper); of the text (beam search)

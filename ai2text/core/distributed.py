@@ -359,7 +359,7 @@ def launch(
     function:str,   # "module:name", such as "ai2text.training.run:train_rank"; its arguments are `Ranks` and `arguments`
     arguments:dict, # JSON values
     nproc:int,      # ranks
-    threads:int=0,  # processor threads of each; 0: an equal share of the cores
+    threads:int=0,  # processor threads of each; 0: OMP_NUM_THREADS, or an equal share of the cores
     peers:dict|None=None, # for several machines: the arguments of `rendezvous`
 ):
     "Run a function in several processes of this machine; `RankError` if one failed, `KeyboardInterrupt` if a stop was requested."

@@ -78,7 +78,8 @@ class PeakMemory:
 # %% ../../nbs/core/40_environment.ipynb #94846a1a
 def peak_memory(device:torch.device)->int:
     "Bytes: on a GPU the peak of torch's allocations, else the peak of the process."
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+    if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
 
 class RecordPeakMemory:
     "An observer of the trainer that writes `memory.json` into the run's folder."

@@ -48,6 +48,7 @@ def atomic_folder(
     "Write a folder atomically; an error leaves the old one."
     path = Path(path)
     part, old = (path.with_name(f".{path.name}.{end}") for end in ("part", "old"))
+    if old.exists() and not path.exists(): old.rename(path) # of a process that ended between the two renames
     for p in (part, old): shutil.rmtree(p, ignore_errors=True)
     part.mkdir(parents=True)
     try:
@@ -58,7 +59,9 @@ def atomic_folder(
     except OSError as e:
         e.filename = e.filename or str(path)
         raise
-    finally: shutil.rmtree(part, ignore_errors=True)
+    finally:
+        if old.exists() and not path.exists(): old.rename(path)
+        shutil.rmtree(part, ignore_errors=True)
     _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 

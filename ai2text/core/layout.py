@@ -49,14 +49,14 @@ class Layout:
 
     notebooks = property(lambda self: self.project/"nbs", doc="their executed copies are the reports")
     identities = property(lambda self: self.project/"identity", doc="code identity of each stage, a dependency of DVC")
-    starts    = property(lambda self: self.root/"starts", doc="initial weights of each model, a dependency of DVC")
+    starts    = property(lambda self: self.root/"starts", doc="hashes of each model's initial weights, a dependency of DVC")
     corpora   = property(lambda self: self.project/"data/corpus", doc="imported corpora, one folder each")
     prepared  = property(lambda self: self.project/"data/prepared", doc="manifests, rejects and the tokenizer")
     tokenizer = property(lambda self: self.prepared/"tokenizer", doc="trained on the prepared train split")
     shards    = property(lambda self: self.project/"data/shards", doc="one folder per split")
     index     = property(lambda self: self.project/"data/index", doc="of the shards, one file per split")
     comparison = property(lambda self: self.root/"comparison", doc="of the models")
-    bundle    = property(lambda self: self.root/"models/export", doc="the exported model of a streaming service")
+    bundle    = property(lambda self: self.root/"models/export", doc="the exported model, for a service")
     runs      = property(lambda self: self.root/".runs", doc="training runs, finished and unfinished; not tracked by DVC")
     reports   = property(lambda self: self.root/"papermill_runs", doc="executed stage notebooks")
 

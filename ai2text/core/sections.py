@@ -67,16 +67,16 @@ class PrepareConfig:
     max_reject_share:float = opt(0.1, "largest share of rejected utterances", ge=0, le=1)
     splits:str = opt("source", "source: those of the corpus, if it has any; speaker: always split by speaker",
                      choices=("source", "speaker"))
-    dev_share:float = opt(0.05, "share of the utterances for dev, if the corpus has no dev split", gt=0, lt=0.5)
-    test_share:float = opt(0.05, "share of the utterances for test, if the corpus has no test split", gt=0, lt=0.5)
+    dev_share:float = opt(0.05, "share of the utterances for dev, if no corpus has a dev split", gt=0, lt=0.5)
+    test_share:float = opt(0.05, "share of the utterances for test, if no corpus has a test split", gt=0, lt=0.5)
     seed:int = opt(0, "of these splits")
     shared_texts:bool = opt(False, "allow a text in train and in dev or test, for commands and digits (few texts, many speakers); "
                                    "every score is then marked")
     foreign:str = opt("keep", "words with non-Vietnamese letters: keep, spell them out, or reject the utterance",
                       choices=("keep", "spell", "reject"))
-    abbreviations:str = opt("", "abbreviations and how they are read: two columns; empty = none")
-    readings:str = opt("", "your own readings, which precede all rules: written form, a tab, spoken words; empty = none")
-    spoken:str = opt("", "chosen readings, as `ai2text readings` writes them; empty = the first of each")
+    abbreviations:str = opt("", "abbreviations and how they are read: two columns, or three with contexts; a file without lines = none")
+    readings:str = opt("", "your own readings, which precede all rules: written form, a tab, spoken words; a file without lines = none")
+    spoken:str = opt("", "chosen readings, as `ai2text readings` writes them; a file without lines = the first of each")
     tags:str = opt("drop", "tags such as [noise]: drop them, or keep them, which rejects the utterance", choices=("drop", "keep"))
     tokenizer:str = opt("bpe", "subwords (bpe) or letters (char)", choices=("bpe", "char"))
     vocab_size:int = opt(256, "symbols of a bpe tokenizer, the blank included", ge=2)
@@ -108,7 +108,8 @@ class HardwareConfig:
     amp_dtype:str = opt("auto", "auto: on a GPU bf16 or, on older ones, fp16; on a processor bf16 or fp32, whichever is timed as faster",
                         choices=("auto", "bf16", "fp16", "fp32"))
     num_workers:int = opt(1, "threads that read ahead", ge=0)
-    threads:int = opt(0, "processor threads of each process; the same number gives the same bits; 0 = torch's default", ge=0)
+    threads:int = opt(0, "processor threads of each process; the same number gives the same bits; 0 = torch's default, "
+                         "of several processes an equal share of the cores", ge=0)
     memory_gb:float = opt(0., "memory of a GPU that may be used; micro-batches are split to fit into it; 0 = all", ge=0)
     checkpointing:bool = opt(False, "compute activations again in the backward pass: less memory, more time")
 
@@ -122,7 +123,7 @@ class TrainConfig(HardwareConfig):
     max_audio_hours:float = opt(0., "budget in hours of speech trained on; 0 = no limit", ge=0)
     optimizer:str = opt("muon", "muon (matrices) with adamw (the rest), or adamw alone", choices=("muon", "adamw"))
     lr:float = opt(2e-3, "peak learning rate", gt=0)
-    weight_decay:float = opt(0.01, "decoupled weight decay of matrices", ge=0)
+    weight_decay:float = opt(0.01, "decoupled weight decay of all but vectors", ge=0)
     warmup_steps:int = opt(100, "steps of linear rise of the learning rate", ge=0)
     decay:float = opt(0.2, "share of the budget, at its end, over which the learning rate falls to 0", ge=0, le=1)
     gradient_clip_val:float = opt(5., "largest norm of the gradient; 0 = any", ge=0)
@@ -138,7 +139,8 @@ class TrainConfig(HardwareConfig):
     machines:int = opt(1, "machines that train together, each with `nproc` processes; all but the first run `ai2text join`", ge=1)
     master:str = opt("127.0.0.1:29400", "address of the first machine, host:port; it accepts any connection, so use a private network")
     stop_when:list[str] = opt([], "stop early, any of: confirmed (every milestone), missed (the next one's budget is spent), "
-                                  "hopeless (the next one is less than 5% likely)", choices=("confirmed", "missed", "hopeless"))
+                                  "hopeless (the next one is less than 5% likely, twice in a row)",
+                              choices=("confirmed", "missed", "hopeless"))
     price_per_hour:float = opt(0., "of the machine, for the cost in the log", ge=0)
     seed:int = opt(0, "of order and noise", ge=0)
 
@@ -157,7 +159,7 @@ class StreamConfig:
 class CompareConfig:
     "The section `compare`."
     latency:float = opt(1., "recommend the best model on dev whose latency is at most so many seconds; "
-                            "0 = any, as for recordings. A full-context model has the latency of the longest utterance", ge=0)
+                            "0 = any, as for recordings. A full-context model has the latency of an utterance of middle length", ge=0)
 
 @dataclass
 class ExportConfig:

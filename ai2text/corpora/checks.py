@@ -136,8 +136,8 @@ def check_audio(row:dict, facts:dict, cfg:PrepareConfig)->tuple|None:
     if speed > cfg.max_characters_per_second: return "too fast", f"{speed:.1f} characters/s"
 
 # %% ../../nbs/corpora/40_checks.ipynb #820f9a32
-_REJECT_FIELDS = ("id", "corpus", "audio_filepath", "split", "speaker", "text_raw", "text", "duration", "peak_db", "clipped",
-    "snr_db") # of a reject, where known
+_REJECT_FIELDS = ("id", "corpus", "audio_filepath", "split", "speaker", "text_raw", "text", "offset", "duration", "channel",
+    "peak_db", "clipped", "snr_db") # of a reject, where known
 
 def filter_rows(rows:list[dict], check, rejects:list[dict])->list[dict]:
     "The rows that pass a check, row -> None or (reason, detail); the others are appended to `rejects`."

@@ -49,7 +49,7 @@ IMPORT_REASONS = {
     "not UTF-8":               "invalid bytes or half of a surrogate pair in the line or in a name",
     "not JSON":                "the line is not a JSON object",
     "wrong number of columns": "another number than in the first line, or an unclosed quote",
-    "unknown split":           "neither train, dev, valid nor test",
+    "unknown split":           "no name of train, dev or test",
     "no transcript":           "there is none, or it is not text",
     "empty transcript":        "the text has only white space",
     "audio not found":         "no recording has that name",
@@ -140,13 +140,15 @@ def _check_source(cfg:CorpusConfig):
     if cfg.source not in IMPORTERS: raise ConfigError(f"source {cfg.source!r} is not known; choose from {', '.join(IMPORTERS)}")
     if cfg.source != "demo" and not cfg.path: raise ConfigError(f"path is empty; give {IMPORTERS[cfg.source].__doc__}")
     if cfg.path.startswith("hf://") and cfg.source != "huggingface":
-        raise ConfigError(f"path: {cfg.path} is on the Hub of Hugging Face; set source to huggingface")
+        raise ConfigError(f"path: {cfg.path} is on the Hub; write it into a text file, give its path, and set source to huggingface")
     if cfg.source == "json" and not cfg.transcripts: raise ConfigError("transcripts is empty; name the JSON file")
     if cfg.transcripts and cfg.source not in _TRANSCRIPTS:
         raise ConfigError(f"transcripts is for {', '.join(_TRANSCRIPTS)}; source {cfg.source} has a fixed place for them")
     if cfg.columns and cfg.source not in _COLUMNS: raise ConfigError(f"columns is for {', '.join(_COLUMNS)}; source {cfg.source} has none")
     if isinstance(cfg.columns, list) and cfg.source in ("json", "nemo", "wenet", "huggingface"):
         raise ConfigError(f"columns: source {cfg.source} has column names; map fields to them, as {{text: sentence, speaker: spk}}")
+    if isinstance(cfg.columns, list) and cfg.source in ("folder", "vlsp"):
+        raise ConfigError(f"columns: source {cfg.source} takes the tier of a TextGrid alone, as {{text: NAME}}")
     field_names(cfg.columns)
 
 def as_reject(entry:dict)->dict:
@@ -236,7 +238,7 @@ def _find_empty(rows:list[dict], rejects:list[dict])->str:
     if not rows: return f"no usable utterance; {first(rejects)}"
     for split in sorted({r.get("split", "") for r in rejects} - {r["split"] for r in rows} - {""}):
         return (f"split {split} has no usable utterance; {first([r for r in rejects if r.get('split') == split])}. Fix them, or remove "
-            f"the split: prepare then draws it by speaker")
+            f"the split: prepare then draws it by speaker, if no other corpus has it")
     return ""
 
 def _source_hint(cfg:CorpusConfig, source:Path|None)->str:
@@ -259,7 +261,7 @@ def make_corpus(
     root=".",               # folder to which `cfg.path` is relative
     executor:Executor=None, # in place of own processes
 )->tuple[int,int]:          # utterances and rejects
-    "Write `manifest.jsonl` and `rejects.jsonl` (and `wav/` of the demo); `ConfigError` if no utterance is left, or none of a split."
+    "Write `manifest.jsonl`, `rejects.jsonl` and recordings that are no files; `ConfigError` if no utterance is left, or none of a split."
     if not re.fullmatch("[a-z0-9_]+", name): raise ConfigError(f"corpora.{name}: a name may have lower-case letters, digits and _")
     out_dir, source, rows = Path(os.path.abspath(out_dir)), cfg.folder(root), []
     with atomic_folder(out_dir) as folder:

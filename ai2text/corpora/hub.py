@@ -122,7 +122,7 @@ def _sound(sound:dict, id:str, url:str)->dict:
     return dict(audio=path) if path and not url else dict(reason="audio not found", detail=f"neither bytes nor a file: {path!r}")
 
 def import_huggingface(cfg:CorpusConfig, source:Path|None):
-    "a folder of parquet files or of `save_to_disk`, or hf://datasets/ORG/NAME@REVISION/FOLDER, or a text file with that line"
+    "a folder of parquet files or of `save_to_disk`, or a text file with one line hf://datasets/ORG/NAME@REVISION/FOLDER"
     url = cfg.path if source is None else source.read_text("utf-8").strip() if source.is_file() and source.suffix != ".parquet" else ""
     if url: files = _hub_files(url)
     elif source.is_file(): files = [(source.name, lambda: source)]

@@ -8,7 +8,7 @@ __all__ = ['AUDIO_FOLDERS', 'SPLIT_NAMES', 'FIELDS', 'AUDIO_ENDS', 'nfc', 'list_
            'check_segment_columns', 'only_numbers', 'read_table', 'json_lines', 'json_records', 'Files']
 
 # %% ../../nbs/corpora/20_lists.ipynb #028872c4
-import csv, gzip, json, os, re, unicodedata
+import csv, gzip, json, os, re, unicodedata, zlib
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def read_text(path)->str:
 def read_list(path:Path)->str:
     "The text of a list; `ConfigError` if it cannot be read."
     try: return read_text(path)
-    except (OSError, EOFError) as e: raise ConfigError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from e
+    except (OSError, EOFError, zlib.error) as e: raise ConfigError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from e
 
 def read_lines(path:Path)->list:
     "(dict(file, line), text) of each line that is not blank."

@@ -70,7 +70,7 @@ def write_nemo(rows:list[dict], path:Path, folder:Path):
 
 def export_manifest(
     manifest:Path, # data/corpus/NAME/manifest.jsonl, as recorded; or data/prepared/SPLIT.jsonl, normalised and checked
-    to:Path,       # the file to write; paths of recordings are relative to its folder
+    to:Path,       # the file to write; relative paths of recordings begin at its folder
 )->str:
     "Write a manifest for NeMo."
     if not manifest.is_file(): raise ConfigError(f"{manifest}: no such manifest; run the stages `corpus` and `prepare`")

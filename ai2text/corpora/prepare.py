@@ -135,7 +135,7 @@ def _read_spoken(path:Path)->dict:
     "Which reading was spoken: id -> text."
     try: rows = read_jsonl(path)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; `ai2text readings` writes it, or leave prepare.spoken empty") from None
+        raise ConfigError(f"{path}: no such file; `ai2text readings` writes it; an empty file: the first of each") from None
     for number,row in enumerate(rows, 1):
         for key in ("id", "text"):
             if not isinstance(row.get(key), str):

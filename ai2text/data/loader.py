@@ -265,7 +265,7 @@ def utterance(self:ShardLoader, u:int, block, row_T:np.ndarray)->dict:
 def _fetched(self:ShardLoader, todo):
     "Yield the micro-batches, with downloads started for their shards and for later ones up to a quarter of the cache."
     if not self.read.remote: yield from todo; return
-    first = {} # shard -> the micro-batch that needs it first
+    first, self.read.downloads = {}, {} # first: shard -> the micro-batch that needs it first
     for job,(_,utterances) in enumerate(todo):
         for s in np.unique(self.index.shard[utterances]).tolist(): first.setdefault(s, job)
     waiting, ahead = list(first), 0
@@ -277,9 +277,10 @@ def _fetched(self:ShardLoader, todo):
                 ahead += self.index.shards[s]["bytes"]
                 self.read.downloads[s] = self.fetchers.submit(self.read.fetch, s)
             yield job
-    finally:
+    except BaseException: # the epoch is left; at its end, downloads that batches still wait for go on
         for fetch in self.read.downloads.values(): fetch.cancel()
         self.read.downloads = {}
+        raise
 
 # %% ../../nbs/data/50_loader.ipynb #b0f87619
 @patch
@@ -299,7 +300,8 @@ def _count(self:ShardLoader, batch):
         shard, key, reason = batch.skipped[-1]
         raise ShardError(f"{len(seen['skipped'])} of {planned//self.world} utterances skipped, "
                          f"more than max_skip_share = {self.max_skip_share:g}; "
-                         f"the last: {shard}, {key}: {reason}. Fix the shards, or raise max_skip_share")
+                         f"the last: {shard}, {key}: {reason}. "
+                         f"Write the shards again with `dvc repro`, or raise max_skip_share of a loader of your own")
 
 @patch
 def _print_skips(self:ShardLoader):

@@ -57,7 +57,7 @@ def corpus_rows(loader)->list[dict]:
     return rows
 
 def plot_batches(loader):
-    "Speech and padding of each micro-batch of the next epoch."
+    "Speech and padding of the first 120 micro-batches of the next epoch."
     plan, durations = loader.plan(loader.epoch), loader.index.duration
     real = [durations[b].sum() for b in plan]
     padded = [len(b)*durations[b].max() for b in plan]

@@ -81,7 +81,7 @@ def check_weights(weights:dict, corpora:list)->dict:
 def counts_of(corpus, weights, seed:int=0, epoch:int=0)->np.ndarray:
     "Repetitions of each utterance in an epoch, (N,) int64, from its corpus number, (N,), and the weight of each corpus."
     corpus, counts = np.asarray(corpus), np.ones(len(corpus), dtype=np.int64)
-    draws = _draws(len(corpus), seed, 7) # 7: a stream independent of the plan's
+    draws = _draws(len(corpus), seed, 0, 7) # a stream independent of the plan's
     for number,weight in enumerate(weights):
         if weight == 1: continue
         mine = np.flatnonzero(corpus == number)

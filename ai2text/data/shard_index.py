@@ -88,7 +88,7 @@ class Index:
     samples_per_shard:int = 0  # nominal utterances of a shard
     normaliser:str = ""        # version and tables of the text normaliser; "" = unknown
     rejected:list = field(default_factory=list) # one dict for each rejected recording: id, reason
-    seen:dict = field(default_factory=dict) # overlap with train: text or speaker -> share of the utterances
+    seen:dict = field(default_factory=dict) # overlap with train: text, speaker or unknown speaker -> share of the utterances
 
     def __len__(self): return len(self.key)
 

@@ -138,7 +138,7 @@ def _recipe(task:ShardTask)->str:
 _FLUSH_BYTES = 8 << 20 # bytes between two flushes to disk
 
 def write_shard(task:ShardTask)->dict:
-    "Write one shard unless it is complete; returns its note: recipe, shard, utterances, rejected."
+    "Write one shard unless it is complete; returns its note: recipe, shard, utterances, rejected, mended."
     wanted = _recipe(task)
     if (note := _finished(task, wanted)) is not None: return note
     keep_memory()
@@ -258,7 +258,7 @@ def collect_shards(tasks:list[ShardTask], work):
 # %% ../../nbs/data/10_shards.ipynb #84f32d30
 def write_shards(
     rows:list,          # rows of a manifest
-    out_dir,            # folder of the shards; other shards there are removed
+    out_dir,            # folder of the shards; other files shard-*.tar there are removed
     index_path,         # path of the index
     config:ShardsConfig=ShardsConfig(),
     *,

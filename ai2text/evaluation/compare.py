@@ -77,13 +77,13 @@ SIGNIFICANT = 0.05  # p below which a difference is significant
 STREAM_FRAME = 0.04 # seconds of an encoder frame, the unit of chunk sizes
 
 def _middle(latency:list)->dict:
-    "The row of median length."
+    "The row of the middle range of lengths."
     return latency[len(latency)//2] if latency else {}
 
 def text_after(
     model:dict,    # as of `gather`
 )->float:          # seconds
-    "The longest time from a sound to its text: to the end of its chunk, or of its utterance (of median length), and its computation."
+    "The longest time from a sound to its text: to the end of its chunk, or of its utterance (of middle length), and its computation."
     if model["streams"]: return STREAM_FRAME*min(map(int, model["streams"]))*(1 + model["real_time_factor"])
     middle = _middle(model["latency"])
     return middle["audio_seconds"] + middle["seconds"] if middle else float("inf")
@@ -118,12 +118,13 @@ def recommend(
         difference = {k: paired[k] for k in ("difference", "difference_low", "difference_high")}
         out["others"].append(dict(model=m["model"], allowed=m in allowed, **difference, p=matched_pairs(*pair)["p"]))
     for o in out["others"]:
-        evidence = f"{o['difference']:+.1%}, p {spell_p(o['p'])}"
-        if o["difference"] < 0 and o["p"] < SIGNIFICANT:
+        evidence = f"{o['difference']:+.1%}, p {spell_p(o['p']) or 'not defined'}"
+        sure = o["p"] is not None and o["p"] < SIGNIFICANT
+        if o["difference"] < 0 and sure:
             out["doubts"].append(
                 f"{o['model']} is better on test ({evidence})" + ("" if o["allowed"] else ", but is not allowed by the rule")
             )
-        elif o["p"] >= SIGNIFICANT:
+        elif not sure:
             out["doubts"].append(f"{best['model']} and {o['model']} do not differ significantly on test ({evidence})")
     if len(models) == 1: out["doubts"].append("there is no other model to compare with")
     if apart > 0.05: out["doubts"].append(f"the training times differ by {apart:.0%}")

@@ -30,7 +30,7 @@ def _lines(path)->list[str]:
     "The lines of a text file, empty ones too."
     path = Path(path)
     try: text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError: raise ConfigError(f"{path}: no such file; give the reference and the hypothesis, two files") from None
+    except FileNotFoundError: raise ConfigError(f"{path}: no such file; check the path") from None
     except UnicodeDecodeError as e: raise ConfigError(f"{path}: not UTF-8 ({e}); save it as UTF-8") from None
     lines = [line.rstrip("\n") for line in io.StringIO(text, newline=None)]
     behind = [_TRN.fullmatch(line) for line in lines if line.strip()]

@@ -7,14 +7,14 @@ __all__ = ['OWN_SECTIONS', 'build_model', 'tensors_on_disk', 'save_model', 'load
            'continued']
 
 # %% ../../nbs/models/60_store.ipynb #e9a77954
-import sys
+import copy, sys
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..core.params import ConfigError
+from ..core.params import ConfigError, make
 from ..core.files import atomic_folder, read_json, write_json
 from ..core.layout import from_root
 from ..text.normalise import check_normaliser, normaliser_name
@@ -121,21 +121,31 @@ def continued(
     tokenizer,       # of the data
 ):                   # the model
     "A model with the weights of a trained one."
-    config = load_config(folder)["config"] | {k: v for k,v in asked.items() if k not in ("init", "revision")}
-    own = getattr(family, "load_tokenizer", load_tokenizer)(folder/"tokenizer")
-    if getattr(family, "own_tokenizer", False) or own.fingerprint == tokenizer.fingerprint:
-        return load_weights(family.from_config(config, own), folder)
-    model, ids = family.from_config(config, tokenizer), {symbol: i for i,symbol in enumerate(own.symbols)}
-    new, old = zip(*((i, ids[s]) for i,s in enumerate(tokenizer.symbols) if s in ids))
-    state, trained = model.state_dict(), load_file(folder/"model.safetensors")
-    for name,tensor in state.items():
-        if tensor.shape == trained[name].shape != (own.vocab_size, *tensor.shape[1:]): tensor.copy_(trained[name])
-        elif len(trained[name]) == own.vocab_size and len(tensor) == tokenizer.vocab_size: tensor[list(new)] = trained[name][list(old)]
+    stored, asked = load_config(folder), {k: v for k,v in asked.items() if k not in ("init", "revision")}
+    if "size" in asked: raise ConfigError(f"{stored['family']}.size: the shape is that of {folder}; leave size out")
+    if options := getattr(family, "options", None): make(options, asked | dict(init=str(folder)), stored["family"])
+    if "encoder" in asked: asked["encoder"] = (stored["config"].get("encoder") or {}) | asked["encoder"]
+    config, own = stored["config"] | asked, getattr(family, "load_tokenizer", load_tokenizer)(folder/"tokenizer")
+    same = getattr(family, "own_tokenizer", False) or own.fingerprint == tokenizer.fingerprint
+    model = family.from_config(config, own if same else tokenizer)
+    state = model.state_dict()
+    try: trained = load_file(folder/"model.safetensors")
+    except (SafetensorError, OSError) as e: raise ConfigError(f"{folder}/model.safetensors: cannot be read ({e}); train it again") from e
+    if same: by_symbol = {}
+    else: # tensors with a row a symbol: those that another symbol makes longer
+        longer = copy.copy(tokenizer)
+        longer.symbols = [*tokenizer.symbols, "<one more>"]
+        by_symbol = {n for n,t in family.from_config(config, longer).state_dict().items() if t.shape != state[n].shape}
+        ids = {symbol: i for i,symbol in enumerate(own.symbols)}
+        new, old = zip(*((i, ids[s]) for i,s in enumerate(tokenizer.symbols) if s in ids))
+    for name in sorted({*state, *trained}):
+        here, there = (tuple(t[name].shape) if name in t else None for t in (state, trained))
+        if name in by_symbol and there == (own.vocab_size, *here[1:]): state[name][list(new)] = trained[name][list(old)]
+        elif here == there and name not in by_symbol: state[name].copy_(trained[name])
         else:
-            raise ConfigError(
-                f"{folder}: {name} has the shape {tuple(trained[name].shape)}, and {tuple(tensor.shape)} with these parameters; "
-                "leave out what changes the shape"
-            )
+            raise ConfigError(f"{folder}: {name} has the shape {there or 'of nothing'}, and {here or 'of nothing'} with these parameters; "
+                              "leave out what changes the shape")
+    if same: return model
     print(
         f"{folder}: {len(new)} of {tokenizer.vocab_size} symbols of the data are in its vocabulary; the others have new weights",
         file=sys.stderr,

@@ -12,7 +12,7 @@ __all__ = ['SIZES', 'FRESH', 'DB', 'QUIET', 'QUIETEST', 'ABOVE', 'BESIDE', 'NO_L
 
 # %% ../../nbs/models/30_whisper.ipynb #74f498af
 import json, re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -168,6 +168,7 @@ def encoder_rates(
 class Whisper(nn.Module):
     "Encoder and decoder: a batch in, a `Loss` or hypotheses out."
     own_tokenizer = True
+    options = ReleasedConfig  # parameters beside `init: models/M`
     spells = True             # takes `text: written`
     adamw_prefixes = ("net.conv", "net.embedding", "net.positions")  # see `ai2text.training.optimizer`
     load_tokenizer = staticmethod(load_tokens)
@@ -182,6 +183,8 @@ class Whisper(nn.Module):
         self.window = c["net"]["max_source_positions"]  # positions
         self.samples = 2*HOP*self.window
         self.register_buffer("cut", torch.tensor(c["init"] == "scratch"))
+        if c["timestamps"] and tokenizer.first_timestamp >= tokenizer.vocab_size:
+            raise ConfigError(f"whisper.timestamps: {c['timestamps']}, but its tokens have no timestamps; set it to 0")
         if self.writes and not isinstance(tokenizer.text, ReleasedText):
             raise ConfigError(
                 "whisper.text: written, but its tokens are those of the data, which have lower-case letters only; name "
@@ -328,13 +331,14 @@ TAIL = 0.5       # s of silence after an utterance in a cut window; training dra
 
 @patch
 def _training_rows(self:Whisper, batch:Batch):
-    "Augmented features and positions of a training batch, and the numbers of the utterances in each row."
+    "Augmented features and positions of a training batch, the utterances of each row, and the samples of each utterance then."
     c = self.config
     margin = None if c["window"] == "full" else (2*TAIL*SAMPLE_RATE*torch.rand(len(batch))).long().to(batch.lengths.device)
     x, positions = self.net.features(batch.audio, batch.lengths, margin)
     frames, rows = 2*positions, [(i, None) for i in range(len(batch))]
+    x, frames = augment_spectrogram(x, frames, c)
+    lengths = (batch.lengths*(frames/(2*positions)).to(batch.lengths.device)).round().long()
     if c["window"] != "full":
-        x, frames = augment_spectrogram(x, frames, c)
         if c["join"] and torch.rand(()) < c["join"]: x, frames, rows = join_pairs(x, frames, 2*self.window)
         frames = frames.clamp(max=2*self.window)
     x = mask_spectrogram(x, frames, c)
@@ -343,7 +347,7 @@ def _training_rows(self:Whisper, batch:Batch):
         x = torch.where(empty[:,None,None].to(x.device), noise_like(x), x)
         rows = [None if e else r for e,r in zip(empty.tolist(), rows)]
     positions = (frames + 1)//2
-    return nnf.pad(x, (0, 2*int(positions.max()) - x.shape[2]))[...,:2*int(positions.max())], positions, rows
+    return nnf.pad(x, (0, 2*int(positions.max()) - x.shape[2]))[...,:2*int(positions.max())], positions, rows, lengths
 
 @patch
 def _ids(self:Whisper, texts:list)->list|None:
@@ -373,7 +377,8 @@ def _targets(self:Whisper, batch:Batch, rows:list):
 def forward(self:Whisper, batch:Batch)->Loss:
     "Cross entropy of text and end, summed; units are utterances. Counts: `utterances`, `infeasible`, `tokens`."
     if self.training:
-        x, positions, rows = self._training_rows(batch)
+        x, positions, rows, lengths = self._training_rows(batch)
+        batch = replace(batch, lengths=lengths)
         if self.config["window"] != "full" and not self.cut: self.cut.fill_(True)
     else: x, positions, rows = *self.net.features(batch.audio, batch.lengths, self._margin()), [(i,) for i in range(len(batch))]
     inputs, labels, units, lost = self._targets(batch, rows)
@@ -517,7 +522,7 @@ def checkpoint_folder(
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", c.init) or not c.revision and folder.parent.is_dir():
         raise ConfigError(
             f"{where}.init: there is no folder {folder}, and {c.init!r} is no released name with its revision, such as "
-            "openai/whisper-small; write one of these, or scratch"
+            "openai/whisper-small; write one of these" + (", or scratch" if where == "whisper" else ", or a trained Whisper, models/M")
         )
     if not re.fullmatch(r"[0-9a-f]{40}", c.revision):
         raise ConfigError(

@@ -59,6 +59,7 @@ CTC_TAIL = 0.1 # s of silence after an utterance, for the frames of the last wor
 
 class WhisperCTC(nn.Module):
     "An encoder and a head: a batch in, a `Loss` or hypotheses out."
+    options = WhisperCTCConfig    # parameters beside `init: models/M`
     adamw_prefixes = ("net.conv", "head")  # see `ai2text.training.optimizer`
     streams = True                # `transcribe` takes chunks
     frame_seconds = FRAME_SECONDS # seconds from one row of `log_probs` to the next

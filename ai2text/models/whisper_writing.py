@@ -81,7 +81,7 @@ class WhisperTokens:
     "Text tokens and Whisper's special ones."
     def __init__(self,
         text,            # text tokens: `encode`, `decode`, `fingerprint`, `kind`, `save`
-        special:dict,    # the id of each of `SPECIAL`
+        special:dict,    # the id of each of `SPECIAL_TOKENS`, and of `no_speech` if there is one
         vocab_size:int,  # of the model: text, special tokens, timestamps
     ):
         self.text, self.special, self.vocab_size = text, special, vocab_size

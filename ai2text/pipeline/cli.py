@@ -32,7 +32,11 @@ COMMANDS = dict(
         "train a model for a few steps outside of the pipeline; or estimate memory, time and cost of its run (--dry-run)",
     ),
     summary=("ai2text.training.publish:summary", "show results of the pipeline and where the reports are"),
-    ttq=("ai2text.ttq.plots:ttq", "show progress of runs to their milestones, with forecasts; exit status 0: all were reached", "logs"),
+    ttq=(
+        "ai2text.ttq.plots:ttq",
+        "show progress of runs to their milestones, with forecasts; exit status 0: all were reached within budget",
+        "logs",
+    ),
     plan=("ai2text.ttq.plan:plan", "plan labels and compute for a target WER: cost, uncertainty, and the most informative short run"),
     lm=("ai2text.decoding.ngram_lm:build_lm", "train an n-gram language model on text files, for decoding"),
     tune=("ai2text.evaluation.tune_lm:tune_lm", "tune the weights of a language model for the lowest WER of a model on dev", "lm"),
@@ -128,7 +132,7 @@ def main(
     options = vars(_parser(argv).parse_args(argv))
     function, debug, command = options.pop("function"), options.pop("debug"), options.pop("command")
     try: result = function(**options)
-    except (ValueError, OSError, RuntimeError) as e:
+    except (ValueError, OSError, RuntimeError, MemoryError, FloatingPointError) as e:
         code = getattr(e, "code", 2)
         if debug or isinstance(e, RuntimeError) and not hasattr(e, "code"): raise
         print(f"ai2text {command}: {e}", file=sys.stderr)

@@ -225,7 +225,8 @@ def estimate_run(
         device=str(trainer.device), precision=str(trainer.dtype)[6:], parameters=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad), steps_an_epoch=len(steps), seconds=size(largest)/SAMPLE_RATE,
         utterances=len(batch), memory=memory, limit=limit, fits=fits, ways=ways, step=step, timed=timed, evaluation=evaluation,
-        hours=hours, audio_hours=length["steps"]*audio_hours, cost=config.price_per_hour*hours if config.price_per_hour else None)
+        hours=hours, audio_hours=length["steps"]*audio_hours,
+        cost=config.price_per_hour*config.machines*hours if config.price_per_hour else None)
 
 # %% ../../nbs/pipeline/05_dry_run.ipynb #b13e4b32
 def budget_text(
@@ -277,16 +278,18 @@ def train(
     "Train a few steps on the prepared data and report speed and memory; under torchrun, in all its processes."
     layout = Layout(root or find_root())
     values = load_params(layout.root/"params.yaml")
-    model = model or next(iter(values["models"]))
-    if model not in values["models"]: raise ConfigError(f"params.yaml: models: no {model}; there are {', '.join(values['models'])}")
-    params = values["models"][model]
+    models = values.get("models") or {}
+    if not models: raise ConfigError("params.yaml: models: there is none; write one")
+    model = model or next(iter(models))
+    if model not in models: raise ConfigError(f"params.yaml: models: no {model}; there are {', '.join(models)}")
+    params = models[model]
     asked = dict(amp_dtype=amp_dtype if use_amp else "fp32") if amp_dtype or not use_amp else {}
     if not dry_run: asked |= dict(warmup_steps=0)
     if not dry_run and max_steps is None: max_steps = 10
     if max_steps is not None: asked |= dict(max_steps=max_steps, max_hours=0., max_audio_hours=0.)
     own = (params.get("train") or {}) | (dict(hardware=hardware) if hardware else {})
     config = section("train", train_values(values, {**params, "train": own}) | asked)
-    new = build_model(params, load_tokenizer(layout.tokenizer), values["init"]["seed"], model)
+    new = build_model(params, load_tokenizer(layout.tokenizer), (values.get("init") or {}).get("seed", 0), model)
     if dry_run:
         try: return estimate_text(model, config, estimate_run(config, new, layout), chosen_milestones(values))
         except MemoryError as e: raise ConfigError(f"memory: {e}") from e

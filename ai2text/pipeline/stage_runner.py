@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'EACH', 'SINGULAR', 'FAMILY_STAGES', 'ANY_FAMILY', 'USED', 'WEIGHT_FILES', 'MAX_REPORT_BYTES', 'POLL_S',
-           'BENCHMARKS', 'check_names', 'pick_item', 'chosen_milestones', 'stage_section', 'stage_parameters',
-           'stage_identity', 'write_identities', 'start_of', 'write_starts', 'read_settings', 'strip_report',
-           'write_report', 'kernel_main', 'StageError', 'Watch', 'report_headline', 'run_stage']
+           'USER_ERRORS', 'BENCHMARKS', 'check_names', 'pick_item', 'chosen_milestones', 'stage_section',
+           'stage_parameters', 'stage_identity', 'write_identities', 'start_of', 'write_starts', 'read_settings',
+           'strip_report', 'write_report', 'kernel_main', 'StageError', 'Watch', 'report_headline', 'run_stage']
 
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #8d738bfa
 import ast, builtins, contextlib, dataclasses, difflib, errno, html, importlib, os, re, signal, sys, tempfile, threading, time
@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core.params import ConfigError, load_params
 from ..core.sections import SECTIONS, section
 from ..core.files import atomic_folder, atomic_write, read_json, sha256, write_json
-from ..core.layout import Layout, find_root, from_root
+from ..core.layout import Layout, find_root
 from ..core.code import code_digest, identity
 from ..training.advice import ADVICE, hardware_values, train_values
 
@@ -33,8 +33,8 @@ def check_names(
 ):
     "Raise `ConfigError` for a name of a corpus, model or plan that cannot be part of ids, paths and stage names."
     for name in params.get("models") or {}:
-        if name in ("init", "runs", "export") or not re.fullmatch(r"\w[\w.-]*", str(name)) or str(name).endswith("-eval"):
-            raise ConfigError(f"params.yaml: models: {name!r} is no name for a model; use letters, digits, _, . and -; "
+        if name in ("init", "runs", "export") or not re.fullmatch(r"\w[\w-]*", str(name)) or str(name).endswith("-eval"):
+            raise ConfigError(f"params.yaml: models: {name!r} is no name for a model; use letters, digits, _ and -; "
                               "init, runs, export and names ending in -eval are reserved for other folders")
     exported, models = (params.get("export") or {}).get("model"), params.get("models") or {}
     if exported is not None and models and exported not in [*models]:
@@ -130,7 +130,7 @@ def stage_identity(
     def value(f):
         if f.default is not dataclasses.MISSING: return f.default
         return f.default_factory() if f.default_factory is not dataclasses.MISSING else None
-    defaults = {s: {f.name: value(f) for f in dataclasses.fields(SECTIONS[s])} for s in USED.get(name, (name,))}
+    defaults = {s: {f.name: value(f) for f in dataclasses.fields(SECTIONS[s])} for s in USED.get(name, (name,) if name in SECTIONS else ())}
     modules = identity(notebook, *(f"models.{f}" for f in families), package=package)
     found = dict(notebook=code_digest(notebook), modules=modules, defaults=defaults)
     return found | dict(advice=ADVICE.get(family, {})) if name == "train" else found
@@ -153,9 +153,10 @@ WEIGHT_FILES = ".safetensors", ".json", ".txt" # suffixes of the files that `ini
 
 def start_of(
     asked:str,  # `init` of a model
+    root:Path,  # folder with params.yaml
 )->dict:        # init; for a local folder also files: name -> SHA-256
     "The initial weights of a model."
-    folder = from_root(asked)
+    folder = root/Path(asked).expanduser()
     if asked == "scratch" or not folder.is_dir(): return dict(init=asked)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in WEIGHT_FILES)
     return dict(init=asked, files={p.relative_to(folder).as_posix(): sha256(p) for p in files})
@@ -169,7 +170,7 @@ def write_starts(
     known = {p.stem: read_json(p) for p in layout.starts.glob("*.json")}
     with atomic_folder(layout.starts) as part:
         for name,item in models.items():
-            now = start_of(str((item or {}).get("init", "scratch")))
+            now = start_of(str((item or {}).get("init", "scratch")), layout.root)
             missing = "files" not in now and known.get(name, {}).get("init") == now["init"]
             write_json(part/f"{name}.json", known[name] if missing else now)
     return f"{layout.starts}: the first weights of {', '.join(models)}"
@@ -364,11 +365,14 @@ _FIXES = {
     errno.EACCES: "change its permissions",
     errno.ENOSPC: "make room on the disk and run again"}
 
+USER_ERRORS = ("ConfigError", "ShardError", "RankError", "BundleError", "ExportError", "OtherNormaliser", "RemoteUnavailable",
+               "CorruptObject", "AudioError", "LostMachine") # of this package
+
 def _is_user_error(kind:str)->bool:
     "Whether an exception of this name is about the user's values or files."
     error = getattr(builtins, kind, None)
-    if kind in ("ConfigError", "ShardError", "RankError", "BundleError", "ExportError"): return True
-    return isinstance(error, type) and issubclass(error, (ValueError, OSError))
+    if kind in USER_ERRORS: return True
+    return isinstance(error, type) and issubclass(error, (ValueError, OSError, MemoryError, FloatingPointError))
 
 def _error_line(kind:str, text:str)->str:
     "An error in one line, with a fix for errors of the system."
@@ -432,6 +436,6 @@ def run_stage(
         return report.relative_to(root)
     kind, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
     failure = f"interrupted by {signal.Signals(watch.signum).name}" if watch.signum else _error_line(kind, text)
-    write_report(strip_report(nb, failure), report)
+    with contextlib.suppress(ConfigError): write_report(strip_report(nb, failure), report) # too large: written all the same
     if not watch.signum and hasattr(error, "traceback") and not _is_user_error(kind): print(*error.traceback, sep="\n", file=sys.stderr)
     raise StageError(f"stage {name}: {failure}; its report: {report.relative_to(root)}", 128 + watch.signum if watch.signum else 1)

@@ -443,6 +443,7 @@ def verdict(
     if n < config.min_utterances:
         why.append(
             f"{n} test utterances are fewer than export.min_utterances ({config.min_utterances}): add recordings to test, or lower it"
+            + f"; export.utterances is {config.utterances}: raise it"*(0 < config.utterances < config.min_utterances)
         )
     for file,graph in report["graphs"].items():
         if not graph["exact"]: continue

@@ -87,7 +87,7 @@ class Entry:
         self.default = next((words for words, contexts in lines if not contexts), None)
         self.lines = [(words, [Context(c) for c in contexts.split("|")]) for words, contexts in lines if contexts]
         self.all_words = tuple(dict.fromkeys(words for words, _ in lines))
-        self.unsure = len([words for words in self.all_words if " " in words]) > 1 # a reading by letters does not count
+        self.unsure = len([words for words in self.all_words if " " in words]) > 1 # a reading of one word does not count
 
     def choose(self,
         text:str, start:int, end:int, # the abbreviation is text[start:end]

@@ -240,8 +240,9 @@ def normalise(
 def _lines(path:Path, what:str):
     "(number, columns) of a table; raises `ConfigError` if it cannot be read or has no tab."
     try: lines = path.read_text("utf-8-sig").splitlines()
-    except FileNotFoundError: raise ConfigError(f"{path}: no such file; name a file of {what}, or an empty string for none") from None
+    except FileNotFoundError: raise ConfigError(f"{path}: no such file; name a file of {what}; one without lines = none") from None
     except UnicodeDecodeError as error: raise ConfigError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
+    except OSError as error: raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a file of {what}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"): continue
         if "\t" not in line: raise ConfigError(f"{path}, line {number}: no tab; write an abbreviation or a text, a tab, its words")

@@ -53,7 +53,7 @@ PLAIN_NUMBER = (
 )
 NUMBER = rf"(?<!\w)(?<!\d[.,]){PLAIN_NUMBER}"
 THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:\.\d{3})+(?:,(\d+))?|[1-9]\d{0,2}(?:,\d{3})+\.(\d+)|[1-9]\d{0,2}(?:,\d{3}){2,}|[1-9]\d{0,2},\d\d0")
-LONG = 8 # digits; a longer number without separators is read digit by digit
+LONG = 8 # digits; from so many on, a number without separators is read digit by digit, unless it ends in 0000
 
 def value_of(text:str)->float:
     "The value of a written number."
@@ -69,7 +69,7 @@ def _decimals(text:str)->str:
 
 def read_number(
     text:str,            # a match of `NUMBER`
-    quantity:bool=False, # a unit follows: one number, however long
+    quantity:bool=False, # a unit follows: one number, up to 18 digits
 )->str:
     "One written number in words."
     text = re.sub(r"\s", "", text)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 class Budget:
     "Limits of a run; 0 = no limit."
     max_steps: int = 0           # optimizer steps
-    max_hours: float = 0.        # of all processes of the run, evaluation included
+    max_hours: float = 0.        # of all attempts, evaluation included
     max_audio_hours: float = 0.  # of speech trained on, repeats counted
 
     def __post_init__(self):

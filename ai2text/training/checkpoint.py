@@ -8,7 +8,7 @@ __all__ = ['TRAVELS', 'save_checkpoint', 'about', 'load_checkpoint', 'step_of', 
            'prune_runs', 'list_runs']
 
 # %% ../../nbs/training/20_checkpoint.ipynb #06c3453c
-import fcntl, json, os, re, shutil, time, weakref
+import contextlib, fcntl, json, os, re, shutil, stat, time, weakref
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -249,15 +249,20 @@ def runs(
     "Every run under `root`."
     rows = []
     for folder in Path(root).glob("*/*/*/"):
-        files = [p for p in folder.rglob("*") if p.is_file()]
-        if not files or folder.name.startswith("."): continue # being unpacked
+        if folder.name.startswith("."): continue # being unpacked
+        stats = []
+        with contextlib.suppress(FileNotFoundError): # of a run that goes on, files are replaced meanwhile
+            for p in folder.rglob("*"):
+                with contextlib.suppress(FileNotFoundError):
+                    if stat.S_ISREG((s := p.stat()).st_mode): stats.append(s)
+        if not stats: continue
         last = latest(folder/"checkpoints")
-        inodes = {(s := p.stat()).st_ino: s.st_size for p in files} # named checkpoints are hard links
+        inodes = {s.st_ino: s.st_size for s in stats} # named checkpoints are hard links
         rows.append(
             dict(
                 model=folder.parts[-3], fingerprint=folder.parts[-2], budget=folder.name,
                 step=step_of(last) if last else 0, finished=(folder / "result.json").exists(),
-                changed=max(p.stat().st_mtime for p in files), bytes=sum(inodes.values()), path=folder
+                changed=max(s.st_mtime for s in stats), bytes=sum(inodes.values()), path=folder
             )
         )
     rows.sort(key=lambda r: r["changed"], reverse=True)

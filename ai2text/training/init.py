@@ -13,6 +13,8 @@ from ..core.layout import Layout
 from ..text.tokenizer import load_tokenizer
 from ..models.store import build_model
 from ..models.store import save_model
+from ..core.code import identity
+from .advice import START, is_released
 from .checkpoint import run_folder
 from .trainer import Progress
 from .pretrain import PretrainConfig, pretrain, unlabelled_loader
@@ -28,12 +30,14 @@ def init(
     model, curve = build_model(params, load_tokenizer(layout.tokenizer), config.seed, name), []
     if asked := params.get("pretrain"):
         wanted = make(PretrainConfig, asked, f"models.{name}.pretrain")
-        recipe = dict(params, seed=config.seed)
-        folder = run_folder(layout.runs, f"{name}-pretrain", recipe, [layout.split_index("train")], f"{wanted.steps}-steps")
+        recipe = dict(params, seed=config.seed, code=identity("training.pretrain", "models.wav2vec"))
+        index = layout.root/wanted.shards/"index.json" if wanted.shards else layout.split_index("train")
+        folder = run_folder(layout.runs, f"{name}-pretrain", recipe, [index] if index.exists() else [], f"{wanted.steps}-steps")
         model, curve = pretrain(model, unlabelled_loader(layout, wanted), wanted, folder, [Progress()])
     def beside(part):
         model.tokenizer.save(part/"tokenizer")
         write_json(part/"pretrain.json", curve)
+        write_json(part/START, dict(pretrained=is_released(params)))
     save_model(layout.init(name), model, beside=beside, family=params["family"])
     count = lambda which: sum(p.numel() for p in model.parameters() if which(p))
     return dict(family=params["family"], start=params.get("init", "scratch"), pretrained_steps=curve[-1]["step"] if curve else 0,

@@ -45,7 +45,7 @@ def _upright(stack:Tensor, parts:list):
         yield place.mT if shape[0] > shape[1] else place
 
 class Muon(torch.optim.Optimizer):
-    "Orthogonalised momentum for matrices; updates have the RMS of AdamW's, so both share a learning rate."
+    "Orthogonalised momentum for matrices; updates have about the RMS of AdamW's."
     def __init__(self, params, lr:float=2e-3, weight_decay:float=0.01, momentum:float=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
@@ -99,9 +99,9 @@ def make_optimizer(
     model,                  # may have `adamw_prefixes`, prefixes of parameters for AdamW, and `rates()`, factors of the rate by prefix
     name:str='muon',        # one of OPTIMIZERS
     lr:float=2e-3,          # peak learning rate
-    weight_decay:float=0.01, # decoupled, of matrices
+    weight_decay:float=0.01, # decoupled; vectors have none
 )->CombinedOptimizer:
-    "An optimizer over the model's trainable parameters; only matrices decay."
+    "An optimizer over the model's trainable parameters; all but vectors decay."
     if name not in OPTIMIZERS: raise ValueError(f"optimizer={name!r}: use {' or '.join(OPTIMIZERS)}")
     params = [(n, p) for n,p in model.named_parameters() if p.requires_grad]
     rates = sorted(getattr(model, 'rates', dict)().items(), key=lambda r: -len(r[0]))

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..core.batch import Batch, Loss
 from .budget import Budget, WarmupConstantDecay
+from ..core.files import read_json, write_json
 from ..core.layout import Layout
 from ..core.params import ConfigError, opt
 from ..data.loader import create_webdataset_loader
@@ -108,13 +109,17 @@ class Contrast(nn.Module):
 # %% ../../nbs/training/40_pretrain.ipynb #9f3bc480
 class Curve(Observer):
     "Lower the Gumbel temperature, and keep a row every `every` steps."
-    def __init__(self, objective:Contrast, every:int): self.objective, self.every, self.rows = objective, every, []
+    def __init__(self, objective:Contrast, every:int, path=None): # path: of the rows, for a resumed run
+        self.objective, self.every, self.path = objective, every, path
+        self.rows = read_json(path) if path and path.exists() else []
 
     def _cool(self, trainer): self.objective.net.set_gumbel_temperature(WARM*(COLD/WARM)**trainer.used)
 
     def _sums(self, trainer): return dict(trainer.state.counts, loss=trainer.state.loss_sum, frames=trainer.state.loss_units)
 
-    def on_start(self, trainer): self._cool(trainer); self.seen = self._sums(trainer)
+    def on_start(self, trainer):
+        self._cool(trainer)
+        self.seen, self.rows = self._sums(trainer), [r for r in self.rows if r["step"] <= trainer.state.step]
 
     def on_step(self, trainer):
         self._cool(trainer)
@@ -125,6 +130,7 @@ class Curve(Observer):
         means = {k: gained[k]/n for k in ("loss", "contrastive", "diversity", "perplexity")} if n else {}
         if n:
             self.rows.append(dict(step=trainer.state.step, audio_seconds=trainer.state.audio_seconds, **means, short=int(gained["short"])))
+            if self.path: write_json(self.path, self.rows)
 
 # %% ../../nbs/training/40_pretrain.ipynb #48a40c9b
 def pretrain(
@@ -145,7 +151,7 @@ def pretrain(
     trainer = TrainerOptimized(objective, make_optimizer(objective, config.optimizer, config.lr), batch_size=None,
                                accumulation_steps=config.accumulation_steps, gradient_clip_val=config.gradient_clip_val,
                                schedule=WarmupConstantDecay(config.warmup_steps, config.decay), seed=config.seed, threads=config.threads)
-    curve = Curve(objective, every or max(1, config.steps//50))
+    curve = Curve(objective, every or max(1, config.steps//50), folder and folder/"pretrain.json")
     trainer.fit(loader, Budget(max_steps=config.steps), [curve, *observers], folder)
     for p in model.encoder.parameters(): p.grad = None
     model.freeze(frozen)

@@ -22,7 +22,7 @@ from ..core.distributed import LostMachine, MINUTES, Ranks, launch
 from ..text.normalise import normaliser_name
 from ..text.tokenizer import load_tokenizer
 from ..data.dvc_files import CorruptObject, RemoteUnavailable, dvc_files, packed
-from .advice import is_released, train_values
+from .advice import is_pretrained, train_values
 from ..models.store import load_model
 from ..ttq.log import TTQObserver, TTQTracker, replay_log, read_milestones
 from ..ttq.stopping import StopWhen, why_stop
@@ -118,13 +118,14 @@ def train_rank(
             normaliser=normaliser_name(tokenizer.normaliser), label_hours=round(loader.index.seconds / 3600, 6)
         )
         tracker = TTQTracker(read_milestones(milestones), folder/"ttq_log.json", price_per_hour=config.price_per_hour or None, about=about,
+                             devices=config.machines, # the price is that of a machine
                              startup_seconds=time.monotonic() - started_at,
                              announce=lambda text: tqdm.write(text, file=sys.stderr))
         policies = [StopWhen(tracker, config.stop_when)] if config.stop_when else []
         watching = [TTQObserver(tracker), *policies, LiveCurve(folder/"live"), RecordPeakMemory(folder), Progress(), *observers]
     trainer.fit(
         loader, config.budget, watching, folder, evaluate=evaluate, go_on=go_on,
-        evaluate_start=is_released(trainer.model.config),
+        evaluate_start=is_pretrained(layout.init(name)),
         evaluate_every=Every(config.evaluate_every_steps, config.evaluate_every_minutes),
         checkpoint_every=Every(minutes=config.checkpoint_minutes)
     )
@@ -180,10 +181,8 @@ def train_distributed(
             return launch("ai2text.training.run:train_rank", run, config.nproc, config.threads, meeting)
         except LostMachine as e:
             now = time.monotonic()
-            if e.met:
-                met = now
-            elif meeting is None or now - met > 60 * MINUTES:
-                raise  # never met: give up
+            if meeting is None or not e.met and now - met > 60*MINUTES: raise # one machine, or never met: give up
+            if e.met: met = now
             print(
                 f"machine {machine} of {config.machines}: {e}; waits for it, and goes on from the last checkpoint",
                 file=sys.stderr,
@@ -199,14 +198,17 @@ def join(
     "Join a training run as a further machine, until its end."
     layout = Layout(root or find_root())
     values = load_params(layout.root/"params.yaml")
-    if model not in values["models"]: raise ConfigError(f"params.yaml: models: no {model}; there are {', '.join(values['models'])}")
-    config = section("train", train_values(values, values["models"][model]))
+    models = values.get("models") or {}
+    if model not in models: raise ConfigError(f"params.yaml: models: no {model}; there are {', '.join(models) or 'none'}")
+    config = section("train", train_values(values, models[model]))
     others = f"the others are 1 to {config.machines - 1}" if config.machines > 1 else "and no other machine joins it"
     if not 0 < machine < config.machines:
         raise ConfigError(f"--machine {machine}: params.yaml has train.machines: {config.machines}; machine 0 runs `dvc repro`, {others}")
     for path in (layout.split_index("train"), layout.split_index("dev"), layout.manifest("dev"), layout.tokenizer, layout.init(model)):
         if not path.exists():
-            raise ConfigError(f"{path}: not here; run `dvc pull data/index data/prepared models/init/{model}` and try again")
+            base = os.path.relpath(layout.project, layout.root)
+            needed = " ".join(os.path.normpath(f"{base}/data/{part}") for part in ("index", "prepared"))
+            raise ConfigError(f"{path}: not here; run `dvc pull {needed} models/init/{model}` and try again")
     run = dict(name=model, train=dataclasses.asdict(config), milestones=[], root=str(layout.root), folder="")
     train_distributed(model, config, layout, run, machine)
     return f"machine {machine} of {config.machines}: the run is finished, its results are on the first machine"

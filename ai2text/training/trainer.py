@@ -172,7 +172,7 @@ def _backward(self:TrainerOptimized,
     "Accumulate the gradient."
     self._tried, seed = batch, mix(self.seed, *place)
     torch.default_generator.manual_seed(seed) # faster than torch.manual_seed, which also queues a call for an unused GPU
-    if self.device.type == "cuda": torch.cuda.manual_seed(seed)
+    if self.device.type == "cuda": torch.cuda.default_generators[self.device.index or 0].manual_seed(seed)
     if hasattr(batch, "to"): batch = batch.to(self.device)
     with self.autocast(): loss = self.criterion(self.model, batch) if self.criterion else self.model(batch)
     self.scaler.scale(loss.sum/(self.effective_batch_size or 32)).backward()
@@ -294,9 +294,10 @@ def _measure_dtypes(self:TrainerOptimized, window:list):
 
 @patch
 def _look_ahead(self:TrainerOptimized, loader):
-    "Measure on the loader's first micro-batch, and reset the loader."
+    "Measure on the loader's next micro-batch, and reset the loader."
+    place = loader.state_dict()
     first = next(iter(loader), None)
-    loader.load_state_dict(self.state.loader)
+    loader.load_state_dict(place)
     self._measure_dtypes([] if first is None or not len(first) else [first])
 
 # %% ../../nbs/training/30_trainer.ipynb #62a80d7c
@@ -415,7 +416,7 @@ class Observer:
     def on_step(self, trainer): "`trainer.last` has loss, units, norm, lr, ok."
 
     def on_evaluate(self, trainer, row: dict):
-        "`row` is the new row of the learning curve: step, epoch, hours, audio_hours, train_loss, lr and the measures."
+        "`row` is the new row of the learning curve: step, epoch, hours, audio_hours, train_loss, lr, grad_norm, clipped and the measures."
 
     def on_checkpoint(self, trainer, path): "The state is saved."
     def on_beat(self, trainer): "Heartbeat, every few seconds, also in a long evaluation."
@@ -584,7 +585,9 @@ def _find_parent_checkpoint(self:TrainerOptimized)->Path|None:
     if not (self.folder.parent/"recipe.json").exists(): return None
     def fits(path):
         a = about(path)
-        return a and not a.get("decaying", True) and not self.schedule.decays(self.budget.used(a["step"], a["hours"], a["audio_hours"]))
+        if not a or a.get("decaying", True): return False
+        used = self.budget.used(a["step"], a["hours"], a["audio_hours"])
+        return used < 1 and not self.schedule.decays(used)
     found = [p for p in self.folder.parent.glob("*/checkpoints/*/") if p.parts[-3] != self.folder.name and fits(p)]
     return max(found, key=lambda p: about(p)["step"], default=None)
 
@@ -720,7 +723,7 @@ def fit(self:TrainerOptimized,
         self.ranks.spread([*self.model.state_dict().values(), *(self.ema.average.values() if self.ema else ())])
         self.model.train()
         if self.folder and not self.state.loader: self.state.loader = loader.state_dict()
-        if self.unmeasured and self.state.loader: self._look_ahead(loader)
+        if self.unmeasured and hasattr(loader, "state_dict"): self._look_ahead(loader) # on all ranks, which measure together
         self._sync()
         outcome = "failed"
         self._notify("on_start")

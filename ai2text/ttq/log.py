@@ -81,7 +81,10 @@ class EntryFile:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self.entries, self.torn = read_entries(self.path)
+        try: self.entries, self.torn = read_entries(self.path)
+        except BaseException:
+            os.close(self.file)
+            raise
         self.size = os.fstat(self.file).st_size - self.torn
         if self.torn: os.ftruncate(self.file, self.size)
         folder = os.open(self.path.parent, os.O_RDONLY)

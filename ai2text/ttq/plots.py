@@ -154,7 +154,7 @@ def _fan(forecast:dict, wer:float, ax, scale:float):
 def _cost_axis(log:dict, ax, scale:float):
     "Cost on the upper axis; attempts may have different prices."
     attempts = [(x["start_hours"], x["devices"]*(x.get("price_per_hour") or 0)) for x in log["attempts"]]
-    if any(price <= 0 for _,price in attempts): return
+    if not attempts or any(price <= 0 for _,price in attempts): return
     ends = np.array([start for start,_ in attempts[1:]] + [max(attempts[-1][0], ax.get_xlim()[1]/scale) + 1])
     hours = np.concatenate([[0.], ends])
     cost = np.concatenate([[0.], np.cumsum(np.diff(hours)*[price for _,price in attempts])])
@@ -246,7 +246,7 @@ def watch(
     "A figure that follows a run until it ends."
     import matplotlib.pyplot as plt
     path, show, size, changed, view = Path(log), show or _in_notebook(), -1, clock.monotonic(), None
-    truth = path/"ttq_log.jsonl" if path.is_dir() or not path.suffix else path.with_suffix(".jsonl")
+    truth = path.with_suffix(".jsonl") if path.suffix in (".json", ".jsonl") else path/"ttq_log.jsonl"
     while True:
         now, silent = clock.monotonic(), clock.monotonic() - changed
         if truth.exists() and truth.stat().st_size != size:
