@@ -108,7 +108,7 @@ def error_kinds(
     wers = [g["wer"] for g in groups(rows, "speaker") if g["wer"] is not None] or [None]
     return dict(no_tones=rates(strip_tones), no_diacritics=rates(strip_diacritics),
                 syllables=tone_errors(pair for row in rows for pair in aligned(row)),
-                speakers=dict(count=len(set(speakers)), best=wers[-1],
+                speakers=dict(count=len({*speakers} - {""}), best=wers[-1],
                               median=None if wers == [None] else float(np.median(wers)), worst=wers[0]))
 
 def details(
