@@ -19,6 +19,7 @@ from ai2text.training import run as training
 from ai2text.training.run import fit
 from ai2text.core.sections import TrainConfig
 from ai2text.testing.workspace import tiny_workspace
+from ai2text.training.optimizer import fast_bf16
 from ai2text.training.trainer import TrainerOptimized
 from ai2text.ttq.log import load_log
 from conftest import too
@@ -140,6 +141,7 @@ def test_several_ranks_equal_one_with_more_accumulation_steps(layout, whole, wor
     for x,y in zip(curve_a, curve_b, strict=True): assert x == pytest.approx(y, rel=1e-4)
     assert load_log(folder/"ttq_log.jsonl")["about"]["processes"] == world
 
+@pytest.mark.skipif(not fast_bf16(torch.device("cpu")), reason="no bfloat16 instructions")
 def test_two_ranks_measure_their_precision_together(layout):
     "`auto` times the first micro-batch in both types; a rank that did not would leave the other waiting."
     _, curve, folder = run(layout, "auto", nproc=2, amp_dtype="auto", max_steps=2, evaluate_every_steps=0)

@@ -34,7 +34,7 @@ def read_start(path, seconds:float, **segment)->tuple:
     blocks = [np.zeros(0, np.float32)]
     with Recording(path, **segment) as r:
         try:
-            for block_TC in r.blocks(): # blocks before a corrupt place are kept
+            for block_TC in r.blocks(1 << 10 if r.channels == 1 else None): # blocks before a corrupt place are kept; `mix` needs long ones
                 blocks.append(r.mix(block_TC))
                 if r.decoded >= seconds*r.rate: break
         except AudioError as e: print(e)

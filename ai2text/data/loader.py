@@ -301,7 +301,7 @@ def _count(self:ShardLoader, batch):
         raise ShardError(f"{len(seen['skipped'])} of {planned//self.world} utterances skipped, "
                          f"more than max_skip_share = {self.max_skip_share:g}; "
                          f"the last: {shard}, {key}: {reason}. "
-                         f"Write the shards again with `dvc repro`, or raise max_skip_share of a loader of your own")
+                         f"Write the shards again (`dvc repro -sf shards`), or raise max_skip_share of your own loader")
 
 @patch
 def _print_skips(self:ShardLoader):

@@ -123,7 +123,9 @@ def continued(
     "A model with the weights of a trained one."
     stored, asked = load_config(folder), {k: v for k,v in asked.items() if k not in ("init", "revision")}
     if "size" in asked: raise ConfigError(f"{stored['family']}.size: the shape is that of {folder}; leave size out")
-    if options := getattr(family, "options", None): make(options, asked | dict(init=str(folder)), stored["family"])
+    if options := getattr(family, "options", None): # the stored values too, since a rule may concern two of them
+        known = {k: v for k,v in stored["config"].items() if k in options.__dataclass_fields__}
+        make(options, known | asked | dict(init=str(folder)), stored["family"])
     if "encoder" in asked: asked["encoder"] = (stored["config"].get("encoder") or {}) | asked["encoder"]
     config, own = stored["config"] | asked, getattr(family, "load_tokenizer", load_tokenizer)(folder/"tokenizer")
     same = getattr(family, "own_tokenizer", False) or own.fingerprint == tokenizer.fingerprint

@@ -337,7 +337,8 @@ def _training_rows(self:Whisper, batch:Batch):
     x, positions = self.net.features(batch.audio, batch.lengths, margin)
     frames, rows = 2*positions, [(i, None) for i in range(len(batch))]
     x, frames = augment_spectrogram(x, frames, c)
-    lengths = (batch.lengths*(frames/(2*positions)).to(batch.lengths.device)).round().long()
+    scaled = (batch.lengths*(frames/(2*positions)).to(batch.lengths.device)).round().long()
+    lengths = torch.where(batch.lengths > self.samples, batch.lengths, scaled) # what the window has cut is lost at any speed
     if c["window"] != "full":
         if c["join"] and torch.rand(()) < c["join"]: x, frames, rows = join_pairs(x, frames, 2*self.window)
         frames = frames.clamp(max=2*self.window)

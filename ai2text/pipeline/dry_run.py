@@ -262,7 +262,8 @@ def estimate_text(
         time=f"{1000*f['step']:.0f} ms a step, by {f['timed']} of them; {f['evaluations']} evaluations of {f['evaluation']:.1f} s",
         hours=spell_hours(f["hours"]),
         milestones="; ".join(budget_text(m, f["hours"]) for m in milestones),
-        cost="no price: train.price_per_hour is 0" if f["cost"] is None else f"{f['cost']:.2f}, at {config.price_per_hour:g} an hour")
+        cost="no price: train.price_per_hour is 0" if f["cost"] is None else (
+            f"{f['cost']:.2f}, at {config.price_per_hour:g} an hour" + f" for each of {config.machines} machines"*(config.machines > 1)))
     return "\n".join([f"{key:<11} {value}" for key,value in rows.items() if value] + ["nothing was trained or written"])
 
 # %% ../../nbs/pipeline/05_dry_run.ipynb #05fb44d8

@@ -167,8 +167,8 @@ def write_starts(
     "Write the initial weights of each model into the folder `starts`; the entry of a folder that is not on this machine stays."
     layout = Layout(find_root(root))
     models = load_params(layout.root/"params.yaml").get("models") or {}
-    known = {p.stem: read_json(p) for p in layout.starts.glob("*.json")}
     with atomic_folder(layout.starts) as part:
+        known = {p.stem: read_json(p) for p in layout.starts.glob("*.json")}
         for name,item in models.items():
             now = start_of(str((item or {}).get("init", "scratch")), layout.root)
             missing = "files" not in now and known.get(name, {}).get("init") == now["init"]

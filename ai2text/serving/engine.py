@@ -398,7 +398,7 @@ class Engine:
         return other
 
     def _decoder(self, phrases:tuple):
-        if phrases: self.check()
+        self.check()
         search = {} if phrases or self.lm else dict(beam=0)
         return Decoder(self.tokens, self.lm, hotwords=phrases, frame_seconds=self.graph.shape.frame_samples/SAMPLE_RATE, **search)
 

@@ -30,10 +30,10 @@ def init(
     model, curve = build_model(params, load_tokenizer(layout.tokenizer), config.seed, name), []
     if asked := params.get("pretrain"):
         wanted = make(PretrainConfig, asked, f"models.{name}.pretrain")
-        recipe = dict(params, seed=config.seed, code=identity("training.pretrain", "models.wav2vec"))
-        index = layout.root/wanted.shards/"index.json" if wanted.shards else layout.split_index("train")
-        folder = run_folder(layout.runs, f"{name}-pretrain", recipe, [index] if index.exists() else [], f"{wanted.steps}-steps")
-        model, curve = pretrain(model, unlabelled_loader(layout, wanted), wanted, folder, [Progress()])
+        loader, code = unlabelled_loader(layout, wanted), identity("training.pretrain", "models.wav2vec")
+        recipe = dict(params, seed=config.seed, code=code, data=loader.fingerprint)
+        folder = run_folder(layout.runs, f"{name}-pretrain", recipe, [], f"{wanted.steps}-steps")
+        model, curve = pretrain(model, loader, wanted, folder, [Progress()])
     def beside(part):
         model.tokenizer.save(part/"tokenizer")
         write_json(part/"pretrain.json", curve)
