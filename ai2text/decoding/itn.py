@@ -58,6 +58,8 @@ def _group(w:list, i:int, known:dict)->tuple:
     for k in range(5, 0, -1):
         n = known.get(" ".join(w[i:i+k]))
         if n is None or w[i+k] in ("mươi", "trăm"): continue
+        if k > 1 and any(w[j] == "năm" and (y := _year(w[j+1:j+10] + [""]*8, 0)) and y.value % 1000 for j in range(i + 1, i + k)):
+            continue # một trăm, năm hai nghìn không trăm mười chín
         if k == 3 and w[i+1] == "trăm" and w[i+2] in _TENTHS and w[i+3] not in _SCALES and _counted(w, i + 3): continue # một trăm, hai cái
         return n, i + k
     return None, i
@@ -104,8 +106,6 @@ def _whole(
         return _Number(" ".join(f"{_dots(v)} {name}".strip() for v, _, name in parts), end, value)
     return _Number(_dots(value), end, value, end == i + 1 and value < 10)
 
-# %% ../../nbs/decoding/60_itn.ipynb #af681259
-_YEAR_GOES_ON = frozenset("nay ngoái trước sau tới qua này kia học đầu cuối".split())
 _YEARS = {f"{DIGITS[y // 1000]} {DIGITS[y // 100 % 10]} {tail}": y for y in range(1000, 2100) # một chín tám tư
           for tail in (f"{DIGITS[y // 10 % 10]} {DIGITS[y % 10]}",
           *(_manners(below_thousand(y % 100)) if y % 100 > 9 else [f"linh {DIGITS[y % 100]}"]))}
@@ -116,8 +116,11 @@ def _year(w:list, i:int)->_Number|None:
     for k in (5, 4, 3):
         if (n := _YEARS.get(" ".join(w[i:i+k]))) and w[i+k] not in _ONES and w[i+k] not in _MORE: return _Number(str(n), i + k, n)
     n = _whole(w, i)
-    if n and 1000 <= n.value < 2100 and not _counted(w, n.end) and w[n.end] not in ("phẩy", "chấm", "phần"):
+    if n and 1000 <= n.value < 2101 and not _counted(w, n.end) and w[n.end] not in ("phẩy", "chấm", "phần"):
         return n._replace(text=str(n.value))
+
+# %% ../../nbs/decoding/60_itn.ipynb #af681259
+_YEAR_GOES_ON = frozenset("nay ngoái trước sau tới qua này kia học đầu cuối".split())
 
 def _is_year(w:list, i:int)->bool:
     "Whether `năm` at a word means year."
@@ -189,7 +192,7 @@ def _about(w:list, i:int)->int:
     "The end of an approximate number (hai ba triệu, hai ba mươi, năm mười phút), or 0."
     a, n = _ONES.get(w[i]), _whole(w, i + 1)
     if not a or not n or w[i+2] in ("phẩy", "chấm"): return 0
-    return n.end if _ONES.get(w[i+1]) == a + 1 or a == 5 and n.value == 10 else 0
+    return n.end if _ONES.get(w[i+1]) == a + 1 or a == 5 and (n.value == 10 or w[i+1:i+3] == ["bảy", "trăm"]) else 0
 
 def _decimals(w:list, i:int)->tuple:
     "(digits, end) after the comma."
@@ -252,16 +255,31 @@ def _needs_digit(w:list, i:int, n:_Number, unit:tuple|None)->bool:
     to = _number(w, n.end + 1) if w[n.end] in ("đến", "tới") and n.value else None # bốn đến sáu triệu
     return bool(to and to.text and (not to.small or _unit(w, to.end) or w[to.end] in _DIGIT_NOUNS))
 
+_YEAR_BEFORE = _ONES.keys() | _SCALES.keys() | frozenset("mỗi hàng hằng cả trong đầu cuối giữa nửa nhiều mấy vài từng tháng mười mươi mốt "
+    "tư lăm trăm".split()) # after these `năm` is year or May
+_BEFORE_NUMERAL = frozenset("tháng quý quận phường lớp".split()) # tháng chín, hai nước
+
+def _year_first(w:list, i:int)->bool:
+    "Whether `năm` before a number is year or May, not fifty: mỗi năm hai nghìn người; năm sáu phút is approximate."
+    if w[i] != "năm" or w[i+1] == "sáu" or w[i+1] not in _TENTHS: return False
+    return w[i-1] in _YEAR_BEFORE and not (w[i-1] == "năm" and w[i-2] in ("mỗi", "hàng", "hằng", "cả"))
+
+def _some(w:list, i:int, end:int)->bool:
+    "Whether a number is approximate by the word before it: vài ba trăm nghìn; not mỗi đôi ba trăm nghìn."
+    several = w[i-1] in ("vài", "dăm") or w[i-1] == "đôi" and w[i-2] not in ("mỗi", "một")
+    return several and w[i] == "ba" and all(word in _SCALES or word in ("mươi", "trăm") for word in w[i+1:end])
+
 def _amount(w:list, i:int)->tuple|None:
     "A number with its sign and its unit."
     sign, first = ("-", i + 1) if w[i] in ("âm", "trừ") else ("", i)
     n = _number(w, first)
     if n is None or w[i] == "trừ" and w[n.end] != "độ": return None
-    if not n.text: return "", n.end
+    if _year_first(w, first): return None
+    if not n.text or _some(w, first, n.end): return "", n.end
     unit = _unit(w, n.end)
     if n.end == first + 2 and " ".join(w[first:n.end]) in _PAIRS and (w[first+1] in _ONES or w[first+1] == "tư"
         and w[first] != "hai"): # hai bảy, ba tư: a number only before a unit or counted noun
-        if not (unit or w[n.end] in _DIGIT_NOUNS or _counted(w, n.end)): return "", n.end
+        if w[first-1] in _BEFORE_NUMERAL or not (unit or w[n.end] in _DIGIT_NOUNS or _counted(w, n.end)): return "", n.end
     if n.small and not (unit or w[n.end] in _DIGIT_NOUNS if sign else _needs_digit(w, i, n, unit)): return None
     if height := _height(w, n): return height
     return (f"{sign}{n.text}{'' if unit[0][0] in '%‰°' else ' '}{unit[0]}", unit[1]) if unit else (sign + n.text, n.end)

@@ -102,7 +102,7 @@ class Entry:
 
 # %% ../../nbs/text/08_abbreviations.ipynb #3cd78e0a
 DOCUMENT = re.compile(
-    rf"(?P<kind>(?:NĐ|QĐ|TT|NQ|CT|(?i:thông tư|nghị định|quyết định|nghị quyết|chỉ thị|luật|công văn|kế hoạch|báo cáo|thông báo|hướng dẫn|số))\s+(?i:số\s*:?\s*)?)?(?<![\w/])(?P<n>\d{{1,5}})(?P<letter>[a-z]?)(?:/(?P<year>[12]\d{{3}}))?(?P<sign>[/-])(?P<code>[{CAPITALS}]{{2,}}\w*\d*(?:[-–/][{CAPITALS}][\w&]*)*)(?![\w/])"
+    rf"(?P<kind>(?:NĐ|QĐ|TT|NQ|CT|(?i:thông tư|nghị định|quyết định|nghị quyết|chỉ thị|luật|công văn|kế hoạch|báo cáo|thông báo|hướng dẫn|công điện|kết luận|quy định|số))\s+(?i:số\s*:?\s*)?)?(?<![\w/])(?P<n>\d{{1,5}})(?P<letter>[a-z]?)(?:/(?P<year>[12]\d{{3}}))?(?P<sign>[/-])(?P<code>[{CAPITALS}]{{2,}}\w*\d*(?:[-–/][{CAPITALS}][\w&]*)*)(?![\w/])"
 )
 
 
@@ -117,13 +117,20 @@ def _read_document(m, table)->str:
         words = entry and entry.choose(f"{sign}{letters}-", 1, 1 + len(letters), bound=bool(entry.lines)) or entry and entry.default
         names.append((words or letters) + (f" {cardinal(int(number))}" if number else ""))
     number, year = f"{cardinal(int(m['n']))} {m['letter']}".strip(), m["year"] and cardinal(int(m["year"]))
-    kind, literal = (m["kind"] or "").lower(), " ".join([number, *([year] if year else []), *names])
+    kind = (m["kind"] or "").lower()
+    if len(names) > 1 and "".join(word[0] for word in kind.split()[:2]).upper() == parts[0]: # công điện 5/CĐ-TTg
+        names[0] = " ".join(kind.split()[:2])
+    literal = " ".join([number, *([year] if year else []), *names])
     over = " trên ".join([number, *([year] if year else []), " ".join(names)])
     if len(names) > 1 and (kind.startswith(names[0]) or kind.split()[:1] == [parts[0].lower()]):
         return either(f"{number}{f' năm {year}' if year else ''} của {' '.join(names[1:])}", over, literal)
     return either(over, literal)
 
 # %% ../../nbs/text/08_abbreviations.ipynb #001b360d
+# P.V.H. is a person, P.Bến Nghé and Q.I are places
+_INITIALS, _INITIAL_NEXT = re.compile(rf"[{CAPITALS}]\.(?:[{CAPITALS}]\.?)?"), re.compile(rf"\.?(?!I(?![\w.]))[{CAPITALS}](?!\w)")
+_INITIAL_LAST = re.compile(rf"(?<!\w)[{CAPITALS}]\.$")
+
 class Abbreviations(dict):
     "Abbreviation -> its words, or a list of [words, contexts]; expands them in a text."
 
@@ -172,10 +179,11 @@ class Abbreviations(dict):
             if text[max(start - 1, 0):start].isalnum(): return m[0]
             left, right = re.search(r"(\w+)[-–&]$", text[max(0, start - 20):start]), re.match(r"[-–&](\w+)", text[end:end + 20])
             bound = text[end:end+1].isdigit() or left and not self._is_part(left[1]) or right and not self._is_part(right[1])
+            if _INITIALS.fullmatch(m[0]) and (_INITIAL_NEXT.match(text, end) or _INITIAL_LAST.search(text, 0, start)): return m[0]
             if (
                 len(m[0]) == 2
                 and m[0][1] == "."
-                and not text[end:].lstrip()[:1].isdigit()
+                and not re.match(r"\s*\d+(?!\s+(?:tuổi|triệu|tỷ|(?:năm|tháng)(?!\s+(?:\d|nay|ngoái|sau)))(?!\w))(?!\d)", text[end:])
                 and PERSONS.search(typed[max(0, start - 40) : start])
                 and not text[:start].rstrip().endswith(",")
             ):

@@ -112,6 +112,8 @@ def _dates(text:str)->str:
     "All days with their months in a chain; a dash becomes `đến`."
     return re.sub(fr"({DAY})\s?[/.-]\s?({MONTH})(?!\d)(\s*[-–]\s*)?", lambda d: date(d[1], d[2]) + (" đến " if d[3] else ""), text)
 
+_DOSE = re.compile(r"\s*(?:(?:viên|ống|lọ|thìa|muỗng)(?!\w|\s+chức)|(?:gói|quả)\s*(?:$|[,.;)/]))") # ngày 1/2 viên
+
 def _fraction(a:int, b:int)->str: return f"{cardinal(a)} phần {'tư' if b == 4 else cardinal(b)}"
 
 @rule(r"(?<!\w)((?i:lớp|khối)\s+)(\d{1,2})([/-])(\d{1,2})(?![\w]|[.,/:-]\d)", needs="/-")
@@ -127,7 +129,8 @@ def day_and_month(m):
     pairs = [(int(a), int(b)) for a, b in re.findall(r"(\d+)/(\d+)", m[0])]
     (a, b), alone, left, right = pairs[0], len(pairs) == 1, m.string[:m.start()], m.string[m.end():]
     words, house = _dates(m[0]), f"{cardinal(a)} trên {cardinal(b)}"
-    if m[0] == "24/7" or before(m, DOCUMENTS + " vòng âm") or re.search(r"(?<![\w.,/])\d{1,3} $", left): return None
+    if m[0] == "24/7" or before(m, DOCUMENTS + " vòng âm") or re.search(rf"(?<![\w.,/])(?:\d{{1,3}} |{DAY}\s?[-–]\s?)$", left): return None
+    if alone and a < b <= 4 and _DOSE.match(right) and before(m, "ngày"): return None
     if before(m, DAYS): return words
     if alone and a < b and not left.rstrip().endswith(",") and before(m, "từ kể_từ hết đến_hết trước sau vào") and after(m, PEOPLE):
         return unsure(words, _fraction(a, b)) # Từ 1/7 người lao động
@@ -153,7 +156,8 @@ def day_and_month(m):
 def announced_day(m):
     "ngày 12-3, chiều 24.3, lễ 30-4, 1-5"
     if after(m, COUNTED) and not after(m, "năm tháng tuần"): return None
-    if before(m, DAYS) and not before(m, "đường phố cầu tết"): return _dates(m[0])
+    listed = re.search(rf"(?i:ngày)\s+(?:{DAY}(?:,\s*|\s+(?:và|đến|tới|hoặc|hay)\s+))+$", m.string[:m.start()])
+    if listed or before(m, DAYS) and not before(m, "đường phố cầu tết"): return _dates(m[0])
     days = [int(re.match(r"\d+", a)[0]) for a in re.findall(r"\d+[.-]\d+", m[0])]
     if (
         (m["sign"] == "-" or len(days) > 1 and " - " in m[0])
@@ -209,9 +213,20 @@ def month_then_year(m):
     "tháng 12 2023"
     return f"{month(m[1])} năm {cardinal(int(m[2]))}"
 
+# after the number of a month that is counted; not tháng 4 tỷ lệ, tháng 4 lần đầu
+_COUNTED_BY_MONTH = re.compile(
+    r"\s*(?:trăm|nghìn|ngàn|(?:triệu|tr)(?!\s+(?:tập|hồi))|(?:tỷ|tỉ)(?!\s+(?:giá|lệ|số|suất|trọng|phú))|kg|km"
+    r"|lần(?!\s+(?:đầu|thứ|này|cuối|gần))|buổi(?!\s+(?:sáng|trưa|chiều|tối|lễ|họp)))(?!\w)"
+)
+_MONTHS = re.compile(r"(?<![Nn]gày )(?<![Mm]ùng )(?<!\w)(?:[1-9]\d?|một|hai|ba|bốn|sáu|bảy|tám|chín|mười)\s+$") # of a duration, no date
+_DAYS_MORE = re.compile(r"\s*ngày(?!\w|\s*\d|\s+(?:càng|hội|lễ|giải|thống|quốc))")
+
 @rule(fr"(?<!\w)((?i:tháng))\s+0?4(?:\s?([-–])\s?(?=\d\d?(?!\d))|{CODE_END})", needs="4")
 def april(m):
-    "tháng 4, tháng 4-6"
+    "tháng 4, tháng 4-6; not mỗi tháng 4 triệu, 3 tháng 4 ngày"
+    left, right = m.string[:m.start()], re.sub(r"^\d+", "", m.string[m.end():])
+    if before(m, "mỗi hàng hằng") and re.match(r"\s*(?!(?:về|đến|tới|lại|hàng|hằng|năm)(?!\w))\w", right): return None
+    if _COUNTED_BY_MONTH.match(right) or _MONTHS.search(left) and _DAYS_MORE.match(right): return None
     return f"{m[1]} tư đến" if m[2] else f"{m[1]} tư"
 
 @rule(fr"{ALONE}(\d{{1,2}})T/?({YEAR})(?!\w)", needs="T")

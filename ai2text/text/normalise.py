@@ -30,7 +30,7 @@ from .syllables import ALPHABET, FOREIGN, TONED, VOWELS, from_old_encoding, norm
 from .abbreviations import CAPITALS, Abbreviations, lower_capitals
 
 # %% ../../nbs/text/10_normalise.ipynb #0b947e3f
-NORMALISER_VERSION = "vi-3" # part of each tokenizer's fingerprint: change it with any change of `normalise`
+NORMALISER_VERSION = "vi-4" # part of each tokenizer's fingerprint: change it with any change of `normalise`
 
 KNOWN = frozenset(ALPHABET + " ")
 

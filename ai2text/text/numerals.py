@@ -46,7 +46,7 @@ def ordinal(n:int)->str:
     return {1: "nhất", 4: "tư"}.get(n) or cardinal(n)
 
 @rule(
-    r"(?<!\w)(?i:thứ)\s+[2-7]\s?[-–](?=\s?(?i:thứ\s|chủ nhật))|(?<!\w)T[2-7](?:(?:\s?[-–,&]\s?|\s+(?:và|hoặc|đến)\s+)(?:T[2-7]|CN)(?!\w))+"
+    r"(?<!\w)(?i:thứ)\s+[2-7]\s?[-–](?=\s*(?i:thứ\s|chủ nhật))|(?<!\w)T[2-7](?:(?:\s?[-–,&]\s?|\s+(?:và|hoặc|đến)\s+)(?:T[2-7]|CN)(?!\w))+"
 )
 def weekdays(m):
     "thứ 2 - thứ 6, T2-T6, T7, CN, T7 và CN"

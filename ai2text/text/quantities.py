@@ -116,8 +116,8 @@ GRADES = "điểm đạt chấm ielts toefl toeic điểm_số thang_điểm đ�
 
 @rule(r"(?<![\w.,-])(?<!\d/)\d{1,5}[A-Z]?(?:/\d{1,5}[A-Z]?)+(?!\w|[.,/]\d)", needs="/")
 def house(m):
-    "số 12/3, hẻm 123/45/6"
-    if m[0].count("/") < 2 and not before(m, STREETS) or m[0] in ("24/7", "24/24"): return None
+    "số 12/3, hẻm 123/45/6, 12/3A"
+    if m[0].count("/") < 2 and not before(m, STREETS) and not re.fullmatch(r"\d+/\d+[A-E]", m[0]) or m[0] in ("24/7", "24/24"): return None
     words = [read_number(n) if n.isdigit() else f"{read_number(n[:-1])} {n[-1]}" for n in m[0].split("/")]
     return either(" trên ".join(words), " xuyệt ".join(words))
 
@@ -152,14 +152,15 @@ def currency_pair(m):
     return f"{name_of(m[1])} trên {name_of(m[2])}"
 
 @rule(
-    rf"(?<!\w)(?P<sign>(?i:us\$|vnd|vnđ|usd|eur|[sa]\$)|[$€£¥₫₩])\s?(?P<n>{PLAIN_NUMBER})(?:\s?[-–]\s?[$€£¥]?(?P<to>{PLAIN_NUMBER}))?(?P<large>\s?(?:{LARGE}|[KMB]|bn))?(?!\w)"
+    rf"(?<!\w)(?P<sign>(?i:us\$|vnd|vnđ|usd|eur|[sa]\$)|[$€£¥₫₩])\s?(?P<n>{PLAIN_NUMBER})(?:\s?[-–]\s?[$€£¥]?(?P<to>{PLAIN_NUMBER}))?(?P<large>\s?(?:{LARGE}|[KMBm]|bn))?(?!\w)"
 )
 def sign_first(m):
     "$5, US$20, $2.5 triệu, $10-20"
     words = amount(m["n"], m["sign"])
     if m["to"]: words += between(m["n"], m["to"]) + amount(m["to"], m["sign"])
     large = (m["large"] or "").strip()
-    return " ".join(filter(None, (words, {"K": "nghìn", "M": "triệu", "B": "tỷ", "bn": "tỷ"}.get(large, large), name_of(m["sign"]))))
+    large = {"K": "nghìn", "M": "triệu", "m": "triệu", "B": "tỷ", "bn": "tỷ"}.get(large, large)
+    return " ".join(filter(None, (words, large, name_of(m["sign"]))))
 
 @rule(
     rf"(?<!\d[-–—])(?P<a>{NUMBER})\s?(?P<unit>{SIGN})?\s?[-–—~]\s?(?={PLAIN_NUMBER}(?!\s?[-–—]\s?\d|:\d))(?P<b>{PLAIN_NUMBER})",
@@ -168,7 +169,7 @@ def sign_first(m):
 def range_of_numbers(m):
     "10-15, 10km-15km; the second number is left to the next rules"
     unit = f" {name_of(m['unit'])}" if m["unit"] else ""
-    return f"{read_number(m['a'], quantity=bool(unit))}{unit}{between(m['a'], m['b'])}{m['b']}"
+    return f"{read_number(m['a'], quantity=bool(unit))}{unit}{' đến ' if before(m, 'tháng') else between(m['a'], m['b'])}{m['b']}"
 
 @rule(
     r"\s?[+=×÷±≠](?=\s?\d)|(?<=\d)\s?[+=](?!\w)|(?<=\d)\s?[x*](?=\s?\d)|(?<=\w)\s[x*×]\s(?=\d)|(?<=\w)\s?\^\s?[-−]?(?=\w)",
@@ -232,7 +233,7 @@ def quantity(m):
         len(unit) == 1
         and unit.isalpha()
         and (
-            before(m, PRODUCTS)
+            unit not in "mhl" and before(m, PRODUCTS) # huy chương vàng 100m
             or unit == "K"
             and value_of(m["n"]) < 10
             or re.search(r"[a-z][A-Z]\w*\s$", m.string[max(0, m.start() - 20) : m.start()])
