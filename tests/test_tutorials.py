@@ -19,7 +19,7 @@ def commands():
     for notebook in (o for o in NOTEBOOKS if o.name == "index" or o.room == "tutorials"):
         for cell in notebook.raw["cells"]:
             for block in re.findall(r"^```(?:bash|sh)\n(.*?)^```", "".join(cell["source"]), flags=re.M | re.S):
-                for words in (shlex.split(line, comments=True) for line in block.splitlines()):
+                for words in (shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()):
                     if words and words[0] in ("ai2text", "make"): yield notebook.name, words
 
 
