@@ -26,14 +26,15 @@ MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 # Keep the machine's Python settings out of the environment.
 unexport PYTHONPATH PYTHONHOME
 export PYTHONNOUSERSITE := 1
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+HERE := $(if $(filter /%,$(VENV)),,$(CURDIR)/)
+export PATH := $(HERE)$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 # DVC unpickles files in this folder: it must be writable by this user only.
 export DVC_SITE_CACHE_DIR := $(CURDIR)/.dvc/tmp/site
 export JUPYTER_PREFER_ENV_PATH := 1
 # Jupyter, DVC and matplotlib write under HOME: set one if the machine has none.
 ifneq ($(shell test -d "$$HOME" -a -w "$$HOME" && echo writable),writable)
-export HOME := $(CURDIR)/$(VENV)/home
+export HOME := $(HERE)$(VENV)/home
 export PIP_NO_CACHE_DIR := 1
 endif
 
@@ -50,7 +51,7 @@ demo: $(STAMP)
 # A separate pipeline on the same shards.
 compare: $(STAMP)
 	@$(BIN)/dvc repro compare/dvc.yaml
-	@cd compare && $(CURDIR)/$(BIN)/ai2text compare
+	@cd compare && ai2text compare
 
 # Self-contained HTML.
 report: $(STAMP)

@@ -170,7 +170,7 @@ def encode(
     codec:str,       # "flac" or "wav"
 )->bytes:
     "The bytes of a 16-bit file; both codecs are lossless."
-    pcm = wave if wave.dtype == np.int16 else np.round(wave*32767).astype(np.int16)
+    pcm = wave if wave.dtype == np.int16 else np.round(wave*32767).clip(-32768, 32767).astype(np.int16)
     if codec == "wav":
         return (
             struct.pack(

@@ -53,6 +53,7 @@ def atomic_folder(
     part.mkdir(parents=True)
     try:
         yield part
+        for p in part.rglob("*.safetensors"): p.chmod(part.stat().st_mode & 0o666) # written for their owner only
         with ThreadPoolExecutor(16) as pool: list(pool.map(_sync, [part, *part.rglob("*")]))
         if path.exists(): path.rename(old)
         part.rename(path)

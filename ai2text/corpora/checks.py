@@ -43,7 +43,7 @@ def _measure(recording:Recording, max_seconds:float)->dict:
     low, high, clipped, finite = np.inf, -np.inf, 0, True
     try:
         for block_TC in recording.blocks():
-            if recording.decoded > max_seconds * rate: return dict(duration=recording.decoded / rate, longer=True)
+            if recording.decoded / rate > max_seconds: return dict(duration=recording.decoded / rate, longer=True)
             bottom, top = float(block_TC.min()), float(block_TC.max())
             finite = finite and bool(np.isfinite(top - bottom))
             if not finite: continue

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..core.params import ConfigError
 from ..core.sections import CorpusConfig
-from .lists import check_fields, fields, field_names, split_of
+from .lists import check_fields, fields, field_names, read_list, split_of
 
 # %% ../../nbs/corpora/26_hub.ipynb #d67da8da
 _URL = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/\s]*))?(?:/(\S*))?")
@@ -123,7 +123,7 @@ def _sound(sound:dict, id:str, url:str)->dict:
 
 def import_huggingface(cfg:CorpusConfig, source:Path|None):
     "a folder of parquet files or of `save_to_disk`, or a text file with one line hf://datasets/ORG/NAME@REVISION/FOLDER"
-    url = cfg.path if source is None else source.read_text("utf-8").strip() if source.is_file() and source.suffix != ".parquet" else ""
+    url = cfg.path if source is None else read_list(source).strip() if source.is_file() and source.suffix != ".parquet" else ""
     if url: files = _hub_files(url)
     elif source.is_file(): files = [(source.name, lambda: source)]
     else: files = [(name, lambda path=path: _arrow().memory_map(str(path))) for name,path in _saved_files(source)] or [

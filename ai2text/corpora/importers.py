@@ -134,7 +134,7 @@ def read_subtitles(text:str)->list[dict]:
     found = []
     for times,lines in cues:
         voices = {*_VOICE.findall(cue := "\n".join(lines))}
-        words = html.unescape(re.sub(r"<[^>]*>|\{\\[^}]*\}", "", cue)).split()
+        words = html.unescape(re.sub(r"</?[A-Za-z0-9][^>]*>|\{\\[^}]*\}", "", cue)).split()
         found.append(dict(offset=_seconds(*times[:4]), end=_seconds(*times[4:]), text_raw=" ".join(words))
             | (dict(speaker=voices.pop().strip()) if len(voices) == 1 else {}))
     return found
@@ -166,7 +166,8 @@ def read_textgrid(
     try:
         for _ in range(int(next(take))):
             kind, name, _, _, count = (next(take) for _ in range(5))
-            tiers[name] = [tuple(next(take) for _ in range(3 if kind == "IntervalTier" else 2)) for _ in range(int(count))]
+            tiers.setdefault(name, []).extend([tuple(next(take) for _ in range(3 if kind == "IntervalTier" else 2))
+                for _ in range(int(count))]) # merged files have tiers of one name
     except (StopIteration, RuntimeError, TypeError) as e: raise ValueError("it is truncated") from e
     names = [name for name in tiers if (name == tier if tier else not _ALIGNMENT.fullmatch(name))]
     if not names:
@@ -188,7 +189,8 @@ def _split_at(parts)->int|None:
 def import_folder(cfg:CorpusConfig, source:Path):
     "a folder of recordings, each with a .txt beside it (or .srt, .vtt, .TextGrid, .lab with times); subfolders are speakers or splits"
     files, folders = Files(source), []
-    for folder,below,names in os.walk(source):
+    def fail(e): raise ConfigError(f"{e.filename}: cannot be read ({e.strerror}); change its permissions") from e
+    for folder,below,names in os.walk(source, onerror=fail):
         below.sort()
         for name in below:
             if os.path.islink(os.path.join(folder, name)):

@@ -176,7 +176,7 @@ def _advice(names:list[str], cells:list[str], rows:list[list[str]])->str:
     return (f"Add to this corpus in params.yaml: `source: csv` and `columns: {{audio: {audio}, text: {text}, speaker: "
         f"{meant('speaker', lambda v: False, 'SPEAKER')}}}`; or, if this line is not a header, {in_order}")
 
-def _header(path:Path, first:tuple, cells:list[str], following:list, columns, layout:dict)->tuple:
+def _header(path:Path, first:tuple, cells:list[str], following:list, columns, layout:dict, wanted:tuple)->tuple:
     "The names of a table's columns; whether its first line is a record and not a header."
     names, where = [c.lower() for c in cells], f"{path}, line {first[0]['line']}"
     if isinstance(columns, list) and columns:
@@ -190,7 +190,7 @@ def _header(path:Path, first:tuple, cells:list[str], following:list, columns, la
         return [str(n + 1) for n in range(len(cells))], True
     if absent := [v for v in columns.values() if str(v).lower() not in names]:
         raise ConfigError(f"{where}: has no column {absent[0]}, which `columns` names; its columns are {', '.join(cells)}")
-    if not (lost := missing(names, columns)): return names, False
+    if not (lost := [what for what in missing(names, columns) if what in wanted]): return names, False
     if len(cells) in layout:
         if strange := [cell for name,cell in zip(layout[len(cells)], cells) if name == "#" and not only_numbers([cell])]:
             raise ConfigError(f"{where}: {strange[0][:40]!r} is in a column of numbers of this format; check source")
@@ -203,6 +203,7 @@ def read_table(
     path:Path,      # of a table
     columns=(),     # the parameter `columns`
     layout:dict=None, # of a format without a header: number of columns -> field names; `_` is ignored, `#` is a number
+    wanted=("recording", "transcript"), # columns that must be there
 )->list:            # entries with file and line; a line with another number of columns has a reason instead
     "The entries of a table; `ConfigError` if its columns are unknown or its transcripts are numbers."
     found, columns = read_lines(path), columns or {}
@@ -211,7 +212,7 @@ def read_table(
     mark = next((m for m in "\t|;," if m in texts[0]), "|")
     cut = lambda at, width: _record(texts[at:at+_LINES], mark, width)
     names, at = _header(path, found[0], [c.strip() for c in _record(texts[:1], mark, None)[0]],
-        [cut(n, None)[0] for n in range(1, min(9, len(texts)))], columns, layout or {})
+        [cut(n, None)[0] for n in range(1, min(9, len(texts)))], columns, layout or {}, wanted)
     at, rows = 0 if at else 1, []
     while at < len(found):
         cells, used = cut(at, len(names))
@@ -220,7 +221,8 @@ def read_table(
         at += used
     whole = [row for row in rows if "reason" not in row]
     texts = [row["text_raw"] for row in whole if (row["text_raw"] or "").strip()]
-    if len(texts) > 1 and only_numbers(texts) and not ("text" in columns and all(text.replace(" ", "").isdigit() for text in texts)):
+    digits = "text" in columns and all(text.replace(" ", "").isdigit() for text in texts)
+    if "transcript" in wanted and len(texts) > 1 and only_numbers(texts) and not digits:
         raise ConfigError(f"{path}: the transcripts are numbers, as {texts[0]!r} and {texts[1]!r}: not a column of transcripts. Columns: "
             f"{', '.join(names)}; name the right one with `columns: {{text: NAME}}`")
     check_segment_columns(path, names, whole, columns)
@@ -256,6 +258,8 @@ def json_records(path:Path)->list:
     if isinstance(found, _Pairs) and any(v for _,v in found) and all(isinstance(v, list)
         and all(isinstance(u, _Pairs) for u in v) for _,v in found): # a list for each split
         return [(where, dict(split=split_of(k)) | plain(u)) for k,v in found for u in v]
+    if isinstance(found, _Pairs) and not any(isinstance(v, (_Pairs, list)) for _,v in found) and not missing([k for k,_ in found], {}):
+        return [(where, plain(found))] # JSON Lines of one line
     if isinstance(found, _Pairs):
         return [(where, (plain(v) if isinstance(v, _Pairs) else dict(text=plain(v))) | dict(id=k)) for k,v in found]
     if not isinstance(found, list): raise ConfigError(f"{path}: is a {type(found).__name__}; {fix}")
@@ -279,7 +283,9 @@ class Files:
             f"{name}{end}")) for name in names for within in folders for end in ends):
             inside = path.startswith((os.path.join(self.folder, ""), os.path.join(self.real, "")))
             if inside and not os.path.isfile(path := self.as_on_disk(path)): continue
-            if inside and os.path.realpath(path).startswith(os.path.join(self.real, "")): return path, None
+            if inside and os.path.realpath(path).startswith(os.path.join(self.real, "")):
+                here = path.startswith(os.path.join(self.folder, "")) # else below the folder that a link names
+                return path if here else os.path.join(self.folder, os.path.relpath(path, self.real)), None
             reason = "outside of the folder"
         own = f"/{os.path.basename(self.folder)}/" # a path of another machine, or from before the folder was moved
         before, found, tail = f"/{names[-1]}".rpartition(own)

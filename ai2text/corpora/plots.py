@@ -107,14 +107,14 @@ def import_reject_table(rejects:list[dict])->list[dict]:
 def plot_speakers(rows:list[dict], most:int=60):
     "Minutes of the speakers (or variants of the demo) with most speech."
     minutes = Counter()
-    for r in rows: minutes[r["split"], speaker_variant(r)[:12] or "unknown"] += r["duration"]/60
+    for r in rows: minutes[r["split"], speaker_variant(r) or "unknown"] += r["duration"]/60
     order = list(SPLIT_COLOURS)
     bars = sorted(sorted(minutes, key=minutes.get, reverse=True)[:most], key=lambda k: (order.index(k[0]), -minutes[k]))
     fig, ax = plt.subplots(figsize=(9, 2.8))
     for split in order:
         at = [i for i,(s,_) in enumerate(bars) if s == split]
         if at: ax.bar(at, [minutes[bars[i]] for i in at], color=SPLIT_COLOURS[split], label=split or "no split")
-    ax.set_xticks(range(len(bars)), [name for _,name in bars], rotation=90, fontsize=7, parse_math=False)
+    ax.set_xticks(range(len(bars)), [name[:12] for _,name in bars], rotation=90, fontsize=7, parse_math=False)
     ax.set(ylabel="minutes", xlim=(-1, len(bars)))
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     return fig

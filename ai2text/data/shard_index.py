@@ -197,10 +197,10 @@ def _scanned(path):
                 with Recording(member_audio(found)) as r: rate, seconds = r.rate, r.count()/r.rate
                 about = utterance_text(found)
             except ValueError as e:
-                rejected.append(dict(id=f"{path.stem}/{key}", reason=str(e)))
+                rejected.append(dict(id=printable(f"{path.stem}/{key}"), reason=str(e)))
                 continue
             corpus = about.get("corpus", "")
-            rows.append((key, rate, offset, size, seconds, len(about["text"]), zlib.crc32(block),
+            rows.append((printable(key), rate, offset, size, seconds, len(about["text"]), zlib.crc32(block),
                          corpus if isinstance(corpus, str) else ""))
     seconds = round(sum(r[4] for r in rows), 3)
     return dict(file=path.name, samples=len(rows), seconds=seconds, bytes=path.stat().st_size, sha256=sha256(path)), rows, rejected

@@ -143,12 +143,13 @@ def write_shard(task:ShardTask)->dict:
     if (note := _finished(task, wanted)) is not None: return note
     keep_memory()
     with atomic_write(task.path, "wb") as f, ThreadPoolExecutor(1) as flusher:
-        flushed = 0
+        flushed, flushes, sync = 0, [], getattr(os, "fdatasync", os.fsync) # macOS has no fdatasync
         def write(block, end):
             nonlocal flushed
             f.write(block)
-            if end - flushed > _FLUSH_BYTES: flusher.submit(os.fdatasync, f.fileno()); flushed = end
+            if end - flushed > _FLUSH_BYTES: flushes.append(flusher.submit(sync, f.fileno())); flushed = end
         note = _fill(task, write)
+        for done in flushes: done.result() # the system reports a failed write once
     return _save_note(task, wanted, note)
 
 def _blocks(task:ShardTask, rows:list)->list:

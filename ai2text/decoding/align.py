@@ -8,7 +8,7 @@ __all__ = ['OVERLAP', 'WINDOW_SECONDS', 'DROPPED', 'SHORTEST', 'LONGEST_JOINED',
            'align_recording', 'load_ctc_model', 'align_pairs', 'align_recordings']
 
 # %% ../../nbs/decoding/20_align.ipynb #21873c6b
-import math, re, sys
+import math, re, sys, unicodedata
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -262,12 +262,15 @@ def align_recording(
     if (wrong := score_mismatched_text(sentences, scored, model)) is not None and wrong >= -tolerance:
         raise ConfigError(f"{recording}: the model cannot tell which text is spoken: sentences of other places score {wrong:.1f}, above "
             f"the limit {-tolerance:.1f}; train it longer, or on speech like this, or lower the tolerance")
-    segments, stem = segment_sentences(sentences, scored, margin), re.sub(r"[^\w-]", "_", recording.stem)
+    segments, stem = segment_sentences(sentences, scored, margin), _stem(recording)
     if max(len(segments)/len(sentences), sum(p.end - p.start for p in segments)/scored.seconds) < _MIN_SHARE:
         raise ConfigError(_explain_no_match(sentences, scored, model, recording, text))
     with _bar(f"{recording.name}: writing", scored.seconds) as bar:
         rows = list(_write_segments(segments, recording, folder, stem, speaker or recording.stem, lambda at: bar.update(at - bar.n)))
     return rows, sentences, scored.seconds
+
+def _stem(path:Path)->str: # of the names of a recording's utterances
+    return re.sub(r"[^\w-]", "_", unicodedata.normalize("NFC", path.stem))
 
 _MIN_SHARE = 0.05 # of the text and of the audio; less may be chance
 
@@ -288,8 +291,11 @@ def _pairs(recording:Path, text:Path)->list[tuple]:
     if text: raise ConfigError(f"{text}: the texts of a folder are beside its recordings, with their names and .txt; leave the text out")
     found = sorted(p for p in recording.iterdir() if p.suffix.lower() in AUDIO_SUFFIXES)
     if not found: raise ConfigError(f"{recording}: has no recordings ({', '.join(AUDIO_SUFFIXES)})")
-    if twice := [a for a,b in zip(found, found[1:]) if a.stem == b.stem]:
-        raise ConfigError(f"{twice[0]}: another recording has this name, so they share one text; rename one, and its text")
+    first = {}
+    for p in found:
+        if (other := first.setdefault(_stem(p), p)) is not p:
+            raise ConfigError(f"{other}: another recording has this name, {p.name}, so they share one text or the names of utterances; "
+                "rename one, and its text")
     return [(p, p.with_suffix(".txt")) for p in found]
 
 def load_ctc_model(

@@ -37,7 +37,7 @@ def _listed(path:Path)->list[dict]:
             | dict(name=os.path.join(os.path.abspath(path.parent), str(row.get("audio_filepath", "")))) for row in rows]
     if path.suffix in (".tsv", ".csv"):
         return [{k: row[k] for k in ("speaker", "reason", "detail") if row.get(k)}
-            | dict(name=row.get("audio", "")) for row in read_table(path)]
+            | dict(name=row.get("audio", "")) for row in read_table(path, wanted=("recording",))]
     return [dict(name=line.strip()) for _,line in read_lines(path)]
 
 def find_recordings(
@@ -56,7 +56,9 @@ def find_recordings(
         name = row.pop("name")
         at, reason = files.find(name, AUDIO_FOLDERS, ("",) if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES else AUDIO_ENDS)
         base = nfc(os.path.splitext(os.path.relpath(at, files.folder) if at else name)[0])
-        id = nfc(str(row.get("id") or (f"{base}-{1000*row['offset']:07.0f}" if "offset" in row else base)))
+        try: part = [f"{1000*float(row['offset']):07.0f}"] if "offset" in row else []
+        except (TypeError, ValueError): part = []; row |= dict(reason="no time", detail=f"offset {row['offset']!r}")
+        id = nfc(str(row.get("id") or "-".join([base, *part, *([str(row["channel"])] if "channel" in row else [])])))
         if "reason" not in row and id in seen: row |= dict(reason="duplicate id", detail="an earlier recording has the same name")
         if reason and "reason" not in row: row |= dict(reason=reason, detail=f"{name}; set folder to the folder of the recordings")
         seen.add(id)

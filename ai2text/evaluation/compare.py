@@ -223,6 +223,7 @@ def compare(
     "The models of params.yaml side by side, and a recommendation."
     layout = Layout(root or find_root())
     params = load_params(layout.root/"params.yaml")
+    if not params.get("models"): raise ConfigError("params.yaml: models: is empty; there is nothing to compare")
     config = section("compare", params.get("compare") or {}, "params.yaml: compare")
     models, advice = compare_models(config, layout, list(params.get("models") or {}), rev)
     head = ["model", *(m["model"] for m in models)]

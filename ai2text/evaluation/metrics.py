@@ -161,7 +161,8 @@ def _texts(references, hypotheses, normaliser):
     if len(references) != len(hypotheses):
         raise ValueError(f"{len(references)} references but {len(hypotheses)} hypotheses; give one hypothesis for each reference")
     if not references: raise ValueError("no references: there is nothing to score; is the split empty?")
-    return tuple(list(map(for_corpus(normaliser, texts) if normaliser else str.strip, texts)) for texts in (references, hypotheses))
+    clean = lambda texts: for_corpus(normaliser, texts) if normaliser else lambda text: " ".join(text.split())
+    return tuple(list(map(clean(texts), texts)) for texts in (references, hypotheses))
 
 def rate_interval(
     wrong:int,
@@ -227,7 +228,8 @@ def utterance_rows(
     refs, hyps = _texts([u["text"] for u in utterances], [hypotheses[u["id"]] for u in utterances], normaliser)
     length = lambda c: max(c.ref_end_idx - c.ref_start_idx, c.hyp_end_idx - c.hyp_start_idx)
     signs = ["".join(SIGNS[c.type]*length(c) for c in chunks) for chunks in _chunks(refs, hyps)]
-    speaker = lambda u: f"{u.get('corpus')} {u['speaker']}" if several and u.get("speaker") else u.get("speaker") or ""
+    named = lambda u: "" if u.get("speaker") is None else str(u["speaker"])
+    speaker = lambda u: f"{u.get('corpus')} {named(u)}" if several and named(u) else named(u)
     return [
         dict(
             id=u["id"], speaker=speaker(u), reference=r, hypothesis=h, duration=u.get("duration"),

@@ -155,7 +155,8 @@ def site(
         except (KeyError, TypeError, AttributeError, IndexError) as e:
             raise ConfigError(f"{folder}: its results have another format than this version writes ({type(e).__name__}: {e}); "
                               "run `dvc repro`") from e
-        for path in sorted(layout.reports.rglob("*.ipynb"), key=_order):
+        reports = (p for p in layout.reports.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+        for path in sorted(reports, key=_order):
             nb, place = rejoin_lines(nbformat.from_dict(read_json(path))), path.relative_to(root).with_suffix(".html")
             failed = nb.cells[0].get("id") == "failure" # inserted by the stage runner
             about = re.match(r"# .+\n+> *(.+)", nb.cells[failed].source)

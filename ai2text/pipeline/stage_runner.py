@@ -32,6 +32,9 @@ def check_names(
     params:dict, # the content of params.yaml
 ):
     "Raise `ConfigError` for a name of a corpus, model or plan that cannot be part of ids, paths and stage names."
+    for part in SINGULAR:
+        for name in params.get(part) or {}:
+            if not isinstance(name, str): raise ConfigError(f"params.yaml: {part}: {name!r} is no text; write it in quotes: '{name}'")
     for name in params.get("models") or {}:
         if name in ("init", "runs", "export") or not re.fullmatch(r"\w[\w-]*", str(name)) or str(name).endswith("-eval"):
             raise ConfigError(f"params.yaml: models: {name!r} is no name for a model; use letters, digits, _ and -; "
@@ -334,10 +337,13 @@ class Watch:
 class _Terminal:
     "A stream that may be closed at any time."
     def __init__(self, stream): self.stream = stream
-    def write(self, text):
-        with contextlib.suppress(OSError, ValueError): self.stream.write(text)
-    def flush(self):
-        with contextlib.suppress(OSError, ValueError): self.stream.flush()
+    def _try(self, call, *args):
+        try: call(*args)
+        except ValueError: pass # closed
+        except OSError: # no reader: buffered text would fail again at exit, and a finished stage with it
+            with contextlib.suppress(OSError, ValueError): os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+    def write(self, text): self._try(self.stream.write, text)
+    def flush(self): self._try(self.stream.flush)
 
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #75698eb8
 def report_headline(nb)->str:
@@ -432,7 +438,9 @@ def run_stage(
         nb, error = _execute(notebook, values, root, watch)
     if error is None and not watch.signum: # DVC leaves Ctrl-C to its stages: success here would start the next stage
         write_report(strip_report(nb), report)
-        if line := report_headline(nb): print(line)
+        if line := report_headline(nb):
+            terminal = _Terminal(sys.stdout)
+            terminal.write(line + "\n"); terminal.flush()
         return report.relative_to(root)
     kind, text = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
     failure = f"interrupted by {signal.Signals(watch.signum).name}" if watch.signum else _error_line(kind, text)

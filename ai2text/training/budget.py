@@ -26,7 +26,7 @@ class Budget:
     @property
     def name(self)->str:
         "A short name, for folders."
-        return "_".join(f"{n:g}-{what}" if isinstance(n, float) else f"{n}-{what}"
+        return "_".join(f"{n:.15g}-{what}" if isinstance(n, float) else f"{n}-{what}"
                         for n,what in zip(self._limits(), ("steps", "hours", "audio-hours")) if n)
 
     def used(self, step:int, hours:float, audio_hours:float)->float:

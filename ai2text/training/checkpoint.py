@@ -111,7 +111,10 @@ def keep_last(
     n:int=2,     # number kept
 ):
     "Delete all step checkpoints but the last `n`, and remains of killed writers. Call it only with the lock."
+    if n < 1: raise ValueError(f"keep_last: n={n}: keep at least 1")
     for p in steps(folder)[:-n]: shutil.rmtree(p)
+    for p in Path(folder).glob(".*.old"): # of a writer that was killed between its two renames
+        if not (to := p.with_name(p.name[1:-len(".old")])).exists(): p.rename(to)
     for p in [*Path(folder).glob(".*.part"), *Path(folder).glob(".*.old")]: shutil.rmtree(p, ignore_errors=True)
 
 # %% ../../nbs/training/20_checkpoint.ipynb #df767ff1

@@ -67,7 +67,7 @@ def fetch_run(
     report = lambda text: print(f"{name}: {text}", file=sys.stderr, flush=True)
     kept, none = packed(layout, name).absolute(), "starts from the beginning; there is no earlier run to continue"
     with Lock(top, wait=3600): # of several ranks, one fetches it and the others wait
-        if any(top.glob("*/checkpoints/*/checkpoint.json")): return
+        if any(top.glob("[!.]*/checkpoints/*/checkpoint.json")): return # hidden: of a download that was killed
         named = (
             f"path: {kept.relative_to(p).as_posix()}\n" in (p / "dvc.lock").read_text("utf-8")
             for p in kept.parents

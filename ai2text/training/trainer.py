@@ -199,6 +199,7 @@ def _sums(self:TrainerOptimized,
     if rows: return torch.stack(rows)
     if not self.count_names and self.ranks.world > 1:
         raise ValueError(f"rank {self.ranks.rank} has no utterance in its first window: fewer ranks, or more data")
+    self.scaler.scale(torch.zeros((), device=self.device)) # makes its scale, which `unscale_` needs
     return torch.zeros(1, 2 + len(self.count_names), device=self.device)
 
 # %% ../../nbs/training/30_trainer.ipynb #875dad32
@@ -517,6 +518,7 @@ def _notify(self:TrainerOptimized, event:str, *args):
 def _finite(x):
     "The same with None for numbers that JSON lacks."
     if isinstance(x, dict): return {k: _finite(v) for k,v in x.items()}
+    if isinstance(x, (list, tuple)): return [_finite(v) for v in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 # %% ../../nbs/training/30_trainer.ipynb #a8608683
@@ -573,9 +575,9 @@ def _restore(self:TrainerOptimized, weights:dict, state:dict, loader=None):
     self.model.load_state_dict(weights["model"])
     if self.ema: self.ema.load(weights["ema"])
     self.optimizer.load_state_dict(state["optimizer"])
-    self.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]: self.scaler.load_state_dict(state["scaler"]) # empty: saved where none was in use
     self.state = State(**state["run"])
-    if self.state.dtype: self.dtype, self.unmeasured = getattr(torch, self.state.dtype), False
+    if self.state.dtype and self.device.type == "cpu": self.dtype, self.unmeasured = getattr(torch, self.state.dtype), False
     self.count_names = list(self.state.counts) # a rank may have no utterance in its first window
     if loader is not None: loader.load_state_dict(self.state.loader)
 
@@ -588,7 +590,7 @@ def _find_parent_checkpoint(self:TrainerOptimized)->Path|None:
         if not a or a.get("decaying", True): return False
         used = self.budget.used(a["step"], a["hours"], a["audio_hours"])
         return used < 1 and not self.schedule.decays(used)
-    found = [p for p in self.folder.parent.glob("*/checkpoints/*/") if p.parts[-3] != self.folder.name and fits(p)]
+    found = [p for p in self.folder.parent.glob("[!.]*/checkpoints/*/") if p.parts[-3] != self.folder.name and fits(p)]
     return max(found, key=lambda p: about(p)["step"], default=None)
 
 FOLDER_PER_BUDGET = "give each budget a folder of its own (run_folder(..., budget=budget.name))"
@@ -646,6 +648,9 @@ def _between_steps(self:TrainerOptimized)->bool:
     s, (hours, _, requested) = self.state, self._agreed
     now, self._used = (s.step, hours), self.budget.used(s.step, hours, self.audio_hours)
     spent, new = self._used >= 1, s.step != s.evaluated[0] # new: steps since the last evaluation
+    if spent and not s.step and not s.curve:
+        raise ValueError(f"{self.budget}: used up before the first step, {hours:.3g} hours with earlier attempts; give it more, or delete "
+                         "the run's folder to start again")
     due = self.evaluate_every.due(*now, *s.evaluated)
     if new and (spent or requested or due):
         self._evaluate()
@@ -658,7 +663,7 @@ def _between_steps(self:TrainerOptimized)->bool:
     s.decaying = s.decaying or self.schedule.decays(self._used)
     _, signalled, requested = self._agreed
     if spent: self.stopped = ""
-    done = spent or requested and bool(new or s.best) # only with weights to publish
+    done = spent or requested and s.step == s.evaluated[0] and bool(new or s.best) # only with evaluated weights to publish
     if signalled and not done: raise Interrupted(self.stop or ELSEWHERE)
     return not done
 

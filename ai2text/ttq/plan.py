@@ -287,8 +287,9 @@ def score_plan(
         lambda p: all(getattr(p, k) == plan[k] for k in ("family", "evaluation_set", "normaliser")),
     )
     new = [p for p in points if list(p.id) not in known and same(p)]
-    return [dict(what=s["what"], run=p.name, wer=p.wer, **{k: s[k] for k in ("middle", "low", "high")}, error=abs(s["middle"]/p.wer - 1),
-                 covered=s["low"] <= p.wer <= s["high"]) for s in plan["said"] for p in new if close(p, s)]
+    return [dict(what=s["what"], run=p.name, wer=p.wer, **{k: s[k] for k in ("middle", "low", "high")},
+                 error=abs(s["middle"]/max(p.wer, 1e-4) - 1), covered=s["low"] <= p.wer <= s["high"])
+            for s in plan["said"] for p in new if close(p, s)]
 
 def score_plans(folder, points)->str: # "" if nothing can be scored yet
     "Predictions of earlier plans beside their runs, as text."
@@ -309,6 +310,7 @@ def _least_cost(every:Purchases, hours:float=0., n:int=40)->list[int]:
     "Options along the path of least cost: the best for each of rising budgets."
     allowed = every.machine_hours <= (hours or math.inf)
     middle = np.where(allowed, every.middle, np.inf)
+    if allowed.any() and not every.cost[allowed].max(): return [int(middle.argmin())] # all are free
     low = max(every.cost[allowed].min(), every.cost[allowed].max()*1e-4) if allowed.any() else math.inf
     best = (
         [int(np.where(every.cost <= c, middle, np.inf).argmin()) for c in np.geomspace(low, every.cost[allowed].max(), n)]

@@ -346,7 +346,7 @@ def _pooled_row(row:dict)->dict:
     }
     for what,name in (("hours", "median"), ("audio_hours", "training speech")):
         x = row[what]
-        texts |= {name: spell(x["median"]), f"{name}, {x['level']:.0%} interval": f"{spell(x['low'])} to {spell(x['high'])}"}
+        texts |= {name: spell(x["median"]), f"{name}, interval": f"{spell(x['low'])} to {spell(x['high'])} ({x['level']:.0%})"}
         if what == "hours": texts |= {"MLPerf mean": spell(x["mlperf"]) if row["runs"] > 2 else ""}
     return texts
 

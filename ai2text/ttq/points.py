@@ -77,7 +77,11 @@ def point_of(
 # %% ../../nbs/ttq/40_points.ipynb #32157e50
 def keep_point(point:Point, folder)->Path:
     "Write a point as FOLDER/NAME.json."
-    path = Path(folder)/f"{point.name.replace('/', '_')}.json"
+    stem, n = point.name.replace("/", "_"), 1
+    path = Path(folder)/f"{stem}.json"
+    while path.exists() and read_point(path).id != point.id: # of another workspace, or of an earlier training
+        n += 1
+        path = Path(folder)/f"{stem}-{n}.json"
     write_json(path, asdict(point))
     return path
 
@@ -98,7 +102,8 @@ def read_point(path)->Point:
         )
     numbers = ("parameters", "label_hours", "audio_hours", "machine_hours", "steps", "wer")
     for key in numbers:
-        if not (isinstance(values[key], (int, float)) and not isinstance(values[key], bool) and 0 < values[key] < math.inf):
+        if not (isinstance(values[key], (int, float)) and not isinstance(values[key], bool) and 0 <= values[key] < math.inf
+                and (values[key] or key == "wer")):
             raise ConfigError(
                 f"{path}: {key}: {values[key]!r} is not a number above 0; save the run again with `ai2text plan --keep FOLDER`"
             )
@@ -106,7 +111,9 @@ def read_point(path)->Point:
 
 # %% ../../nbs/ttq/40_points.ipynb #4d0a1b4e
 def _git(root:Path, *words)->str:
-    done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, encoding="utf-8")  # nosec B603 B607 # own git, fixed words
+    command = ["git", "-c", "core.quotePath=false", *words]
+    try: done = subprocess.run(command, cwd=root, capture_output=True, text=True, encoding="utf-8") # nosec B603 B607 # own git, fixed words
+    except FileNotFoundError: return "" # no git, no experiments
     return done.stdout if done.returncode == 0 else ""
 
 def all_label_hours(layout:Layout)->float|None: # None: no index
@@ -117,7 +124,7 @@ def all_label_hours(layout:Layout)->float|None: # None: no index
 def _logs(layout:Layout):
     "Logs of this workspace and of its experiments, each with a name and the key of its model."
     for path in sorted((layout.root/"results").glob("*/ttq_log.json")): yield path.parent.name, path.parent.name, read_json(path)
-    for path in sorted(layout.runs.glob("*/*/*/result.json")):
+    for path in sorted(layout.runs.glob("*/*/[!.]*/result.json")):
         log = path.parent/"ttq_log.json"
         if log.is_file(): yield f"{path.parents[2].name}-{path.parents[1].name}-{path.parent.name}", path.parents[2].name, read_json(log)
     for ref in _git(layout.root, "for-each-ref", "--format=%(refname)", "refs/exps").split():

@@ -25,7 +25,7 @@ def _probabilities(
     "Forecasts of the present state of the run, without lost work."
     line = []
     for f in log["forecasts"]:
-        while line and line[-1]["step"] >= f["step"]: line.pop()
+        while line and None not in (f["step"], line[-1]["step"]) and line[-1]["step"] >= f["step"]: line.pop()
         line.append(f)
     same = lambda m: (m["wer"], m["budget_hours"]) == (goal["wer"], goal["budget_hours"])
     return [next((m["probability"] for m in f["milestones"] if same(m) and not f.get("void")), None) for f in line]
