@@ -103,7 +103,7 @@ class Speech:
 ENGINE = "ai2text.serving.engine"   # the module that a worker runs
 FIRST, LAST, SPARE = 0.1, 30., 2.   # s before a restart, initially and at most; s of loading above which a single worker gets a spare
 START_SECONDS = 60.                 # s for loading, at most
-TOGETHER = 0.02                     # s to find all workers that were killed together, so that none inherits another's streams
+TOGETHER = 0.1                      # s to find all workers that were killed together, so that none inherits another's streams
 
 class Worker:
     "A process and its streams."
