@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DETECTORS', 'PARENT_DEATH', 'log_mels', 'ConformerStream', 'ConformerGraph', 'EndpointRules', 'StreamDecoder',
-           'spelled', 'ChunkStreamDecoder', 'agreed', 'Loudness', 'WindowStreamDecoder', 'WholeStreamDecoder', 'Engine',
-           'load_engine', 'work']
+           'word_tokens', 'spelled', 'ChunkStreamDecoder', 'agreed', 'Loudness', 'WindowStreamDecoder',
+           'WholeStreamDecoder', 'Engine', 'load_engine', 'work']
 
 # %% ../../nbs/serving/50_engine.ipynb #52f88901
 import copy, ctypes, functools, math, os, select, signal, socket, sys, time
@@ -145,6 +145,13 @@ class StreamDecoder:
         if final and text: self.segment += 1
         return found
 
+def word_tokens(
+    words,       # `Word`s
+    begin:float, # of the utterance, s
+)->tuple:        # tokens, timestamps
+    "Words as the tokens of a result, for a decoder that gives no tokens."
+    return [" " + w.word for w in words], [round(w.start - begin, 3) for w in words]
+
 def spelled(
     words, # `Word`s
 )->dict:   # words, confidence
@@ -240,8 +247,7 @@ class ChunkStreamDecoder(StreamDecoder):
     def _again(self)->list[dict]:
         (decoded, begin, end, wave_T), self.second = self.second, None
         text, words = self.recogniser(wave_T, begin/SAMPLE_RATE)
-        tokens, times = [" " + w.word for w in words], [round(w.start - begin/SAMPLE_RATE, 3) for w in words]
-        return self._ended(decoded, begin, end, text, tokens, times, words, ys_probs=[])
+        return self._ended(decoded, begin, end, text, *word_tokens(words, begin/SAMPLE_RATE), words, ys_probs=[])
 
     def _ended(self, decoded:int, begin:int, end:int, text:str, tokens, times, words, **more)->list[dict]:
         result = self.result(text, tokens, times, begin, True, **more, **spelled(words))
@@ -322,8 +328,7 @@ class WindowStreamDecoder(StreamDecoder):
     def _final(self, start:int, end:int, seen:int, text:str, words)->dict:
         self.shown, self.before = [], []
         begin = self.start + start
-        tokens, times = [" " + w.word for w in words], [round(w.start - begin/SAMPLE_RATE, 3) for w in words]
-        result = self.result(text, tokens, times, begin, True, **spelled(words))
+        result = self.result(text, *word_tokens(words, begin/SAMPLE_RATE), begin, True, **spelled(words))
         return self.event("final", self.done(seen), self.keep, self.start + seen, begin=begin, end=self.start + end, result=result)
 
     def _decode(self)->list[dict]:
@@ -391,9 +396,9 @@ class Engine:
         "The full-context recogniser with hotwords."
         if not phrases: return self.whole
         if not hasattr(self.whole, "decoder"): raise ConfigError("hotwords: this kind of model takes no phrase list; leave it out")
+        self.check()
         other, decoder = copy.copy(self.whole), self.whole.decoder
         other.session = self.whole.session # a copy has none, and would load the graph again
-        self.check()
         other.decoder = Decoder(self.tokens, decoder.lm, hotwords=phrases, frame_seconds=decoder.frame_seconds)
         return other
 
