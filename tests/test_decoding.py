@@ -307,7 +307,9 @@ def test_tuned_weights_are_stored_with_the_language_model(files, tmp_path):
     build_lm([files/"text.txt"], tmp_path/"lm", processes=1, normaliser=NORMALISER)
     assert Decoder(tokenizer, tmp_path/"lm").weights == DEFAULTS and tuned_weights(tmp_path/"lm") == {}
     utterances = [spoken(tokenizer, t, i, noise=3.3) for i, t in enumerate(TEXTS[:5])]
-    weights, tried = tune(tokenizer, tmp_path/"lm", utterances, TEXTS[:5], rounds=1, beam=8)
+    weights, tried = tune(
+        lambda weights: [h.text for h in Decoder(tokenizer, tmp_path/"lm", beam=8, **weights).decode_all(utterances)], TEXTS[:5], rounds=1
+    )
     assert min(r["wer"] for r in tried) == next(r["wer"] for r in tried if all(r[k] == v for k, v in weights.items())) <= tried[0]["wer"]
     assert len({tuple(r.values())[:3] for r in tried}) == len(tried)
     save_weights(tmp_path/"lm", weights, wer=1.)

@@ -14,34 +14,55 @@ from ..core.files import read_jsonl
 from ..core.layout import Layout, find_root
 from ..text.tokenizer import load_tokenizer
 from ..models.store import load_model
-from ..decoding.beam_search import save_weights, tune
-from .score_split import evenly, split_loader
+from ..models.whisper_writing import WordScores
+from ..decoding.ngram_lm import load_lm
+from ..decoding.beam_search import WRITING_DEFAULTS, WRITING_STEPS, Decoder, WordScorer, read_words, save_weights, tune
+from ..core.batch import collate
+from .score_split import evenly, split_loader, transcribe_split
 
 # %% ../../nbs/evaluation/60_tune_lm.ipynb #1f0c2a52
+def _ctc_decode(model, lm, batches, ids, beam, processes):
+    "A function of the weights: texts; log probabilities are computed once."
+    scores, lm = {}, load_lm(lm)
+    for batch in batches:
+        found, frames = model.log_probs(batch)
+        scores |= {i: s[:n].numpy() for i,s,n in zip(batch.ids, found, frames.tolist())}
+    log_probs = [scores[i] for i in ids]
+    return lambda weights: [h.text for h in Decoder(model.tokenizer, lm, beam=beam, **weights).decode_all(log_probs, processes)]
+
+def _writing_decode(model, lm, batches, ids, beam, processes):
+    "The same for a Whisper, whose whole search depends on the weights."
+    lm, *_ = read_words(lm, (), model.tokenizer.normaliser, defaults=WRITING_DEFAULTS, folder="data/prepared")
+    def decode(weights):
+        found = transcribe_split(model, batches, beams=beam, words=WordScores(model.tokenizer, WordScorer(lm, {}, **weights)))
+        return [found[i].text for i in ids]
+    return decode
+
 def tune_lm(
     lm:Path,                   # folder of `ai2text lm`, or an ARPA file
-    model:str="conformer_ctc", # a name in `models`: a trained model of a CTC family
+    model:str="conformer_ctc", # a name in `models`: a trained model of any family
     utterances:int=0,          # of dev, evenly spread; 0 = all
-    beam:int=16,               # prefixes kept in the search
-    processes:int=0,           # processes that search; 0 = one for each core
+    beam:int=16,               # hypotheses kept in the search
+    processes:int=0,           # processes that search, of a CTC family; 0 = one for each core
     root:Path=None,            # folder with params.yaml; found from here when left out
 )->str:
     "Tune the weights and write them into the folder of the language model, or beside an ARPA file."
     layout = Layout(root or find_root())
     recogniser = load_model(layout.model(model), load_tokenizer(layout.tokenizer))
-    if not hasattr(recogniser, "log_probs"):
-        raise ConfigError(
-            f"{layout.model(model)}: not of a CTC family; a language model is for CTC families, so name such a model with --model"
-        )
-    loader, scores = split_loader(layout, "dev"), {}
-    for batch in loader:
-        found, frames = recogniser.log_probs(batch)
-        scores |= {i: s[:n].numpy() for i,s,n in zip(batch.ids, found, frames.tolist())}
+    if getattr(recogniser, "writes", False):
+        raise ConfigError(f"{layout.model(model)}: writes capitals and digits, and a language model is of normalised words; "
+                          "name a model with text: normalised")
     rows = read_jsonl(layout.manifest("dev"))
     rows = [rows[i] for i in evenly(len(rows), utterances)]
-    weights, tried = tune(
-        recogniser.tokenizer, lm, [scores[r["id"]] for r in rows], [r["text"] for r in rows], beam=beam,
-        processes=processes, show=lambda row: print(row, file=sys.stderr)
-    )
+    chosen = {r["id"] for r in rows}
+    batches = []
+    for batch in split_loader(layout, "dev"):
+        kept = [i for i,id in enumerate(batch.ids) if id in chosen]
+        waves = [batch.audio[i,:batch.lengths[i]].numpy() for i in kept]
+        if kept: batches.append(collate(waves, [""]*len(kept), [batch.ids[i] for i in kept]))
+    make, how = (_ctc_decode, {}) if hasattr(recogniser, "log_probs") else (_writing_decode,
+        dict(start=WRITING_DEFAULTS, steps=WRITING_STEPS))
+    decode = make(recogniser, lm, batches, [r["id"] for r in rows], beam, processes)
+    weights, tried = tune(decode, [r["text"] for r in rows], show=lambda row: print(row, file=sys.stderr), **how)
     save_weights(lm, weights, model=model, split="dev", utterances=len(rows), beam=beam)
     return f"{lm}: {len(tried)} settings tried on {len(rows)} utterances of dev, WER {min(r['wer'] for r in tried):.1%} with {weights}"

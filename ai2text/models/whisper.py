@@ -30,8 +30,8 @@ from ..audio.fbank import HOP
 from ..audio.augment import spec_augment, stretch
 from .whisper_net import WhisperNet, from_release, hz_to_mel, mel_edges, mel_to_hz
 from ai2text.models.whisper_writing import (
-    SPECIAL_TOKENS, TIME_STEP, Decoded, ReleasedText, Rules, WhisperTokens, load_tokens, repeats, search,
-    remove_repeats
+    SPECIAL_TOKENS, TIME_STEP, Decoded, ReleasedText, Rules, WhisperTokens, WordScores, load_tokens, remove_repeats,
+    repeats, search
 )
 
 # %% ../../nbs/models/30_whisper.ipynb #c384cabb
@@ -405,27 +405,28 @@ TEMPERATURES = 0.4, 0.8         # of the samples where greedy search loops
 AT_ONCE      = 16               # least windows in a batch when files are long
 
 @patch
-def _decode(self:Whisper, waves_BT:Tensor, lengths_B:Tensor, margin, timestamps:bool, beams:int, temperature:float=0.)->list[Decoded]:
+def _decode(self:Whisper, waves_BT:Tensor, lengths_B:Tensor, margin, timestamps:bool, beams:int, temperature:float=0.,
+            words:WordScores|None=None)->list[Decoded]:
     "A hypothesis for each wave, by one search."
     t = self.tokenizer
     limits = [MOST_TOKENS[0] + int(MOST_TOKENS[1]*n/SAMPLE_RATE) for n in lengths_B.tolist()]
     states, ends = self.net.encode(*self.net.features(waves_BT, lengths_B, margin))
     return search(
-        self.net, states, ends, t.prompt(timestamps), self.rules, limits, timestamps, beams, temperature, t.special.get("no_speech")
+        self.net, states, ends, t.prompt(timestamps), self.rules, limits, timestamps, beams, temperature, t.special.get("no_speech"), words
     )
 
 
 @patch
-def _decode_with_fallback(self:Whisper, waves_BT:Tensor, lengths_B:Tensor, timestamps:bool=False, beams:int=1)->list[Decoded]:
+def _decode_with_fallback(self:Whisper, waves_BT:Tensor, lengths_B:Tensor, timestamps:bool=False, beams:int=1, words=None)->list[Decoded]:
     "A hypothesis for each wave; looping and improbable ones are decoded again."
     margin = self._margin()
-    options = [[f] for f in self._decode(waves_BT, lengths_B, margin, timestamps, beams)]
+    options = [[f] for f in self._decode(waves_BT, lengths_B, margin, timestamps, beams, 0., words)]
     loops = lambda f: not f.ended or repeats(self.tokenizer.decode(f.ids))
     def again(rejected, *how):
         if rows := [b for b,found in enumerate(options) if all(map(rejected, found))]:
             for b,f in zip(rows, self._decode(waves_BT[rows,:int(lengths_B[rows].max())], lengths_B[rows], *how)): options[b].append(f)
     if margin is not None and self.config["init"] != "scratch":
-        again(lambda f: loops(f) or f.score < UNLIKELY, None, timestamps, beams)
+        again(lambda f: loops(f) or f.score < UNLIKELY, None, timestamps, beams, 0., words)
     for temperature in TEMPERATURES: again(loops, margin, timestamps, 1, temperature)
     best = [max(found, key=lambda f: (not loops(f), f.score)) for found in options]
     return [Decoded([], f.score, f.no_speech, True) if f.no_speech > NO_SPEECH and f.score < UNLIKELY else f for f in best]
@@ -436,6 +437,7 @@ def transcribe(self:Whisper,
     batch:Batch,
     timestamps:bool=False, # decode timestamps, for `times` of the hypothesis
     beams:int=1,           # beam width; 1 = greedy
+    words:WordScores|None=None, # scores of words, such as a language model's
 )->list:
     "A `Hypothesis` for each utterance; `score` is the mean log probability of its tokens. Tokens are spread evenly between two timestamps."
     has_timestamps = self.config["timestamps"] > 0 or self.config["init"] != "scratch"
@@ -445,13 +447,13 @@ def transcribe(self:Whisper,
         )
     segments, parts = [], [[] for _ in batch.ids]
     for i,(wave,n) in enumerate(zip(batch.audio, batch.lengths.tolist())):
-        if n > self.samples and timestamps: parts[i] = self._decode_long(wave[:n], beams)
+        if n > self.samples and timestamps: parts[i] = self._decode_long(wave[:n], beams, words)
         else: segments += [(i, a, b) for a,b in quiet_cuts(wave[:n], self.samples)]
     for k in range(0, len(segments), most := max(len(batch), AT_ONCE)):
         some = segments[k:k+most]
         waves = nn.utils.rnn.pad_sequence([batch.audio[i, a:b] for i,a,b in some], batch_first=True)
         lengths = torch.tensor([b - a for _,a,b in some], device=waves.device)
-        for (i, a, b), found in zip(some, self._decode_with_fallback(waves, lengths, timestamps, beams)):
+        for (i, a, b), found in zip(some, self._decode_with_fallback(waves, lengths, timestamps, beams, words)):
             parts[i].append((*self._token_times(found.ids, timestamps, a/SAMPLE_RATE, b/SAMPLE_RATE), found))
     return [self._hypothesis(p) for p in parts]
 
@@ -473,12 +475,12 @@ def quiet_cuts(
 
 # %% ../../nbs/models/30_whisper.ipynb #8f98159d
 @patch
-def _decode_long(self:Whisper, wave_T:Tensor, beams:int)->list:
+def _decode_long(self:Whisper, wave_T:Tensor, beams:int, words=None)->list:
     "Windows of a long recording, each from the end of the last complete segment: (ids, times, `Decoded`)."
     at, parts, first = 0, [], self.tokenizer.first_timestamp
     while at < len(wave_T):
         end = min(at + self.samples, len(wave_T))
-        found, = self._decode_with_fallback(wave_T[None, at:end], torch.tensor([end - at], device=wave_T.device), True, beams)
+        found, = self._decode_with_fallback(wave_T[None, at:end], torch.tensor([end - at], device=wave_T.device), True, beams, words)
         ids, stamps = found.ids, [k for k,i in enumerate(found.ids) if i >= first]
         paired = [k for k in stamps[1:] if k - 1 in stamps]  # the start of a segment right after the end of another
         whole = end == len(wave_T) or not paired or len(stamps) > 1 and stamps[-1] == len(ids) - 1 and stamps[-2] != len(ids) - 2

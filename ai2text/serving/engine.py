@@ -8,7 +8,7 @@ __all__ = ['DETECTORS', 'PARENT_DEATH', 'log_mels', 'ConformerStream', 'Conforme
            'WholeStreamDecoder', 'Engine', 'load_engine', 'work']
 
 # %% ../../nbs/serving/50_engine.ipynb #52f88901
-import copy, ctypes, functools, math, os, select, signal, socket, sys, time
+import ctypes, functools, math, os, select, signal, socket, sys, time
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -395,12 +395,8 @@ class Engine:
     def _recogniser(self, phrases:tuple):
         "The full-context recogniser with hotwords."
         if not phrases: return self.whole
-        if not hasattr(self.whole, "decoder"): raise ConfigError("hotwords: this kind of model takes no phrase list; leave it out")
         self.check()
-        other, decoder = copy.copy(self.whole), self.whole.decoder
-        other.session = self.whole.session # a copy has none, and would load the graph again
-        other.decoder = Decoder(self.tokens, decoder.lm, hotwords=phrases, frame_seconds=decoder.frame_seconds)
-        return other
+        return self.whole.with_hotwords(phrases)
 
     def _decoder(self, phrases:tuple):
         self.check()
@@ -462,7 +458,7 @@ def load_engine(
     vad:str="silero",    # windowed: silero or loudness
     every:float=0.5,     # windowed: s between partial results of an utterance, at least
     sums:str="",         # digest of its SHA256SUMS when it was checked; empty: not compared
-    lm:str="",           # folder of a language model, or an ARPA file, for a CTC model (a stream's final results); empty: none
+    lm:str="",           # folder of a language model, or an ARPA file (of a stream: for final results); empty: none
     two_pass:bool=False, # of a streaming model: final results with full context
     **ends,              # of `EndpointRules`
 )->Engine:

@@ -7,18 +7,20 @@ __all__ = ['LONGEST_WORD', 'Recogniser', 'TrainedRecogniser', 'spread_words', 't
            'load_recogniser']
 
 # %% ../../nbs/serving/25_recogniser.ipynb #0bad2c80
-import functools
+import copy, functools
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
 from ..core.batch import SAMPLE_RATE, collate
+from ..core.files import read_json
 from ..core.params import ConfigError
 from ..models.registry import model_class
-from ..decoding.beam_search import Decoder, Word
+from ..decoding.beam_search import WRITING_BEAM, WRITING_DEFAULTS, Decoder, Word, WordScorer, read_words
 from ..decoding.calibration import calibrated_words
 from ..streams.graphs import session
+from ..text.normalise import NORMALISER_FILE, Normaliser
 from .bundle import SUMS, Bundle, check_bundle
 
 # %% ../../nbs/serving/25_recogniser.ipynb #74a9b2c9
@@ -38,6 +40,7 @@ class Recogniser:
         self._decode(self.bundle.tokens, self.bundle.config.get("frame_seconds", 0.04), lm, hotwords, decoding)
 
     def _decode(self, tokens, frame_seconds, lm, hotwords, decoding):
+        self.tokens = tokens
         if not lm and not hotwords: decoding["beam"] = 0
         self.decoder = Decoder(tokens, lm, hotwords=tuple(hotwords), frame_seconds=frame_seconds, **decoding)
 
@@ -47,6 +50,13 @@ class Recogniser:
         return session(self.graph)
 
     def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in ("session", "model")}
+
+    def with_hotwords(self, hotwords)->'Recogniser':
+        "The same recogniser with other hotwords; raises `ValueError` for unusable ones."
+        other = copy.copy(self)
+        other.session = self.session # a copy has none, and would load the graph again
+        other.decoder = Decoder(self.tokens, self.decoder.lm, hotwords=hotwords, frame_seconds=self.decoder.frame_seconds)
+        return other
 
     def log_probs(self,
         wave_T,      # samples, 16 kHz
@@ -111,9 +121,39 @@ class WritingRecogniser:
         model,           # a `Bundle` of kind whisper, or the folder of a trained model
         int8:bool=False, # 8-bit weights
         threads:int=1,   # of CTranslate2
+        lm=None,         # folder of a language model, or an ARPA file; of a model that writes normalised text
+        hotwords=(),     # likely words and phrases
+        beam:int=WRITING_BEAM, # hypotheses of a search with scores of words; without, it is greedy
+        **weights,       # of the language model; as tuned when left out
     ):
         self.bundle = model if isinstance(model, Bundle) else None
         self.folder, self.int8, self.threads = self.bundle.folder if self.bundle else Path(model), int8, threads
+        self.beam, self.lm, self.weights, self.scorer = beam, lm, weights, None
+        if lm or hotwords: self._score_words(hotwords)
+
+    def _score_words(self, hotwords):
+        "Read language model and hotwords."
+        config = self.bundle.config["config"] if self.bundle else read_json(self.folder/"config.json")["config"]
+        if config.get("text") == "written":
+            raise ConfigError(f"{self.folder}: writes capitals and digits, and a language model and hotwords are of normalised words; "
+                              "leave them out, or name a model with text: normalised")
+        folder = self.folder if self.bundle else self.folder/"tokenizer"
+        normaliser = Normaliser.load(folder/NORMALISER_FILE)
+        lm, weights, phrases = read_words(self.lm, hotwords, normaliser, defaults=WRITING_DEFAULTS, folder=self.folder, **self.weights)
+        self.scorer = WordScorer(lm, phrases, **weights)
+
+    @functools.cached_property
+    def words(self):
+        "Scores of words for the search; None without language model and hotwords."
+        from ai2text.models.whisper_writing import WordScores
+        return self.scorer and WordScores(self.model.tokenizer, self.scorer)
+
+    def with_hotwords(self, hotwords)->'WritingRecogniser':
+        "The same recogniser with other hotwords; raises `ValueError` for unusable ones."
+        other = copy.copy(self)
+        other.model = self.model
+        other._score_words(hotwords)
+        return other
 
     @functools.cached_property
     def model(self):
@@ -124,7 +164,7 @@ class WritingRecogniser:
         if not self.bundle: return load_model(self.folder)
         return TranslatedWhisper(self.bundle.whole(self.int8), self.bundle.config["config"], load_tokens(self.folder), self.threads)
 
-    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k != "model"}
+    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in ("model", "words")}
 
     def __call__(self,
         wave_T,               # samples, 16 kHz; split at silence if longer than the model's window
@@ -136,7 +176,7 @@ class WritingRecogniser:
         wave_T, texts, words = np.asarray(wave_T, np.float32), [], []
         if not len(wave_T): return "", []
         for a,b in quiet_cuts(torch.from_numpy(wave_T), getattr(self.model, "samples", len(wave_T) + 1)):
-            found, = self.model.transcribe(collate([wave_T[a:b]], [""], [""]))
+            found, = self.model.transcribe(collate([wave_T[a:b]], [""], [""]), beams=self.beam if self.words else 1, words=self.words)
             texts.append(found.text)
             begin = start + a/SAMPLE_RATE
             in_window = calibrated_words(self._words(wave_T[a:b], found), self.bundle and self.bundle.calibration())
@@ -168,7 +208,7 @@ def load_recogniser(
     int8:bool=False, # 8-bit weights, if the bundle has them
     lm=None,         # folder of a language model, or an ARPA file
     hotwords=(),     # likely words and phrases
-    **decoding,      # other arguments of `Decoder`
+    **decoding,      # other arguments of `Decoder` or `WritingRecogniser`
 ):                   # recogniser(wave_T, start=0.) -> text, words
     "The full-context recogniser of a folder; raises `BundleError` or `ConfigError`."
     bundle, search = check_bundle(folder) if is_bundle(folder) else None, dict(lm=lm, hotwords=hotwords, **decoding)
@@ -178,8 +218,5 @@ def load_recogniser(
     else:
         from ai2text.models.store import load_config # imports torch, which a bundle's graph does not need
         writes = not hasattr(model_class(load_config(folder)["family"]), "log_probs")
-    if writes and any(search.values()):
-        raise ConfigError(f"{folder}: a Whisper takes neither a language model nor hotwords; leave them out, or name a model "
-                          "of a CTC family, as conformer or wav2vec")
-    if writes: return WritingRecogniser(bundle or folder, int8)
+    if writes: return WritingRecogniser(bundle or folder, int8, **search)
     return Recogniser(bundle, int8=int8, **search) if bundle else TrainedRecogniser(folder, **search)

@@ -302,7 +302,7 @@ class Service:
         bundle,               # folder of an exported model
         token:str="",         # required in each request; empty: none, and only this machine is served
         int8:bool=False,      # 8-bit weights
-        lm:str="",            # language model for a CTC model (a stream's final results): a folder of `ai2text lm`, or an ARPA file
+        lm:str="",            # language model (of a stream: for final results): a folder of `ai2text lm`, or an ARPA file
         workers:int=0,        # recognition processes; 0 = one for each core
         streams:int=64,       # open at once, at most
         seconds:float=14400., # of audio in one stream, at most
@@ -502,7 +502,7 @@ def likely_phrases(
     prompt:str,            # of OpenAI's API: free text
     normaliser:Normaliser, # of the recogniser
 )->list[str]:
-    "The phrases of a prompt that can be hotwords; the rest has no use for a CTC model."
+    "The phrases of a prompt that can be hotwords; the rest has no use."
     def usable(phrase):
         with contextlib.suppress(ValueError): return hotword_words(phrase, normaliser)
     return [p for p in re.split(r"[,;\n]", prompt) if usable(p)]
@@ -511,11 +511,11 @@ def likely_phrases(
 async def recognise(self:Service,
     path,              # a recording, in any format
     language:str="vi", # only vi
-    prompt:str="",     # likely phrases, separated by commas; ignored by Whisper
+    prompt:str="",     # likely phrases, separated by commas
     on_text=None,      # called with the text of each segment, in order
 )->Transcript:
     "Transcribe a recording; raises `AudioError` if it cannot be read."
-    phrases = likely_phrases(prompt, self.bundle.normaliser) if prompt and self.bundle.kind != "whisper" else []
+    phrases = likely_phrases(prompt, self.bundle.normaliser) if prompt else []
     found, tasks, options, wanted = Transcript(str(path)), deque(), dict(hotwords=phrases) if phrases else {}, True
     def blocks():
         for block in read_blocks(path, notes=found.notes):

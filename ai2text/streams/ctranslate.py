@@ -101,22 +101,28 @@ class TranslatedWhisper(Whisper):
             self.encoded = key, self.runtime.encode(ctranslate2.StorageView.from_array(x.numpy()))
         return self.encoded[1]
 
-    def _decode(self, waves_BT:Tensor, lengths_B:Tensor, margin, timestamps:bool, beams:int, temperature:float=0.)->list[Decoded]:
+    def _decode(self, waves_BT:Tensor, lengths_B:Tensor, margin, timestamps:bool, beams:int, temperature:float=0.,
+                words=None)->list[Decoded]:
         "A hypothesis for each wave."
         if timestamps: raise ValueError("timestamps: only the trained model decodes them; `align` gives word times")
-        return [self._decode_one(wave[:n], margin, beams, temperature) for wave,n in zip(waves_BT, lengths_B.tolist())]
+        return [self._decode_one(wave[:n], margin, beams, temperature, words) for wave,n in zip(waves_BT, lengths_B.tolist())]
 
-    def _decode_one(self, wave_T, margin, beams, temperature)->Decoded:
+    def _decode_one(self, wave_T, margin, beams, temperature, words)->Decoded:
+        "The best hypothesis; with scores of words, the best of `beams`."
         prompt, t = self.tokenizer.prompt(), self.tokenizer
         limit = min(MOST_TOKENS[0] + int(MOST_TOKENS[1]*len(wave_T)/SAMPLE_RATE), self.most - len(prompt))
         if temperature: ctranslate2.set_random_seed(0)
-        found, = self.runtime.generate(self.states(wave_T, margin), [prompt], beam_size=1 if temperature else beams, length_penalty=0,
+        beams, words = (1, None) if temperature else (beams, words and words.fresh())
+        found, = self.runtime.generate(self.states(wave_T, margin), [prompt], beam_size=beams, num_hypotheses=beams if words else 1,
+            length_penalty=0,
             max_length=max(2*limit, limit + len(prompt)), return_scores=True, return_no_speech_prob="no_speech" in t.special,
             suppress_blank=bool(self.rules.at_first), suppress_tokens=self.forbidden,
             sampling_topk=0 if temperature else 1, sampling_temperature=temperature or 1)
-        ids = found.sequences_ids[0]
-        ended = len(ids) < limit
-        return Decoded(ids, found.scores[0]/(len(ids) + ended), found.no_speech_prob if "no_speech" in t.special else 0., ended)
+        no_speech, best = found.no_speech_prob if "no_speech" in t.special else 0., []
+        for ids,score in zip(found.sequences_ids, found.scores):
+            n = len(ids) + (ended := len(ids) < limit)
+            best.append(((score + (words.score(ids) if words else 0.))/n, Decoded(ids, score/n, no_speech, ended)))
+        return max(best, key=lambda f: f[0])[1]
 
     def align(self,
         wave_T:np.ndarray, # samples of one window
