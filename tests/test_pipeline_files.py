@@ -15,6 +15,7 @@ from ai2text.core.params import load_params
 from ai2text.core.sections import SECTIONS
 from ai2text.models.registry import FAMILIES
 from ai2text.pipeline.stage_runner import EACH, FAMILY_STAGES, SINGULAR, STAGES, stage_identity, stage_parameters
+from workspace import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMS = load_params(ROOT/"params.yaml")
@@ -82,7 +83,33 @@ def test_changed_initial_weights_are_detected():
         and options(stage, "outs") == dict(starts=dict(cache=False, persist=True))
         and "starts/${key}.json" in PIPELINE["init"]["deps"]
     )
-    assert {p.stem for p in (ROOT/"starts").iterdir()} == set(PARAMS["models"])
+    assert {p.stem for p in (ROOT/"starts").glob("*.json")} == set(PARAMS["models"])
+
+
+def test_changed_lists_outside_of_a_corpus_are_detected(tmp_path):
+    "A changed list reruns the stage of its corpus alone; no change, and a change of another file beside the list, reruns nothing."
+    for name in ("corpus", "pseudo"): assert "starts/lists/${key}.json" in PIPELINE[name]["deps"]
+    assert {p.stem for p in (ROOT/"starts/lists").iterdir()} == {*PARAMS["corpora"], *PARAMS["pseudo"]}
+    corpora = {name: dict(source="csv", path=f"data/{name}", transcripts=f"../lists/{name}.csv") for name in ("one", "two")}
+    for name in corpora:
+        (tmp_path/f"data/{name}").mkdir(parents=True)
+        (tmp_path/f"data/{name}/a.wav").touch()
+    (tmp_path/"data/lists").mkdir()
+    for name in ("one", "two", "other"): (tmp_path/f"data/lists/{name}.csv").write_text("file_name,text\na.wav,một\n")
+    reader = dict(cmd="echo ${key} > ${key}.txt", deps=[d for d in PIPELINE["corpus"]["deps"] if "identity" not in d], outs=["${key}.txt"])
+    (tmp_path/"params.yaml").write_text(json.dumps(dict(corpora=corpora)))
+    (tmp_path/"dvc.yaml").write_text(
+        json.dumps(dict(stages=dict(starts=DVC["starts"], corpus={"foreach": "${corpora}", "do": reader})))
+    )
+    def dvc(*command):
+        return subprocess.run([sys.executable, "-m", "dvc", *command], cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT)), check=True,
+                              capture_output=True, text=True).stdout
+    def ran(): return set(re.findall("^Running stage '(.+?)'", dvc("repro"), flags=re.M))
+    dvc("init", "--no-scm", "-q")
+    assert ran() == {"starts", "corpus@one", "corpus@two"} and ran() == {"starts"}
+    for name, stages in (("one", {"corpus@one"}), ("other", set())):
+        (tmp_path/f"data/lists/{name}.csv").write_text("file_name,text\na.wav,hai\n")
+        assert ran() == {"starts"} | stages
 
 
 @pytest.mark.parametrize("name", PIPELINE)

@@ -27,9 +27,9 @@ RUNNER = """
 import sys
 from pathlib import Path
 from ai2text.core.layout import Layout; from ai2text.core.params import load_params; from ai2text.core.sections import section
-if sys.argv[1] == "identity":
-    from ai2text.pipeline.stage_runner import write_identities
-    write_identities()
+if sys.argv[1] in ("identity", "starts"):
+    from ai2text.pipeline.stage_runner import write_identities, write_starts
+    write_identities() if sys.argv[1] == "identity" else write_starts()
     sys.exit()
 params, layout, stage = load_params("params.yaml"), Layout("."), sys.argv[2]
 if stage == "corpus":
@@ -69,7 +69,7 @@ def repro():
     return sorted(
         stage.addressing
         for stage in dvc("reproduce", ["prepare"])
-        if stage.addressing != "identity" and not stage.addressing.endswith(".dvc")
+        if stage.addressing not in ("identity", "starts") and not stage.addressing.endswith(".dvc")
     )
 
 

@@ -23,7 +23,7 @@ COMMANDS = dict(
     ),
     starts=(
         "ai2text.pipeline.stage_runner:write_starts",
-        "write the hashes of each model's initial weights into `starts/`, for DVC to compare",
+        "write the hashes of initial weights, and of lists outside of the corpora, into `starts/`, for DVC to compare",
     ),
     shards=("ai2text.data.shards:create_shards", "pack recordings and their transcripts into tar shards"),
     verify=("ai2text.data.shards:check_shards", "check every byte of shards against their index; exit status 0: no fault", "folder"),

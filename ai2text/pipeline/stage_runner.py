@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['STAGES', 'EACH', 'SINGULAR', 'FAMILY_STAGES', 'ANY_FAMILY', 'USED', 'WEIGHT_FILES', 'MAX_REPORT_BYTES', 'POLL_S',
            'USER_ERRORS', 'BENCHMARKS', 'check_names', 'pick_item', 'chosen_milestones', 'stage_section',
-           'stage_parameters', 'stage_identity', 'write_identities', 'start_of', 'write_starts', 'read_settings',
-           'strip_report', 'write_report', 'kernel_main', 'StageError', 'Watch', 'report_headline', 'run_stage']
+           'stage_parameters', 'stage_identity', 'write_identities', 'start_of', 'lists_of', 'write_starts',
+           'read_settings', 'strip_report', 'write_report', 'kernel_main', 'StageError', 'Watch', 'report_headline',
+           'run_stage']
 
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #8d738bfa
-import ast, builtins, contextlib, dataclasses, difflib, errno, html, importlib, os, re, signal, sys, tempfile, threading, time
+import ast, builtins, contextlib, dataclasses, difflib, errno, html, importlib, json, os, re, signal, sys, tempfile, threading, time
 from pathlib import Path
 
 from ..core.params import ConfigError, load_params
@@ -164,19 +165,65 @@ def start_of(
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in WEIGHT_FILES)
     return dict(init=asked, files={p.relative_to(folder).as_posix(): sha256(p) for p in files})
 
+# %% ../../nbs/pipeline/00_stage_runner.ipynb #b83e2f64
+def _outside_lists(cfg, root:Path)->dict|None:
+    "The digest of the lists of a corpus outside of its `path`; None if they are not on this machine."
+    from ai2text.audio.decoders import AUDIO_SUFFIXES
+    from ai2text.corpora.lists import list_path
+    if not cfg.transcripts or not (source := cfg.folder(root)): return {}
+    at = list_path(source, "", cfg.transcripts)
+    if not at.exists(): return None
+    if cfg.source == "kaldi" and at.is_file(): at = at.parent # text, segments and speakers are beside wav.scp
+    files = [at] if at.is_file() else sorted(p for level in ("*", "*/*", "*/*/*") for p in at.glob(level) # as deep as `find_lists`
+        if p.is_file() and p.suffix.lower() not in (*AUDIO_SUFFIXES, ".tar"))
+    found = {p.relative_to(at).as_posix(): sha256(p) for p in files
+        if not Path(os.path.realpath(p)).is_relative_to(os.path.realpath(source))}
+    return dict(sha256=sha256(json.dumps(found).encode())) if found else {}
+
+def _outside_recordings(cfg, root:Path)->dict|None:
+    "The digest of names and sizes of the recordings of a list; None if they are not on this machine."
+    path = root/Path(cfg.path).expanduser()
+    if not path.is_file(): return {} if path.is_dir() else None
+    from ai2text.decoding.pseudo import find_recordings
+    try: paths = {row["path"] for row in find_recordings(cfg, root)[0]}
+    except ConfigError: return None # as a list without recordings; raised by the stage
+    folder = root/Path(cfg.folder).expanduser() if cfg.folder else path.parent
+    found = {os.path.relpath(p, folder): os.path.getsize(p) for p in sorted(paths)}
+    return dict(sha256=sha256(json.dumps(found).encode()))
+
+def lists_of(
+    name:str,    # the stage of a corpus: corpus or pseudo
+    key:str,     # the corpus
+    params:dict, # the content of params.yaml
+    root:Path,   # its folder
+)->dict|None:    # sha256; empty if all is in `path`; None if it is not on this machine
+    "What a corpus reads outside of its `path`; `ConfigError` for a file that cannot be read."
+    where, values = stage_section(name, params, EACH[name], key)
+    cfg = section(name, values, f"params.yaml: {where}")
+    try: return (_outside_lists if name == "corpus" else _outside_recordings)(cfg, root)
+    except OSError as e:
+        asked = f"transcripts: {cfg.transcripts}" if name == "corpus" else f"path: {cfg.path}"
+        raise ConfigError(f"params.yaml: {where}.{asked}: {e.filename} cannot be read ({e.strerror}); make it readable, or name another "
+                          "list") from e
+
+# %% ../../nbs/pipeline/00_stage_runner.ipynb #e90a6c15
 def write_starts(
     root:Path=None, # folder with params.yaml; default: the nearest one, upwards
 )->str:
-    "Write the initial weights of each model into the folder `starts`; the entry of a folder that is not on this machine stays."
+    "Write digests of initial weights and of outside lists into the folder `starts`; the entry of what is not on this machine stays."
     layout = Layout(find_root(root))
-    models = load_params(layout.root/"params.yaml").get("models") or {}
+    params = load_params(layout.root/"params.yaml")
+    models, known = params.get("models") or {}, lambda name: read_json(p) if (p := layout.starts/f"{name}.json").is_file() else {}
     with atomic_folder(layout.starts) as part:
-        known = {p.stem: read_json(p) for p in layout.starts.glob("*.json")}
         for name,item in models.items():
             now = start_of(str((item or {}).get("init", "scratch")), layout.root)
-            missing = "files" not in now and known.get(name, {}).get("init") == now["init"]
-            write_json(part/f"{name}.json", known[name] if missing else now)
-    return f"{layout.starts}: the first weights of {', '.join(models)}"
+            missing = "files" not in now and known(name).get("init") == now["init"]
+            write_json(part/f"{name}.json", known(name) if missing else now)
+        for stage in ("corpus", "pseudo"):
+            for key in params.get(EACH[stage]) or {}:
+                now = lists_of(stage, key, params, layout.root)
+                write_json(part/f"lists/{key}.json", known(f"lists/{key}") if now is None else now)
+    return f"{layout.starts}: the first weights of {', '.join(models)}, and lists outside of the corpora"
 
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #13a4cc60
 def read_settings(
