@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'PIPELINE_OUTPUTS', 'PROCESS', 'M_TRIM_THRESHOLD', 'M_MMAP_MAX', 'environment', 'PeakMemory',
-           'peak_memory', 'RecordPeakMemory', 'keep_memory']
+           'peak_memory', 'RecordPeakMemory', 'keep_memory', 'return_memory']
 
 # %% ../../nbs/core/40_environment.ipynb #88ac861b
-import ctypes, importlib.util, os, platform, resource, subprocess, sys
+import ctypes, importlib.util, os, platform, re, resource, subprocess, sys
 from pathlib import Path
 
 import torch
@@ -93,3 +93,13 @@ def keep_memory()->bool:  # True with glibc
     "Let this process keep memory that it frees."
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return bool(mallopt and mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+def return_memory(
+    short:float=0.25, # share of the machine's memory
+)->bool:              # True if memory was returned
+    "Return kept memory to the system if less than this share is available."
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    try: kilobytes = dict(re.findall(r"(Mem\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text()))
+    except OSError: return False
+    if not trim or int(kilobytes["MemAvailable"]) >= short*int(kilobytes["MemTotal"]): return False
+    return bool(trim(0))

@@ -16,7 +16,7 @@ from ..text.tokenizer import load_tokenizer
 from ..models.store import load_model
 from ..models.whisper_writing import WordScores
 from ..decoding.ngram_lm import load_lm
-from ..decoding.beam_search import WRITING_DEFAULTS, WRITING_STEPS, Decoder, WordScorer, read_words, save_weights, tune
+from ..decoding.beam_search import BEAM, WRITING_BEAM, WRITING_DEFAULTS, WRITING_STEPS, Decoder, WordScorer, read_words, save_weights, tune
 from ..core.batch import collate
 from .score_split import evenly, split_loader, transcribe_split
 
@@ -28,13 +28,17 @@ def _ctc_decode(model, lm, batches, ids, beam, processes):
         found, frames = model.log_probs(batch)
         scores |= {i: s[:n].numpy() for i,s,n in zip(batch.ids, found, frames.tolist())}
     log_probs = [scores[i] for i in ids]
-    return lambda weights: [h.text for h in Decoder(model.tokenizer, lm, beam=beam, **weights).decode_all(log_probs, processes)]
+    def decode(weights):
+        return [h.text for h in Decoder(model.tokenizer, lm, beam=beam or BEAM, **weights).decode_all(log_probs, processes)]
+    return decode
 
 def _writing_decode(model, lm, batches, ids, beam, processes):
     "The same for a Whisper, whose whole search depends on the weights."
-    lm, *_ = read_words(lm, (), model.tokenizer.normaliser, defaults=WRITING_DEFAULTS, folder="data/prepared")
+    lm, *_ = read_words(lm, (), model.tokenizer.normaliser, way="whisper", folder="data/prepared")
+    batches = list(batches)
     def decode(weights):
-        found = transcribe_split(model, batches, beams=beam, words=WordScores(model.tokenizer, WordScorer(lm, {}, **weights)))
+        words = WordScores(model.tokenizer, WordScorer(lm, {}, **weights))
+        found = transcribe_split(model, batches, beams=beam or WRITING_BEAM, words=words)
         return [found[i].text for i in ids]
     return decode
 
@@ -42,11 +46,12 @@ def tune_lm(
     lm:Path,                   # folder of `ai2text lm`, or an ARPA file
     model:str="conformer_ctc", # a name in `models`: a trained model of any family
     utterances:int=0,          # of dev, evenly spread; 0 = all
-    beam:int=16,               # hypotheses kept in the search
+    beam:int=0,                # hypotheses of the search; 0 = 32 of a CTC model, 8 of a Whisper
     processes:int=0,           # processes that search, of a CTC family; 0 = one for each core
     root:Path=None,            # folder with params.yaml; found from here when left out
 )->str:
     "Tune the weights and write them into the folder of the language model, or beside an ARPA file."
+    if beam < 0: raise ConfigError(f"--beam {beam}: give 1 or more hypotheses, or 0 for the usual number")
     layout = Layout(root or find_root())
     recogniser = load_model(layout.model(model), load_tokenizer(layout.tokenizer))
     if getattr(recogniser, "writes", False):
@@ -55,14 +60,14 @@ def tune_lm(
     rows = read_jsonl(layout.manifest("dev"))
     rows = [rows[i] for i in evenly(len(rows), utterances)]
     chosen = {r["id"] for r in rows}
-    batches = []
-    for batch in split_loader(layout, "dev"):
-        kept = [i for i,id in enumerate(batch.ids) if id in chosen]
-        waves = [batch.audio[i,:batch.lengths[i]].numpy() for i in kept]
-        if kept: batches.append(collate(waves, [""]*len(kept), [batch.ids[i] for i in kept]))
-    make, how = (_ctc_decode, {}) if hasattr(recogniser, "log_probs") else (_writing_decode,
-        dict(start=WRITING_DEFAULTS, steps=WRITING_STEPS))
-    decode = make(recogniser, lm, batches, [r["id"] for r in rows], beam, processes)
+    def batches():
+        for batch in split_loader(layout, "dev"):
+            kept = [i for i,id in enumerate(batch.ids) if id in chosen]
+            waves = [batch.audio[i,:batch.lengths[i]].numpy() for i in kept]
+            if kept: yield collate(waves, [""]*len(kept), [batch.ids[i] for i in kept])
+    way = "ctc" if hasattr(recogniser, "log_probs") else "whisper"
+    make, how = (_ctc_decode, {}) if way == "ctc" else (_writing_decode, dict(start=WRITING_DEFAULTS, steps=WRITING_STEPS))
+    decode = make(recogniser, lm, batches(), [r["id"] for r in rows], beam, processes)
     weights, tried = tune(decode, [r["text"] for r in rows], show=lambda row: print(row, file=sys.stderr), **how)
-    save_weights(lm, weights, model=model, split="dev", utterances=len(rows), beam=beam)
+    save_weights(lm, weights, way, model=model, split="dev", utterances=len(rows), beam=beam)
     return f"{lm}: {len(tried)} settings tried on {len(rows)} utterances of dev, WER {min(r['wer'] for r in tried):.1%} with {weights}"

@@ -427,6 +427,7 @@ def _decode_with_fallback(self:Whisper, waves_BT:Tensor, lengths_B:Tensor, times
             for b,f in zip(rows, self._decode(waves_BT[rows,:int(lengths_B[rows].max())], lengths_B[rows], *how)): options[b].append(f)
     if margin is not None and self.config["init"] != "scratch":
         again(lambda f: loops(f) or f.score < UNLIKELY, None, timestamps, beams, 0., words)
+    if words: again(loops, margin, timestamps, 1)
     for temperature in TEMPERATURES: again(loops, margin, timestamps, 1, temperature)
     best = [max(found, key=lambda f: (not loops(f), f.score)) for found in options]
     return [Decoded([], f.score, f.no_speech, True) if f.no_speech > NO_SPEECH and f.score < UNLIKELY else f for f in best]

@@ -11,6 +11,7 @@ __all__ = ['SPECIAL_TOKENS', 'SPACE_BYTE', 'TIME_STEP', 'NO_WORDS', 'COMPRESSION
 import contextlib, json, zlib
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -137,8 +138,9 @@ class WhisperTokens:
     def decode(self,
         ids:list[int], # special tokens and timestamps are skipped
     )->str:
-        "The text of some ids, with single spaces."
-        return " ".join(self.text.decode([i for i in ids if i < self.end]).split())
+        "The text of some ids, with single spaces; a timestamp ends a word."
+        groups = (list(group) for text,group in groupby(ids, lambda i: i < self.end) if text)
+        return " ".join(" ".join(map(self.text.decode, groups)).split())
 
     def save(self, folder):
         "Write the text's tokenizer, `normaliser.json` and `whisper.json` into a folder."
@@ -212,9 +214,10 @@ class WordScores:
     "Adds scores of words to a search over tokens."
     def __init__(self,
         tokens:WhisperTokens,
-        scorer,     # `words`, `step(state, word)`, `finish(state)`, `score(text)`, `fresh()`: `ai2text.decoding.beam_search.WordScorer`
+        scorer,     # `words`, `step(state, word)`, `finish(state)` and `fresh()`: `ai2text.decoding.beam_search.WordScorer`
     ):
-        self.tokens, self.scorer, self.ids = tokens, scorer, {word: i for i,word in enumerate(scorer.words)}
+        self.tokens, self.scorer = tokens, scorer
+        self.ids = {word: i for i,word in enumerate(scorer.words) if word[:1] != "<"} # not the special words of a language model
         self.starts_V, self.closed = torch.tensor(tokens.starts_word), {}
 
     def fresh(self)->'WordScores':
@@ -247,7 +250,7 @@ class WordScores:
     )->Tensor:
         "Log probabilities plus the scores of the words that each token completes."
         more = lambda change: torch.tensor([change(found).score - found.score for found in rows], device=logs_RV.device)
-        ranks_RV = logs_RV + self.starts_V.to(logs_RV.device)*more(self.close)[:,None]
+        ranks_RV = torch.where(self.starts_V.to(logs_RV.device), logs_RV + more(self.close)[:,None], logs_RV)
         ranks_RV[:,end] = logs_RV[:,end] + more(self.finish)
         return ranks_RV
 
@@ -255,7 +258,7 @@ class WordScores:
         ids:list, # of a complete text
     )->float:
         "The score of all words of a text."
-        return self.scorer.score(self.tokens.decode(ids))
+        return self.finish(Words(0, tuple(ids))).score
 
     def after(self, found:Words, token:int, end:int)->Words:
         "The words after one more token."
@@ -287,7 +290,8 @@ def search(
     # unfinished hypotheses (ids, sum, words) of each window, and finished ones (rank, `Decoded`)
     words = words.fresh() if words and not temperature else None
     going, ended = [[([], 0., NO_WORDS)] for _ in range(B)], [[] for _ in range(B)]
-    decoded = lambda b, ids, total, found, n, done: ((total + found.score)/n, Decoded(ids, total/n, silent[b], done))
+    # with scores of words the best sum: they include a bonus for length, and a mean would favour short texts with hotwords
+    decoded = lambda b, ids, total, found, n, done: (total + found.score if words else total/n, Decoded(ids, total/n, silent[b], done))
     alive, here = {*range(B)}, list(range(B))                             # unfinished windows, and windows in the batch
     generators = [torch.Generator().manual_seed(0) for _ in range(B)]
     forbidden = torch.zeros(net.embedding.num_embeddings, device=device)
@@ -304,7 +308,7 @@ def search(
             best = torch.stack([sample(s, b) for s,(b,_) in zip(scores, rows)]).to(device)
         else:
             ranks = words.add(logs, [found for b in here for *_,found in going[b]], rules.end) if words else logs
-            best = ranks.topk(2*K if K > 1 else 1).indices
+            best = ranks.topk(min(2*K, ranks.shape[1]) if K > 1 else 1).indices
         values, best, at, taken = logs.gather(1, best).tolist(), best.tolist(), 0, []
         for b in here:
             mine, at = range(at, at + len(going[b])), at + len(going[b])

@@ -106,7 +106,7 @@ def transcribe(
     to:Path=None,         # folder for a file each; default: standard output
     lm:Path=None,         # folder of a language model, as `ai2text lm` writes it, or an ARPA file, gzipped or not
     hotwords:Path=None,   # text file with a likely name or phrase in each line, optionally followed by its score, as :1.5
-    beam:int=16,          # beam size, with --lm or --hotwords
+    beam:int=0,           # hypotheses of the search, with --lm or --hotwords; 0 = 32 of a CTC model, 8 of a Whisper
     channel:str="mix",    # of several: mix (their mean), left, right, or each (a transcript for each side of a call)
     longest:float=LONGEST,# seconds of a segment, at most; best no longer than the training utterances
     processes:int=0,      # 0 = one for each core
@@ -127,7 +127,7 @@ def transcribe(
         raise ConfigError(f"{files[twice[0]]}: {first} is written to {places[twice[0]]} already; transcribe them separately, or rename one")
     bad, done, written = 0, 0, {}
     with warnings.catch_warnings(record=True) as caught:
-        search = dict(beam=beam) if lm or hotwords else {}
+        search = dict(beam=beam) if beam and (lm or hotwords) else {}
         recogniser = load_recogniser(bundle, int8, lm, read_hotwords(hotwords) if hotwords else (), **search)
     for warning in caught: print(f"ai2text transcribe: {warning.message}", file=sys.stderr)
     for found,error in recognise(recogniser, files, processes, longest, channel):

@@ -17,7 +17,7 @@ from ..core.batch import SAMPLE_RATE, collate
 from ..core.files import read_json
 from ..core.params import ConfigError
 from ..models.registry import model_class
-from ..decoding.beam_search import WRITING_BEAM, WRITING_DEFAULTS, Decoder, Word, WordScorer, read_words
+from ..decoding.beam_search import BEAM, WRITING_BEAM, Decoder, Word, WordScorer, read_words
 from ..decoding.calibration import calibrated_words
 from ..streams.graphs import session
 from ..text.normalise import NORMALISER_FILE, Normaliser
@@ -53,9 +53,11 @@ class Recogniser:
 
     def with_hotwords(self, hotwords)->'Recogniser':
         "The same recogniser with other hotwords; raises `ValueError` for unusable ones."
-        other = copy.copy(self)
-        other.session = self.session # a copy has none, and would load the graph again
-        other.decoder = Decoder(self.tokens, self.decoder.lm, hotwords=hotwords, frame_seconds=self.decoder.frame_seconds)
+        other, d = copy.copy(self), self.decoder
+        for name in ("session", "model"): # a copy has none, and would load them again
+            if name in self.__dict__: setattr(other, name, self.__dict__[name])
+        other.decoder = Decoder(self.tokens, d.lm, beam=d.beam or BEAM, hotwords=hotwords, boost=d.boost, min_prob=d.min_prob,
+                                margin=d.margin, frame_seconds=d.frame_seconds, **d.weights)
         return other
 
     def log_probs(self,
@@ -124,8 +126,9 @@ class WritingRecogniser:
         lm=None,         # folder of a language model, or an ARPA file; of a model that writes normalised text
         hotwords=(),     # likely words and phrases
         beam:int=WRITING_BEAM, # hypotheses of a search with scores of words; without, it is greedy
-        **weights,       # of the language model; as tuned when left out
+        **weights,       # of the language model, as in `Decoder`; as tuned when left out
     ):
+        if beam < 1: raise ConfigError(f"beam={beam}: give 1 or more hypotheses")
         self.bundle = model if isinstance(model, Bundle) else None
         self.folder, self.int8, self.threads = self.bundle.folder if self.bundle else Path(model), int8, threads
         self.beam, self.lm, self.weights, self.scorer = beam, lm, weights, None
@@ -139,8 +142,8 @@ class WritingRecogniser:
                               "leave them out, or name a model with text: normalised")
         folder = self.folder if self.bundle else self.folder/"tokenizer"
         normaliser = Normaliser.load(folder/NORMALISER_FILE)
-        lm, weights, phrases = read_words(self.lm, hotwords, normaliser, defaults=WRITING_DEFAULTS, folder=self.folder, **self.weights)
-        self.scorer = WordScorer(lm, phrases, **weights)
+        self.lm, weights, phrases = read_words(self.lm, hotwords, normaliser, way="whisper", folder=self.folder, **self.weights)
+        self.scorer = WordScorer(self.lm, phrases, **weights) if self.lm or phrases else None
 
     @functools.cached_property
     def words(self):
@@ -179,7 +182,8 @@ class WritingRecogniser:
             found, = self.model.transcribe(collate([wave_T[a:b]], [""], [""]), beams=self.beam if self.words else 1, words=self.words)
             texts.append(found.text)
             begin = start + a/SAMPLE_RATE
-            in_window = calibrated_words(self._words(wave_T[a:b], found), self.bundle and self.bundle.calibration())
+            calibration = self.bundle.calibration() if self.bundle and not self.words else None
+            in_window = calibrated_words(self._words(wave_T[a:b], found), calibration)
             words += [Word(w.word, w.start + begin, w.end + begin, w.confidence) for w in in_window]
         return " ".join(filter(None, texts)), words
 

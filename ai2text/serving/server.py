@@ -29,7 +29,7 @@ from ..core.params import ConfigError
 from ..audio.io import AudioError, encode, read_blocks
 from ..audio.segment import split_at_silence
 from ..audio.vad import speech_segments
-from ..text.normalise import Normaliser
+from ..text.normalise import Normaliser, OtherNormaliser
 from ..decoding.beam_search import Word, hotword_words
 from ..decoding.transcript import Transcript
 from ..decoding.itn import written
@@ -511,11 +511,13 @@ def likely_phrases(
 async def recognise(self:Service,
     path,              # a recording, in any format
     language:str="vi", # only vi
-    prompt:str="",     # likely phrases, separated by commas
+    prompt:str="",     # likely phrases, separated by commas; without effect where they cannot be used: on written text
     on_text=None,      # called with the text of each segment, in order
 )->Transcript:
     "Transcribe a recording; raises `AudioError` if it cannot be read."
-    phrases = likely_phrases(prompt, self.bundle.normaliser) if prompt else []
+    phrases = []
+    if prompt and self.bundle.config.get("config", {}).get("text") != "written":
+        with contextlib.suppress(OtherNormaliser): phrases = likely_phrases(prompt, self.bundle.normaliser)
     found, tasks, options, wanted = Transcript(str(path)), deque(), dict(hotwords=phrases) if phrases else {}, True
     def blocks():
         for block in read_blocks(path, notes=found.notes):

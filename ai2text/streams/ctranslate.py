@@ -121,8 +121,8 @@ class TranslatedWhisper(Whisper):
         no_speech, best = found.no_speech_prob if "no_speech" in t.special else 0., []
         for ids,score in zip(found.sequences_ids, found.scores):
             n = len(ids) + (ended := len(ids) < limit)
-            best.append(((score + (words.score(ids) if words else 0.))/n, Decoded(ids, score/n, no_speech, ended)))
-        return max(best, key=lambda f: f[0])[1]
+            best.append((ended, score + (words.score(ids) if words else 0.), Decoded(ids, score/n, no_speech, ended)))
+        return max(best, key=lambda f: f[:2])[2]
 
     def align(self,
         wave_T:np.ndarray, # samples of one window

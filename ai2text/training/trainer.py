@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .budget import Budget, Clocks, Every, WarmupConstantDecay
 from .checkpoint import Lock, about, keep_last, latest, load_checkpoint, name_checkpoint, save_batches, save_checkpoint
-from ..core.environment import keep_memory
+from ..core.environment import keep_memory, return_memory
 from ..core.files import atomic_write, read_json, write_json
 from .optimizer import fast_bf16
 from ..core.distributed import Ranks
@@ -538,6 +538,7 @@ def _checkpoint(self:TrainerOptimized,
                             decaying=s.decaying, budget=self.budget.name)
             keep_last(folder, self.keep)
             self._notify("on_checkpoint", path)
+            if self.device.type == "cpu": return_memory()
         self._heartbeat()
     return path
 
