@@ -44,9 +44,9 @@ class Surface:
     def wer(self, label_hours, audio_hours, parameters, noise=False)->np.ndarray: # (S, ...) error rates
         "Error rate of each draw; with `noise`, the result of one run there."
         y = np.log(self.log_error_of(label_hours, audio_hours, parameters))
-        if noise:
-            sigma = np.exp(self.draws_SK[:,7]).reshape(-1, *[1]*(y.ndim - 1))
-            y = y + sigma*np.random.default_rng(0).standard_normal(y.shape)
+        if noise: # the same for all options, so that they differ by their expectations alone
+            noise_S = np.exp(self.draws_SK[:,7])*np.random.default_rng(0).standard_normal(len(y))
+            y = y + noise_S.reshape(-1, *[1]*(y.ndim - 1))
         return to_wer(np.exp(y))
 
 def _log_error(draws_SK, unit, pretrained, D, C, N):
