@@ -84,7 +84,7 @@ def options(surface:Surface, label_hours, audio_hours, parameters, prices:Prices
     pace = paces(surface.points)
     D, C, N = (np.asarray(x, dtype=float) for x in (label_hours, audio_hours, parameters))
     machine = C*np.array([pace[int(n)] for n in N])
-    few = Surface(surface.draws_SK[::DRAW_STEP], surface.unit, surface.points, surface.pretrained)
+    few = Surface(surface.draws_SK[::DRAW_STEP], surface.unit, surface.points, surface.starts)
     cost = prices.label*np.maximum(0, D - owned(surface, prices)) + prices.compute*machine
     return Purchases(D, C, N, machine, cost, few.wer(D, C, N, noise=True))
 
@@ -334,7 +334,7 @@ def plot_contours(plan:dict, surface:Surface, every:Purchases, ax=None):
     labels = np.geomspace(.8*min(p.label_hours for p in points), max(every.label_hours.max(), 1.2*max(p.label_hours for p in points)), 50)
     speech = np.geomspace(every.audio_hours.min()*.8, every.audio_hours.max(), 50)
     unit, scale = ("hours", 1) if speech[-1]*pace >= 2 else ("minutes", 60)
-    few = Surface(surface.draws_SK[::10], surface.unit, points, surface.pretrained)
+    few = Surface(surface.draws_SK[::10], surface.unit, points, surface.starts)
     wer = np.median(few.wer(labels[None,:], speech[:,None], at["parameters"]), axis=0)
     filled = ax.contourf(labels, speech*pace*scale, 100*wer, levels=14, cmap="Blues")
     ax.figure.colorbar(filled, ax=ax, label="expected WER on dev, %")
