@@ -84,7 +84,7 @@ def options(surface:Surface, label_hours, audio_hours, parameters, prices:Prices
     pace = paces(surface.points)
     D, C, N = (np.asarray(x, dtype=float) for x in (label_hours, audio_hours, parameters))
     machine = C*np.array([pace[int(n)] for n in N])
-    few = Surface(surface.draws_SK[::DRAW_STEP], surface.unit, surface.points, surface.pretrained)
+    few = Surface(surface.draws_SK[::DRAW_STEP], surface.unit, surface.points, surface.starts)
     cost = prices.label*np.maximum(0, D - owned(surface, prices)) + prices.compute*machine
     return Purchases(D, C, N, machine, cost, few.wer(D, C, N, noise=True))
 
@@ -140,18 +140,26 @@ def spend(surface:Surface, prices:Prices, every:Purchases, start:dict, euros:flo
     return rows + [dict(min([*rows, best], key=lambda r: r["middle"]), way="best of both")]
 
 # %% ../../nbs/ttq/60_plan.ipynb #904af483
-SHARES = (1/8, 1/4, 1/2, 1.)  # of the labels, for a short run
+SHARES = (1/8, 1/4, 1/2, 1.)  # of the workspace's labels, for a short run
 
-def experiments(surface:Surface, prices:Prices, at:dict, count:int=3)->list[dict]: # the best first
+def experiments(
+    surface:Surface,
+    prices:Prices,
+    at:dict,               # option whose prediction is to become surer
+    count:int=3,
+    all_labels:float=None, # label hours of the workspace, as of `all_label_hours`; None: those that are available
+)->list[dict]:             # the best first; `share` is None for a run that needs more labels than the workspace has
     "Short runs, with the share of the prediction's variance at `at` that each is expected to remove after those before it."
     points, pace = surface.points, paces(surface.points)
     have, longest = max(owned(surface, prices), max(p.label_hours for p in points)), max(p.machine_hours for p in points)
+    all_labels = all_labels or have
+    labels = [(s, s*all_labels) for s in SHARES] + [(None, have)]*(math.log(have/all_labels) >= .1)
     budgets = []
     for C in sorted({p.audio_hours for p in points} | {2*max(p.audio_hours for p in points)}):
         if not budgets or math.log(C/budgets[-1]) >= .1: budgets.append(C) # nearly equal budgets count once
     near = lambda p, D, C, N: p.parameters == N and abs(math.log(p.label_hours/D)) < .1 and abs(math.log(p.audio_hours/C)) < .1
-    candidates = [(s, s*have, C, N) for s in SHARES for C in budgets for N in pace
-                  if C*pace[N] <= 1.05*longest and not any(near(p, s*have, C, N) for p in points)]
+    candidates = [(s, D, C, N) for s,D in labels for C in budgets for N in pace
+                  if C*pace[N] <= 1.05*longest and not any(near(p, D, C, N) for p in points)]
     if not candidates: return []
     goal = np.log(surface.log_error_of(at["label_hours"], at["audio_hours"], at["parameters"]))
     y_SO = np.log(surface.log_error_of(*(np.array(x, dtype=float) for x in list(zip(*candidates))[1:])))
@@ -167,12 +175,14 @@ def experiments(surface:Surface, prices:Prices, at:dict, count:int=3)->list[dict
     found = options(surface, *(list(x) for x in list(zip(*candidates))[1:]), prices)
     steps = {N: float(np.median([p.steps/p.audio_hours for p in points if p.parameters == N])) for N in pace}
     largest = lambda N: max((p for p in points if p.parameters == N), key=lambda p: p.audio_hours)
-    def command(share, C, N):
+    def command(share, D, C, N):
         size = f"  # with the size of {largest(N).name}: {N:,} parameters" if len(pace) > 1 else ""
-        return f"dvc exp run --queue -S train.data_share={share:g} -S train.max_steps={round(C*steps[N])} train@{largest(N).model}{size}"
+        more = "" if share else f"more labels needed, {D:.3g} h in place of {all_labels:.3g} h; then "
+        return (f"{more}dvc exp run --queue -S train.data_share={share or 1:g} -S train.max_steps={round(C*steps[N])} "
+                f"train@{largest(N).model}{size}")
 
     return [
-        found.row(i) | dict(share=candidates[i][0], surer=surer, run=command(candidates[i][0], *candidates[i][2:]))
+        found.row(i) | dict(share=candidates[i][0], surer=surer, run=command(*candidates[i]))
         for i, surer in zip(best, gain)
         if surer >= 0.005
     ]
@@ -185,6 +195,7 @@ def make_plan(
     budget:float=None,    # in the currency of the prices
     more:float=100.,      # a further sum, see `spend`
     doubts=(),            # as of `check_points`
+    all_labels:float=None, # label hours of the workspace, see `experiments`
 )->tuple[dict,Surface,Purchases]: # the plan, the surface, the options
     "A plan from runs and prices; raises `ConfigError` for a question that they cannot answer."
     if target is None and budget is None:
@@ -209,8 +220,9 @@ def make_plan(
         runs=[list(p.id) for p in points], best_so_far=min(p.wer for p in points),
         prices=dict(label=prices.label, compute=prices.compute, owned=owned(surface, prices), hours=prices.hours),
         target=target, budget=budget, for_budget=for_budget, to_target=ways, more=more,
-        next=spend(surface, prices, every, at, more, target), experiments=experiments(surface, prices, at), noise=sigma,
-        exponents=dict(labels=alpha, compute=beta), doubts=list(doubts)
+        next=spend(surface, prices, every, at, more, target),
+        experiments=experiments(surface, prices, at, all_labels=all_labels),
+        noise=sigma, exponents=dict(labels=alpha, compute=beta), doubts=list(doubts)
     )
     predicted = {"for the budget": for_budget, "to the target, even odds": ways.get("even"), "to the target, sure": ways.get("sure")}
     predicted |= {f"experiment {i}": e for i,e in enumerate(plan["experiments"], 1)}
@@ -334,7 +346,7 @@ def plot_contours(plan:dict, surface:Surface, every:Purchases, ax=None):
     labels = np.geomspace(.8*min(p.label_hours for p in points), max(every.label_hours.max(), 1.2*max(p.label_hours for p in points)), 50)
     speech = np.geomspace(every.audio_hours.min()*.8, every.audio_hours.max(), 50)
     unit, scale = ("hours", 1) if speech[-1]*pace >= 2 else ("minutes", 60)
-    few = Surface(surface.draws_SK[::10], surface.unit, points, surface.pretrained)
+    few = Surface(surface.draws_SK[::10], surface.unit, points, surface.starts)
     wer = np.median(few.wer(labels[None,:], speech[:,None], at["parameters"]), axis=0)
     filled = ax.contourf(labels, speech*pace*scale, 100*wer, levels=14, cmap="Blues")
     ax.figure.colorbar(filled, ax=ax, label="expected WER on dev, %")
@@ -421,10 +433,11 @@ def plan(
         points, left_out = find_points(None if runs else layout, runs, label_hours)
         return f"{len([keep_point(p, keep) for p in points])} runs in {keep}" + "".join(f"\nleft out: {why}" for why in left_out)
     mine, doubts, points = runs_for_plan(layout, runs, family, label_hours)
-    if layout and not runs: owned = owned or all_label_hours(layout) or 0.
+    all_labels = all_label_hours(layout) if layout else None
+    if not runs: owned = owned or all_labels or 0.
     if compute_price is None and layout:
         compute_price = load_params(layout.root / "params.yaml").get("train", {}).get("price_per_hour") or None
-    answer, surface, every = make_plan(mine, Prices(label_price, compute_price, owned, hours), target, budget, more, doubts)
+    answer, surface, every = make_plan(mine, Prices(label_price, compute_price, owned, hours), target, budget, more, doubts, all_labels)
     if figures:
         import matplotlib.pyplot as plt
         Path(figures).mkdir(parents=True, exist_ok=True)

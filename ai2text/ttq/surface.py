@@ -32,29 +32,38 @@ def to_wer(log_error): return -np.expm1(-log_error)
 @dataclass(frozen=True, eq=False)
 class Surface:
     "Draws of the surface from its posterior."
-    draws_SK:np.ndarray   # logarithms of NAMES
+    draws_SK:np.ndarray   # logarithms of NAMES, then d and c of each further size in `starts`
     unit:tuple            # scales of label hours, speech hours, parameters and error
     points:tuple
-    pretrained:bool       # whether training begins with pretrained weights
+    starts:tuple = ()     # sizes of pretrained weights, each with its own d and c; () for random weights
 
     def log_error_of(self, label_hours, audio_hours, parameters)->np.ndarray: # (S, ...)
         "-ln(1 - WER) of each draw, without noise."
-        return _log_error(self.draws_SK, self.unit, self.pretrained, *np.broadcast_arrays(label_hours, audio_hours, parameters))
+        return _log_error(self.draws_SK, self.unit, self.starts, *np.broadcast_arrays(label_hours, audio_hours, parameters))
 
     def wer(self, label_hours, audio_hours, parameters, noise=False)->np.ndarray: # (S, ...) error rates
         "Error rate of each draw; with `noise`, the result of one run there."
         y = np.log(self.log_error_of(label_hours, audio_hours, parameters))
-        if noise:
-            sigma = np.exp(self.draws_SK[:,7]).reshape(-1, *[1]*(y.ndim - 1))
-            y = y + sigma*np.random.default_rng(0).standard_normal(y.shape)
+        if noise: # the same for all options, so that they differ by their expectations alone
+            noise_S = np.exp(self.draws_SK[:,7])*np.random.default_rng(0).standard_normal(len(y))
+            y = y + noise_S.reshape(-1, *[1]*(y.ndim - 1))
         return to_wer(np.exp(y))
 
-def _log_error(draws_SK, unit, pretrained, D, C, N):
-    floor, a, alpha, b, beta, g, gamma, _, d, c = (np.exp(v).reshape(-1, *[1]*D.ndim) for v in draws_SK.T)
-    data, work = np.minimum(D, C)/unit[0] + pretrained*d, C/unit[1] + pretrained*c
+def _log_error(draws_SK, unit, starts, D, C, N):
+    floor, a, alpha, b, beta, g, gamma = (np.exp(v).reshape(-1, *[1]*D.ndim) for v in draws_SK.T[:7])
+    data, work = np.minimum(D, C)/unit[0], C/unit[1]
+    if starts: # columns of d and c, of the nearest size
+        d = 8 + 2*abs(np.log(N[...,None]/np.array(starts))).argmin(-1)
+        data, work = data + np.exp(draws_SK[:,d]), work + np.exp(draws_SK[:,d + 1])
     return unit[3]*(floor + a*np.maximum(data, 1e-9)**-alpha + b*np.maximum(work, 1e-9)**-beta + g*(N/unit[2])**-gamma)
 
 # %% ../../nbs/ttq/50_surface.ipynb #ed0a601f
+def _begun(points)->dict: # parameters -> WERs before the first step, of pretrained weights
+    sizes = {}
+    for p in points:
+        if p.start_wer is not None: sizes.setdefault(p.parameters, []).append(p.start_wer)
+    return dict(sorted(sizes.items()))
+
 def check_points(
     points,       # Points
     family:str="", # "" = the one with the most runs
@@ -90,7 +99,15 @@ def check_points(
         )
     if spread("parameters") < 1.2: doubts.append("all runs had one size: this plan predicts nothing for other sizes")
     if len({p.start_wer is None for p in mine}) > 1:
-        doubts.append("some runs begin with pretrained weights and some do not; they are treated as one family")
+        doubts.append(
+            "some runs have a WER before their first step, as pretrained weights have, and some have none; those count as begun like "
+            "the others of their size, or of the nearest size with one"
+        )
+    for n,begun in _begun(mine).items():
+        if max(begun) > 1.05*min(begun):
+            doubts.append(
+                f"the runs of {n:,} parameters begin at WER {min(begun):.1%} to {max(begun):.1%}, from different weights; the median counts"
+            )
     if others := [f for f in families if f != mine[0].family]:
         doubts.append(f"only runs of {mine[0].family} count here; there are others of {', '.join(others)}, see --family")
     return mine, doubts
@@ -102,25 +119,26 @@ def fit_surface(
 )->Surface:
     "Draws from the posterior; the same runs give the same draws."
     points = tuple(points)
-    pretrained = any(p.start_wer is not None for p in points)
     D, C, N = (np.array([getattr(p, k) for p in points], dtype=float) for k in ("label_hours", "audio_hours", "parameters"))
     seen = log_error(np.array([p.wer for p in points]))
-    if pretrained: # before the first step: no labels, no training
-        start = [p.wer if p.start_wer is None else p.start_wer for p in points if p.start_wer is not None][:1]
-        D, C, N, seen = np.r_[D, 0.], np.r_[C, 0.], np.r_[N, N[-1]], np.r_[seen, log_error(np.array(start))]
+    begun = {n: np.median(wers) for n,wers in _begun(points).items()}
+    starts, none = tuple(begun), np.zeros(len(begun))
+    if starts: # before the first step: no labels, no training
+        D, C, N, seen = np.r_[D, none], np.r_[C, none], np.r_[N, starts], np.r_[seen, log_error(list(begun.values()))]
     unit = tuple(float(np.exp(np.log(x[x > 0]).mean())) for x in (D, C, N)) + (float(np.median(seen)),)
     one_size = N.max() < 1.2*N.min() # the effect of size is then part of the floor
-    centre, width = np.array([(math.log(.01), .1) if k == "g" and one_size else PRIOR[k] for k in NAMES]).T
+    names = [*NAMES, *("d", "c")*(len(starts) - 1)]
+    centre, width = np.array([(math.log(.01), .1) if k == "g" and one_size else PRIOR[k] for k in names]).T
     log_seen = np.log(seen)
 
     def density(x_WK): # log posterior
-        z = log_seen - np.log(_log_error(x_WK, unit, pretrained, D, C, N))
+        z = log_seen - np.log(_log_error(x_WK, unit, starts, D, C, N))
         sigma = np.exp(x_WK[:,7:8])
         # Student's t with 3 degrees of freedom: robust against outliers
         return -.5*(((x_WK - centre)/width)**2).sum(1) - (np.log(sigma) + .5*np.log1p((z/sigma)**2/3)*4).sum(1)
 
     rng = np.random.default_rng(0)
-    many = centre + width*rng.standard_normal((4000, len(NAMES)))
+    many = centre + width*rng.standard_normal((4000, len(names)))
     x = many[np.argsort(-density(many))[:walkers]]
     p, samples, half = density(x), [], walkers//2
     for step in range(steps):
@@ -129,8 +147,8 @@ def fit_surface(
             partner = x[other][rng.integers(half, size=half)]
             y = partner + z[:,None]*(x[mine] - partner)
             q = density(y)
-            took = np.log(rng.random(half)) < (len(NAMES) - 1)*np.log(z) + q - p[mine]
+            took = np.log(rng.random(half)) < (len(names) - 1)*np.log(z) + q - p[mine]
             x[mine], p[mine] = np.where(took[:,None], y, x[mine]), np.where(took, q, p[mine])
         if step >= steps//3 and step % 5 == 0: samples.append(x.copy())
     samples = np.concatenate(samples)
-    return Surface(samples[np.linspace(0, len(samples) - 1, DRAWS).round().astype(int)], unit, points, pretrained)
+    return Surface(samples[np.linspace(0, len(samples) - 1, DRAWS).round().astype(int)], unit, points, starts)
