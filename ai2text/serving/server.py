@@ -29,7 +29,7 @@ from ..core.params import ConfigError
 from ..audio.io import AudioError, encode, read_blocks
 from ..audio.segment import split_at_silence
 from ..audio.vad import speech_segments
-from ..text.normalise import Normaliser, OtherNormaliser
+from ..text.normalise import OtherNormaliser
 from ..decoding.beam_search import Word, hotword_words
 from ..decoding.transcript import Transcript
 from ..decoding.itn import written
@@ -499,10 +499,13 @@ async def _segment(self:Service, start:float, wave, options:dict)->dict:
     return events[-2]["result"]
 
 def likely_phrases(
-    prompt:str,            # of OpenAI's API: free text
-    normaliser:Normaliser, # of the recogniser
+    prompt:str,    # of OpenAI's API: free text
+    bundle:Bundle,
 )->list[str]:
-    "The phrases of a prompt that can be hotwords; the rest has no use."
+    "The phrases of a prompt that can be hotwords; none for written text, or with a normaliser of another version."
+    try: normaliser = None if bundle.config.get("config", {}).get("text") == "written" else bundle.normaliser
+    except OtherNormaliser: return []
+    if not normaliser: return []
     def usable(phrase):
         with contextlib.suppress(ValueError): return hotword_words(phrase, normaliser)
     return [p for p in re.split(r"[,;\n]", prompt) if usable(p)]
@@ -511,13 +514,11 @@ def likely_phrases(
 async def recognise(self:Service,
     path,              # a recording, in any format
     language:str="vi", # only vi
-    prompt:str="",     # likely phrases, separated by commas; without effect where they cannot be used: on written text
+    prompt:str="",     # likely phrases, separated by commas
     on_text=None,      # called with the text of each segment, in order
 )->Transcript:
     "Transcribe a recording; raises `AudioError` if it cannot be read."
-    phrases = []
-    if prompt and self.bundle.config.get("config", {}).get("text") != "written":
-        with contextlib.suppress(OtherNormaliser): phrases = likely_phrases(prompt, self.bundle.normaliser)
+    phrases = likely_phrases(prompt, self.bundle) if prompt else []
     found, tasks, options, wanted = Transcript(str(path)), deque(), dict(hotwords=phrases) if phrases else {}, True
     def blocks():
         for block in read_blocks(path, notes=found.notes):
