@@ -221,7 +221,7 @@ class Prefixes:
 
 # %% ../../nbs/decoding/10_beam_search.ipynb #de28e407
 DEFAULTS = dict(lm_weight=0.6, word_bonus=1.0, unknown=-2.0) # without tuned weights
-WRITING_DEFAULTS, WRITING_BEAM = dict(lm_weight=0.3, word_bonus=0.5, unknown=-1.), 8 # of a Whisper, which knows the language already
+WRITING_DEFAULTS, WRITING_BEAM = dict(lm_weight=0.5, word_bonus=1., unknown=-1.), 8 # of a Whisper, which knows the language already
 BEAM = 32              # prefixes kept
 MARGIN = 20.           # prefixes worse than the best one by more are dropped; natural log
 
