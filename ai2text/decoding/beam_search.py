@@ -227,7 +227,9 @@ MARGIN = 20.           # prefixes worse than the best one by more are dropped; n
 
 WEIGHTS_FILES = dict(ctc="weights.json", whisper="weights.whisper.json") # each has weights of its own
 
-def _weights_file(lm, way)->Path: return Path(lm).with_name(f"{Path(lm).name}.{WEIGHTS_FILES[way]}") if Path(lm).is_file() else Path(lm)/WEIGHTS_FILES[way]
+def _weights_file(lm, way)->Path:
+    lm, name = Path(lm), WEIGHTS_FILES[way]
+    return lm.with_name(f"{lm.name}.{name}") if lm.is_file() else lm/name
 
 def tuned_weights(
     folder,        # of a language model, or an ARPA file
