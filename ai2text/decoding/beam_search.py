@@ -319,7 +319,7 @@ def read_words(
     way:str="ctc",         # of decoding: ctc or whisper
     boost:float=BOOST,
     symbols=None,          # as for `check_words`
-    folder="FOLDER",       # of the recogniser, for errors
+    folder=None,           # of the recogniser, for errors; None: unknown
     **given,               # lm_weight, word_bonus, unknown; None = as tuned
 )->tuple:                  # `LM` or None, weights, boost of each phrase
     "Read the arguments of a `WordScorer`; `ConfigError` for a language model of other transcripts."
@@ -331,12 +331,12 @@ def read_words(
     weights = {k: float(given[k] if given.get(k) is not None else tuned.get(k, defaults[k])) for k in DEFAULTS}
     if lm and "arpa" in lm.about:
         check_words(lm, symbols)
-        if normaliser or folder != "FOLDER":
+        if normaliser or folder:
             warnings.warn(f"{lm.folder}: an ARPA file does not give the normaliser of its text (numbers, abbreviations, foreign "
                 f"names); it is assumed to be that of the recogniser's transcripts", stacklevel=3)
     elif normaliser and lm:
         check_normaliser(lm.about.get("normaliser"), lm.folder or "the language model",
-            f"make it again with `ai2text lm --text FILES --to LM --normaliser {folder}`, the folder of the model", normaliser)
+            f"make it again with `ai2text lm --text FILES --to LM --normaliser {folder or 'FOLDER'}`, the folder of the model", normaliser)
     phrases = {}
     for hotword in hotwords:
         phrase, score = hotword_words(hotword, normaliser or NORMALISER)
@@ -373,7 +373,7 @@ class Decoder:
             margin, frame_seconds)
         given = dict(lm_weight=lm_weight, word_bonus=word_bonus, unknown=unknown)
         self.lm, self.weights, self.hotwords = read_words(lm, hotwords, _normaliser_of(tokens) if lm or hotwords else None, boost=boost,
-            symbols=self.symbols, folder=Path(tokens).parent if isinstance(tokens, (str, Path)) else "FOLDER", **given)
+            symbols=self.symbols, folder=Path(tokens).parent if isinstance(tokens, (str, Path)) else None, **given)
         self._tables()
 
 # %% ../../nbs/decoding/10_beam_search.ipynb #beba5e16

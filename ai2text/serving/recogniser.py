@@ -190,7 +190,8 @@ class WritingRecogniser:
     def _words(self, wave_T, found)->list[Word]:
         "Words of a window."
         texts, decode = found.text.split(), self.model.tokenizer.decode
-        groups = token_words(found.tokens, decode) if hasattr(self.model, "align") and texts else []
+        if not texts: return []
+        groups = token_words(found.tokens, decode) if hasattr(self.model, "align") else []
         if len(groups) < len(texts) or decode(found.tokens).split()[:len(texts)] != texts:
             return spread_words(texts, len(wave_T)/SAMPLE_RATE, float(np.exp(min(0., found.score))))
         times, probabilities = self.model.align(wave_T, found.tokens)
