@@ -155,7 +155,7 @@ def find_audio_chunk(
         at += size + (size % 2 if even else 0)
 
 # %% ../../nbs/audio/00_decoders.ipynb #40d77fa7
-MP3_DELAY = 1105 # samples before the audio if the file does not say: 528 + 1 of any decoder, 576 of an encoder; 481 of layer II
+MP3_DELAY = 1105 # samples before the audio where the file does not give them: 528 + 1 of any decoder, 576 of an encoder; 481 of layer II
 
 class Mpeg(NamedTuple):
     "A recording in a file of MPEG audio, from one encoder header to the next."
