@@ -57,7 +57,7 @@ class SpeechDetector:
         return prob_N
 
 # %% ../../nbs/audio/40_vad.ipynb #b35d8b34
-_BELOW = 0.15 # how far below the threshold a window is silence
+_BELOW, _LEAST = 0.15, 0.01 # how far below the threshold a window is silence; but a probability under this always is
 _MEAN  = 9    # windows of the mean whose minimum splits a long segment
 
 class Segment(NamedTuple):
@@ -75,7 +75,7 @@ class Endpointer:
         threshold:float=0.5,           # probability from which a window is speech
         shortest:float=0.1,            # s of speech; less is a click
         before:float=0.2,              # s of margin before speech
-        after:float=0.2,               # s of margin after it
+        after:float=0.2,               # s of margin after it; at most `silence_after_words`
     ):
         if not 0 < threshold < 1: raise ConfigError(f"threshold {threshold}: give a probability between 0 and 1")
         if not (0.05 <= silence_after_words <= longest / 2 and 1 <= longest and silence > 0):
@@ -91,7 +91,7 @@ class Endpointer:
         self.silence, self.silence_after_words, self.longest, self.before, self.after = map(
             samples, (silence, silence_after_words, longest, before, min(after, silence_after_words))
         )
-        self.threshold, self.shortest = threshold, shortest*SAMPLE_RATE/SPEECH_WINDOW
+        self.threshold, self.silent, self.shortest = threshold, max(threshold - _BELOW, _LEAST), shortest*SAMPLE_RATE/SPEECH_WINDOW
         self.at, self.free, self.start = 0, 0, None # windows so far; sample after the last segment; start of the current one
 
     @property
@@ -123,7 +123,7 @@ class Endpointer:
             return []
         self.prob_N.append(p)
         if p >= self.threshold: self.quiet = None
-        elif p < self.threshold - _BELOW and self.quiet is None: self.quiet = self.at - 1
+        elif p < self.silent and self.quiet is None: self.quiet = self.at - 1
         if self.quiet is None: return self._cut() if now + SPEECH_WINDOW > self.start + self.longest else []
         return (
             self._end(min(self.quiet * SPEECH_WINDOW + self.after, now), "silence")

@@ -90,7 +90,9 @@ def sum(self:Ranks,
     return tensor
 
 @patch
-def any(self:Ranks, flag)->bool:
+def any(self:Ranks,
+    flag, # of this rank
+)->bool:
     "True if the flag is true on any rank."
     return bool(flag) if self.world == 1 else self.sum(torch.tensor(float(bool(flag)))).item() > 0
 
@@ -122,7 +124,9 @@ def _with_tensors(f, value):
 
 # %% ../../nbs/core/80_distributed.ipynb #4a327db3
 @patch
-def gather(self:Ranks, value)->list:
+def gather(self:Ranks,
+    value, # anything that pickles
+)->list:
     "The values of all ranks, in order, on each of them."
     if self.world == 1: return [value]
     values = [None]*self.world

@@ -28,9 +28,9 @@ def find_root(
     raise ConfigError(f"{start}: neither this folder nor one above it has {' and '.join(WORKSPACE_FILES)}; change to the project's folder")
 
 def from_root(
-    path:str, # of params.yaml; ~ is the home folder
-)->Path:      # below the root; unchanged outside a workspace
-    "A path of params.yaml, relative to the root of the workspace."
+    path:str, # in params.yaml, relative or absolute; ~ is the home folder
+)->Path:      # from the root; outside a workspace from the current folder
+    "Resolve a path of params.yaml."
     path = Path(path).expanduser()
     try: return find_root()/path
     except ConfigError: return path

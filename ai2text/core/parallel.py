@@ -21,7 +21,7 @@ def read_ahead(
     executor:Executor|None, # runs the function; None = this process, on demand
     function,               # of one item
     items,                  # any iterable
-    ahead:int,              # items submitted and not yet returned, at most
+    ahead:int,              # items submitted and not yet returned, at most; 1 or more
 ):                          # an iterator of results, in the order of `items`
     "Apply a function in parallel, a bounded number of items ahead."
     if executor is None: return (yield from map(function, items))

@@ -7,6 +7,7 @@ __all__ = ['SPLIT_COLOURS', 'Html', 'table', 'columns', 'headline', 'report_tabl
 
 # %% ../../nbs/core/60_tables.ipynb #64a5702f
 import html
+from itertools import zip_longest
 
 # %% ../../nbs/core/60_tables.ipynb #02441b16
 # colour-blind safe (Okabe and Ito, 2008); grey: no split
@@ -17,23 +18,24 @@ class Html(str):
     def _repr_html_(self)->str: return str(self)
 
 def table(
-    rows,         # dicts with the same keys
+    rows:list,    # dicts; each key is a column, None or a missing key an empty cell
     percent=("wer", "cer"), # columns in per cent
 )->Html:
     "Rows as an HTML table, escaped."
     def show(key, v):
         if isinstance(v, float): return f"{v:.1%}" if key in percent else f"{v:.3g}"
         return "" if v is None else html.escape(str(v))
-    head = "".join(f"<th>{html.escape(str(k))}</th>" for k in (rows[0] if rows else ()))
-    body = ("<tr>" + "".join(f"<td>{show(k, v)}</td>" for k,v in r.items()) + "</tr>" for r in rows)
+    keys = list(dict.fromkeys(k for r in rows for k in r))
+    head = "".join(f"<th>{html.escape(str(k))}</th>" for k in keys)
+    body = ("<tr>" + "".join(f"<td>{show(k, r.get(k))}</td>" for k in keys) + "</tr>" for r in rows)
     return Html(f"<table><tr>{head}</tr>{''.join(body)}</table>")
 
 def columns(
-    lines, # rows of cells; None is empty
+    lines, # rows of cells, also of different lengths; None is empty
 )->str:
     "Rows as aligned columns of text."
     lines = [["" if c is None else f"{c:.3g}" if isinstance(c, float) else str(c) for c in line] for line in lines]
-    widths = [max(map(len, column)) for column in zip(*lines)]
+    widths = [max(map(len, column)) for column in zip_longest(*lines, fillvalue="")]
     return "\n".join("  ".join(c.ljust(w) for c,w in zip(line, widths)).rstrip() for line in lines)
 
 # %% ../../nbs/core/60_tables.ipynb #a9b6fd58
@@ -44,7 +46,7 @@ def headline(
     return Html(f"<p><strong>{html.escape(text)}</strong></p>")
 
 def report_table(
-    rows,             # dicts with the same keys
+    rows,             # dicts, as for `table`
     percent=(),       # columns shown as per cent
     none:str="None.", # shown in place of an empty table
 )->Html:
@@ -52,7 +54,7 @@ def report_table(
     rows = list(rows)
     if not rows: return Html(f"<p>{html.escape(none)}</p>")
     plain = lambda key: str(key).replace("_", " ")
-    names = [k for k in rows[0] if any(r.get(k) not in (None, "") for r in rows)]
+    names = [k for k in dict.fromkeys(k for r in rows for k in r) if any(r.get(k) not in (None, "") for r in rows)]
     return table([{plain(k): r.get(k) for k in names} for r in rows], tuple(map(plain, percent)))
 
 def fact_rows(

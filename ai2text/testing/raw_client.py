@@ -18,7 +18,7 @@ class Reply:
     results:list   # JSON objects, in order
     code:int|None  # of the WebSocket's close
     reason:str
-    seconds:float
+    seconds:float  # from the connection to the close
 
     @property
     def text(self)->str:

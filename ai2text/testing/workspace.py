@@ -64,7 +64,11 @@ def tiny_model(
     if "evaluate" in wanted: evaluate(name, StreamConfig(), layout)
 
 # %% ../../nbs/testing/00_workspace.ipynb #47f5642d
-def synthetic_wer(label_hours, audio_hours, parameters=900_000)->float:
+def synthetic_wer(
+    label_hours,  # of distinct labelled speech
+    audio_hours,  # of speech trained on, repetitions included
+    parameters=900_000,
+)->float:         # share of the words
     "WER of synthetic runs, a known function, to check a plan against."
     return 1 - math.exp(-(.03 + .16*min(label_hours, audio_hours)**-.5 + .9*audio_hours**-.6 + .05*(parameters/1e6)**-.4))
 

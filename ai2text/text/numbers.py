@@ -43,7 +43,7 @@ def cardinal(
     return " ".join(words)
 
 def digits(text:str)->str:
-    "The digits of a text one by one; other characters are left out."
+    "The ASCII digits of a text one by one, in words; other characters are left out."
     return " ".join(DIGITS[int(char)] for char in text if char in "0123456789")
 
 # %% ../../nbs/text/00_numbers.ipynb #6b9d36b9
