@@ -153,7 +153,7 @@ def test_one_speaker_without_dev_is_split_by_utterance_and_noted_in_every_file(t
     assert {split: s["utterances"] for split, s in stats["splits"].items()} == dict(train=3, dev=1, test=4)
     assert stats["drawn_by_utterance"] == ["dev"]
     assert stats["caveats"] == [
-        "the speakers of 100% of the utterances of dev are in train too: this error rate flatters, and says little of other speakers"
+        "the speakers of 100% of the utterances of dev are in train too: this error rate is too low for other speakers"
     ]
     assert [r.get("seen") for r in read_jsonl(layout.manifest("dev"))] == [["speaker"]]
     assert (

@@ -345,7 +345,9 @@ class _Sndfile:
         if self.file.subtype == "VORBIS": # libsndfile seeks wrongly near the end
             while self.at < frame and len(self.read(min(1 << 16, frame - self.at))): pass
         else:
-            self.file.seek(frame + self.skip)
+            try: self.file.seek(frame + self.skip)
+            except sf.SoundFileError as e:
+                raise AudioError("", f"cannot be read from {frame/self.rate:.2f} s ({_cause(e)})", "truncated") from e
             self.at = frame
 
     def missing(self)->str:

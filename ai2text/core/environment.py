@@ -7,7 +7,7 @@ __all__ = ['LIBRARIES', 'PIPELINE_OUTPUTS', 'PROCESS', 'M_TRIM_THRESHOLD', 'M_MM
            'peak_memory', 'RecordPeakMemory', 'keep_memory', 'return_memory']
 
 # %% ../../nbs/core/40_environment.ipynb #88ac861b
-import ctypes, importlib.util, os, platform, re, resource, subprocess, sys
+import ctypes, importlib.metadata, importlib.util, os, platform, re, resource, subprocess, sys
 from pathlib import Path
 
 import torch

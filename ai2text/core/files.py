@@ -72,9 +72,9 @@ def write_json(
     obj,  # any JSON value
 ):
     "Write JSON atomically; `ConfigError` for values outside JSON, such as NaN."
-    try: text = json.dumps(obj, ensure_ascii=False, indent=1, allow_nan=False)
+    try: data = (json.dumps(obj, ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode()
     except (TypeError, ValueError) as e: raise ConfigError(f"{path}: cannot be written as JSON: {e}") from e
-    with atomic_write(path) as f: f.write(text + "\n")
+    with atomic_write(path, "wb") as f: f.write(data)
 
 def read_json(
     path, # the file

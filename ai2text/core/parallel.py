@@ -21,14 +21,14 @@ def read_ahead(
     executor:Executor|None, # runs the function; None = this process, on demand
     function,               # of one item
     items,                  # any iterable
-    ahead:int,              # items submitted and not yet returned, at most; 1 or more
+    ahead:int,              # items submitted and not yet returned, at most; at least 1
 ):                          # an iterator of results, in the order of `items`
     "Apply a function in parallel, a bounded number of items ahead."
     if executor is None: return (yield from map(function, items))
     todo, pending = iter(items), deque()
     try:
         while True:
-            pending.extend(executor.submit(function, item) for item in islice(todo, ahead - len(pending)))
+            pending.extend(executor.submit(function, item) for item in islice(todo, max(1, ahead) - len(pending)))
             if not pending: return
             yield pending.popleft().result()
     finally:

@@ -119,6 +119,6 @@ def load_params(
     from ruamel.yaml.error import YAMLError
     try: params = YAML(typ="safe", pure=True).load(Path(path).read_text("utf-8"))
     except FileNotFoundError: raise ConfigError(f"{path}: no such file; run from a folder that has a params.yaml") from None
-    except (YAMLError, UnicodeDecodeError) as e: raise ConfigError(f"{path}: {' '.join(str(e).split())}") from e
+    except (YAMLError, ValueError) as e: raise ConfigError(f"{path}: {' '.join(str(e).split())}") from e
     if not isinstance(params, dict): raise ConfigError(f"{path}: has no sections; write `section:` with its keys indented below")
     return params

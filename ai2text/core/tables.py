@@ -103,5 +103,5 @@ def caveats(
     def one(what, share):
         who = f"the {what.removeprefix('unknown ')}s of {share:.0%} of the utterances of {split}"
         if what.startswith("unknown"): return f"{who} are unknown, and may be in train too: this error rate may flatter"
-        return f"{who} are in train too: this error rate flatters, and says little of other {what}s"
+        return f"{who} are in train too: this error rate is too low for other {what}s"
     return [one(*s) for s in seen.items()]

@@ -6,8 +6,9 @@
 __all__ = ['MILESTONES', 'BEFORE', 'SMALL', 'tiny_workspace', 'tiny_model', 'synthetic_wer', 'synthetic_runs', 'smoke']
 
 # %% ../../nbs/testing/00_workspace.ipynb #d3a7b8f7
-import atexit, math, shutil, tempfile
+import math, shutil, tempfile
 from importlib.resources import files
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +27,14 @@ def tiny_workspace(
     models=("m",),      # names of the models, from `init` on
     sentences:int=40,   # of the demo corpus
     steps:int=4,        # of training
-)->Path:                # the workspace; deleted when Python ends
+)->Path:                # the workspace; deleted when the process ends
     "Build a small workspace with the functions of the pipeline."
     from ai2text.corpora.checks import SPLITS # imported here, since every stage imports this module
     from ai2text.corpora.corpus import make_corpus
     from ai2text.corpora.prepare import prepare
     from ai2text.data.shards import write_shards
     root = Path(tempfile.mkdtemp(prefix="ai2text-tiny-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    Finalize(None, shutil.rmtree, (root,), dict(ignore_errors=True), exitpriority=0) # also in a pool's process, where atexit does nothing
     layout, wanted = Layout(root), _STEPS[:_STEPS.index(upto) + 1]
     if "corpus" in wanted: make_corpus(CorpusConfig(sentences=sentences, **_SPOKEN), "demo", layout.corpus("demo"))
     if "prepare" in wanted: prepare(PrepareConfig(tokenizer="char", processes=1), layout.corpora, layout.prepared)

@@ -220,6 +220,8 @@ class Normaliser:
     ):
         "Read a normaliser from a file; raises `ConfigError` if another version of the rules wrote it."
         state = read_json(path)
+        if not isinstance(state, dict) or not isinstance(state.get("abbreviations"), dict):
+            raise ConfigError(f"{path}: has no tables; run the prepare stage again")
         if (version := state.pop("version", None)) != NORMALISER_VERSION:
             raise ConfigError(f"{path}: made with normaliser {version}, this code has {NORMALISER_VERSION}; run the prepare stage again")
         return cls(Abbreviations(state.pop("abbreviations")), **state)
@@ -274,6 +276,7 @@ def read_abbreviations(
     "Read a file of abbreviations; raises `ConfigError` with the file, the line and the fix."
     found, places = {}, {}
     for number, (key, written, *rest) in _lines(Path(path), "abbreviations"):
+        if len(rest) > 1: raise ConfigError(f"{path}, line {number}: {len(rest) + 2} columns; separate the contexts of {key!r} by |")
         words, contexts = normalise(written), rest[0] if rest else ""
         wrong = _checked_key(key, contexts, lines := found.setdefault(key, [])) or _checked(key, words)
         if wrong: raise ConfigError(f"{path}, line {number}: {wrong}")

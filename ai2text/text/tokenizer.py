@@ -171,8 +171,10 @@ def load_tokenizer(
         tokenizer.normaliser = Normaliser.load(folder/NORMALISER_FILE)
     except FileNotFoundError as error:
         raise ConfigError(f"{error.filename}: no such file; run the prepare stage to make the tokenizer") from None
+    except (KeyError, TypeError, RuntimeError) as error: # a key is missing; sentencepiece cannot read its model
+        raise ConfigError(f"{folder}: is no whole tokenizer ({error!r}); run the prepare stage again") from error
     wanted = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(tokenizer.symbols))
-    if about["sha256"] != tokenizer.fingerprint or tokens != wanted:
+    if about.get("sha256") != tokenizer.fingerprint or tokens != wanted:
         raise ConfigError(
             f"{folder}: tokens.txt, tokenizer.json, {NORMALISER_FILE} and the model do not belong together; run the prepare stage again"
         )
