@@ -77,7 +77,7 @@ def save_model(
 def load_config(
     folder:Path,  # a published model
 )->dict:          # family, config
-    "Read family and configuration of a published model."
+    "Read family and configuration of a published model; `FileNotFoundError` or `ConfigError` where there is none."
     path = Path(folder)/"config.json"
     if not path.exists(): raise FileNotFoundError(f"{path}: no model is published here; run its train stage, or `dvc pull`")
     if not {"family", "config"} <= {*(found := read_json(path))}:
@@ -90,7 +90,7 @@ def load_weights(
     model,        # built from the folder's configuration
     folder:Path,  # a published model
 ):                # the same model
-    "Load a published model's weights into a module of the same shape."
+    "Load a published model's weights into a module of the same shape; `ValueError` for another one."
     path = Path(folder)/"model.safetensors"
     try: model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as e: raise ValueError(f"{path}: these weights do not fit {type(model).__name__}: {e}") from e
@@ -101,7 +101,7 @@ def load_model(
     folder,          # models/M
     tokenizer=None,  # of the data, to compare with the model's
 ):                   # the model, ready to transcribe
-    "Load a published model; refuses data with another vocabulary or another normaliser."
+    "Load a published model; `ConfigError` for data with another vocabulary or another normaliser."
     folder = Path(folder)
     description = load_config(folder)
     family = model_class(description["family"])
@@ -120,7 +120,7 @@ def continued(
     asked:dict,      # models.M, without `family` and `train`
     tokenizer,       # of the data
 ):                   # the model
-    "A model with the weights of a trained one."
+    "A model with the weights of a trained one; `ConfigError` where a parameter changes the shape."
     stored, asked = load_config(folder), {k: v for k,v in asked.items() if k not in ("init", "revision")}
     if "size" in asked: raise ConfigError(f"{stored['family']}.size: the shape is that of {folder}; leave size out")
     if options := getattr(family, "options", None): # the stored values too, since a rule may concern two of them
