@@ -81,7 +81,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step:int):
-        "Update the average after `step`."
+        "Update the average after `step` steps."
         weight = 1 - min(self.decay, (1 + step)/(10 + step))
         torch._foreach_lerp_(list(self.average.values()), list(self.params.values()), weight)
 
