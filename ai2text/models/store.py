@@ -7,7 +7,7 @@ __all__ = ['OWN_SECTIONS', 'build_model', 'tensors_on_disk', 'save_model', 'load
            'continued']
 
 # %% ../../nbs/models/60_store.ipynb #e9a77954
-import copy, sys
+import copy, re, sys
 from pathlib import Path
 
 import torch
@@ -41,10 +41,10 @@ def build_model(
     try:
         if folder := _trained(params): return continued(folder, family, asked, tokenizer)
         return getattr(family, "start", family.from_config)(asked, tokenizer)
-    except ConfigError as e: # a family's errors begin with its name, such as whisper.init
-        if name and str(e).startswith(f"{params['family']}."):
-            raise ConfigError(f"models.{name}{str(e).removeprefix(params['family'])}") from e
-        raise
+    except ConfigError as e: # a family's errors begin with its name or a parameter, or with a path
+        text, rest = str(e), str(e).removeprefix(params["family"])
+        if not name or not re.match(r"[\w.]+:", text): raise
+        raise ConfigError(f"models.{name}" + (rest if rest != text else f".{text}")) from e
 
 def _trained(params:dict)->Path|None:
     "The folder of a trained model of the same family that `init` names."

@@ -62,7 +62,7 @@ def about(
     try:
         summary = read_json(Path(folder)/"checkpoint.json")
         return summary if all((Path(folder)/name).stat().st_size == size for name,size in summary["files"].items()) else None
-    except (OSError, ValueError): return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError): return None # missing, cut, or of another format
 
 def load_checkpoint(
     folder:Path,         # a complete checkpoint
