@@ -123,6 +123,7 @@ def attention_mask(
     chunk:int=0,          # frames in a chunk; 0 = no chunks
     left_chunks:int=-1,   # left context in chunks; -1 = all
 )->Tensor:                # (B, 1, N or 1, N) bool, true where attention may look
+    "Attention inside each utterance and, with chunks, up to the end of the query's own chunk."
     at = torch.arange(size, device=frames.device)
     inside = (at < frames[:,None])[:,None,None,:]
     if not chunk: return inside
@@ -162,7 +163,12 @@ class Attention(nn.Module):
             cos, sin = table[abs(at)].unbind(-1)
             q_W.copy_(strength*torch.stack([cos, sin if at >= 0 else -sin], -1).flatten())
 
-    def forward(self, x_BND:Tensor, rotary_freqs:Tensor, mask:Tensor, cache=None)->Tensor:
+    def forward(self,
+        x_BND:Tensor,
+        rotary_freqs:Tensor, # of at least N frames, from `rotary`; with a cache, of the left context too
+        mask:Tensor,         # broadcast to (B, H, N, keys): bool, or to be added to the scores
+        cache=None,          # `ai2text.models.streaming.BlockCache`; None with full context
+    )->Tensor:               # (B, N, D)
         B, N, D = x_BND.shape
         q, k, v = self.qkv(x_BND).view(B, N, 3, self.heads, D//self.heads).permute(2, 0, 3, 1, 4)
         if cache: k, v = cache.extend(k, v)
@@ -327,12 +333,16 @@ class Convolution(nn.Module):
         self.depthwise = nn.Conv1d(d_model, d_model, kernel, groups=d_model)
         self.norm = nn.LayerNorm(d_model)
 
-    def forward(self, x_BND:Tensor, cache=None)->Tensor:
+    def forward(self,
+        x_BND:Tensor,
+        cache=None,   # of `Attention.forward`
+    )->Tensor:        # (B, N, D)
         y = nnf.glu(self.expand(x_BND), -1)
         y = cache.pad(y) if cache else nnf.pad(y, (0, 0, self.depthwise.kernel_size[0] - 1, 0))
         return self.out(nnf.silu(self.norm(depthwise(y, self.depthwise.weight, self.depthwise.bias))))
 
 class FeedForward(nn.Module):
+    "Wide, SiLU, narrow."
     def __init__(self, d_model:int, ff:int):
         super().__init__()
         self.expand, self.out = nn.Linear(d_model, ff, bias=False), nn.Linear(ff, d_model, bias=False)
@@ -451,7 +461,7 @@ def encode(self:Conformer,
     frames:Tensor,        # (B,); pass it on the CPU to avoid a device synchronisation
     chunk:int=0,          # encoder frames in a chunk; 0 = full context
     left_chunks:int=-1,   # left context in chunks; -1 = all
-    augment:bool=False,   # apply SpecAugment
+    augment:bool=False,   # apply SpecAugment; the other augmentation depends on training mode alone
 ):                        # logits (B, N, V), encoder frames (B,) on the CPU
     "Logits over tokens, 25 frames a second."
     c, frames = self.shape, frames.cpu()

@@ -7,7 +7,7 @@ __all__ = ['OWN_SECTIONS', 'build_model', 'tensors_on_disk', 'save_model', 'load
            'continued']
 
 # %% ../../nbs/models/60_store.ipynb #e9a77954
-import copy, sys
+import copy, re, sys
 from pathlib import Path
 
 import torch
@@ -41,10 +41,10 @@ def build_model(
     try:
         if folder := _trained(params): return continued(folder, family, asked, tokenizer)
         return getattr(family, "start", family.from_config)(asked, tokenizer)
-    except ConfigError as e: # a family's errors begin with its name, such as whisper.init
-        if name and str(e).startswith(f"{params['family']}."):
-            raise ConfigError(f"models.{name}{str(e).removeprefix(params['family'])}") from e
-        raise
+    except ConfigError as e: # a family's errors begin with its name or a parameter, or with a path
+        text, rest = str(e), str(e).removeprefix(params["family"])
+        if not name or not re.match(r"[\w.]+:", text): raise
+        raise ConfigError(f"models.{name}" + (rest if rest != text else f".{text}")) from e
 
 def _trained(params:dict)->Path|None:
     "The folder of a trained model of the same family that `init` names."
@@ -77,7 +77,7 @@ def save_model(
 def load_config(
     folder:Path,  # a published model
 )->dict:          # family, config
-    "Read family and configuration of a published model."
+    "Read family and configuration of a published model; `FileNotFoundError` or `ConfigError` where there is none."
     path = Path(folder)/"config.json"
     if not path.exists(): raise FileNotFoundError(f"{path}: no model is published here; run its train stage, or `dvc pull`")
     if not {"family", "config"} <= {*(found := read_json(path))}:
@@ -90,7 +90,7 @@ def load_weights(
     model,        # built from the folder's configuration
     folder:Path,  # a published model
 ):                # the same model
-    "Load a published model's weights into a module of the same shape."
+    "Load a published model's weights into a module of the same shape; `ValueError` for another one."
     path = Path(folder)/"model.safetensors"
     try: model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as e: raise ValueError(f"{path}: these weights do not fit {type(model).__name__}: {e}") from e
@@ -101,7 +101,7 @@ def load_model(
     folder,          # models/M
     tokenizer=None,  # of the data, to compare with the model's
 ):                   # the model, ready to transcribe
-    "Load a published model; refuses data with another vocabulary or another normaliser."
+    "Load a published model; `ConfigError` for data with another vocabulary or another normaliser."
     folder = Path(folder)
     description = load_config(folder)
     family = model_class(description["family"])
@@ -120,7 +120,7 @@ def continued(
     asked:dict,      # models.M, without `family` and `train`
     tokenizer,       # of the data
 ):                   # the model
-    "A model with the weights of a trained one."
+    "A model with the weights of a trained one; `ConfigError` where a parameter changes the shape."
     stored, asked = load_config(folder), {k: v for k,v in asked.items() if k not in ("init", "revision")}
     if "size" in asked: raise ConfigError(f"{stored['family']}.size: the shape is that of {folder}; leave size out")
     if options := getattr(family, "options", None): # the stored values too, since a rule may concern two of them

@@ -203,7 +203,9 @@ class Whisper(nn.Module):
         "Whether the output is in written form, with capitals, punctuation and digits."
         return self.config.get("text") == "written"
 
-    def rates(self)->dict: return encoder_rates(self.net, self.config["layer_decay"])
+    def rates(self)->dict:
+        "Factors of the learning rate, by parameter prefix."
+        return encoder_rates(self.net, self.config["layer_decay"])
 
     @classmethod
     def from_config(cls,

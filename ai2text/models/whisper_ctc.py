@@ -45,7 +45,7 @@ class WhisperCTCConfig(EncoderConfig):
             raise ConfigError("init: is empty; name a trained Whisper (models/M), a released one's folder, or a released name")
 
 def initial_encoder(c:WhisperCTCConfig):
-    "The `Whisper` named by `init`."
+    "The `Whisper` named by `init`: a trained model with this family in its config.json, else a release."
     asked = ReleasedConfig(init=c.init, revision=c.revision), "whisper_ctc"
     folder, _ = checkpoint_folder(*asked)
     about = read_json(folder/"config.json") if (folder/"config.json").exists() else {}

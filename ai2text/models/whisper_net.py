@@ -24,8 +24,13 @@ MIN_POWER = 1e-10        # floor of a mel channel's power
 STREAM_LOUDEST = 0.      # log10 power taken as the loudest at the start of a stream
 POSITION = 2*HOP         # samples of an encoder position: 20 ms
 
-def hz_to_mel(hz): return np.where(hz < 1000, hz*3/200, 15 + np.log(np.maximum(hz, 1e-9)/1000)*27/np.log(6.4))
-def mel_to_hz(m): return np.where(m < 15, m*200/3, 1000*np.exp((m - 15)*np.log(6.4)/27))
+def hz_to_mel(hz):
+    "Slaney's mel scale: linear up to 1 kHz, which is 15 mel, logarithmic above."
+    return np.where(hz < 1000, hz*3/200, 15 + np.log(np.maximum(hz, 1e-9)/1000)*27/np.log(6.4))
+
+def mel_to_hz(m):
+    "The inverse of `hz_to_mel`."
+    return np.where(m < 15, m*200/3, 1000*np.exp((m - 15)*np.log(6.4)/27))
 
 def mel_edges(
     n_mels:int,    # channels
@@ -83,7 +88,7 @@ class LogMel(nn.Module):
 HIDDEN = -1e4  # added to scores that are masked; within the range of float16
 
 class SelfAttention(nn.Module):
-    "Self-attention."
+    "Self-attention with a joined product for queries, keys and values."
     def __init__(self, d:int, heads:int):
         super().__init__()
         self.heads, self.qkv, self.out = heads, nn.Linear(d, 3*d), nn.Linear(d, d)
@@ -142,7 +147,7 @@ def sinusoids(
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 class WhisperNet(nn.Module):
-    "Encoder and decoder."
+    "Encoder and decoder, pre-norm, without a loss."
     def __init__(self,
         shape:dict,        # keys of a release's `config.json`: d_model, encoder_layers, ...
         dropout:float=0.,
@@ -174,6 +179,7 @@ class WhisperNet(nn.Module):
         hidden=None,        # a further mask, added to the scores, (B or 1, 1, N, N)
         at_BN=None,         # position numbers, (B or 1, N); 0, 1, ... by default
     ):                      # states (B, N, D); the mask of the windows' ends (B, 1, 1, N), None where all windows are equal
+        "States of all positions."
         N, equal = mel_BMF.shape[2]//2, bool((positions_B == mel_BMF.shape[2]//2).all())
         inside = None if equal else (torch.arange(2*N, device=mel_BMF.device) < 2*positions_B[:,None])[:,None]
         x = nnf.gelu(self.conv1(mel_BMF if equal else mel_BMF*inside))
@@ -200,6 +206,7 @@ class WhisperNet(nn.Module):
         ends=None,
         caches=None,    # of the earlier tokens; None = the first step
     ):                  # states of these tokens (B, L, D), caches
+        "States of the next tokens, for decoding."
         at = caches[0][0].shape[2] if caches else 0
         x, new = self.embedding(ids_BL) + self.positions[at:at + ids_BL.shape[1]], []
         for i,block in enumerate(self.decoder):
@@ -207,7 +214,11 @@ class WhisperNet(nn.Module):
             new.append(cache)
         return self.decoder_norm(x), new
 
-    def logits(self, x:Tensor)->Tensor: return nnf.linear(x, self.embedding.weight)
+    def logits(self,
+        x:Tensor,  # (..., D), from `decode` or `step`
+    )->Tensor:     # (..., V)
+        "Scores of the next token."
+        return nnf.linear(x, self.embedding.weight)
 
 # %% ../../nbs/models/24_whisper_net.ipynb #5e8792fb
 def _renamed(shape:dict, decoder:bool):

@@ -43,6 +43,7 @@ class ReleasedText:
         text:str,
         written:bool=False, # written form, with capitals and punctuation; else normalised
     )->list[int]:
+        "Token ids of a text; `ValueError` names what cannot be encoded."
         if written:
             if "<|" in text: raise ValueError(f"cannot encode {text!r}: <| begins a special token; take it out of the transcript")
         elif unknown := unknown_characters(text):
@@ -102,7 +103,9 @@ class WhisperTokens:
         return cls(tokenizer, special, special["no_timestamps"] + 1 + (0 if seconds is None else 1 + round(seconds/TIME_STEP)))
 
     @property
-    def kind(self)->str: return f"whisper, {self.text.kind}"
+    def kind(self)->str:
+        "Kind of the vocabulary, for messages."
+        return f"whisper, {self.text.kind}"
 
     @property
     def fingerprint(self)->str:
@@ -126,7 +129,9 @@ class WhisperTokens:
         "Ids that every transcript begins with."
         return [self.special[name] for name in ("start", "language", "task", *(() if timestamps else ("no_timestamps",)))]
 
-    def timestamp(self, seconds:float)->int: return min(self.first_timestamp + round(seconds/TIME_STEP), self.vocab_size - 1)
+    def timestamp(self, seconds:float)->int:
+        "The id of a time in the window, at most the last one."
+        return min(self.first_timestamp + round(seconds/TIME_STEP), self.vocab_size - 1)
 
     def encode(self,
         text:str,           # normalised
@@ -174,7 +179,7 @@ class Rules:
     first_timestamp:int     # ids from here on are timestamps, 20 ms apart; those between `end` and it are never written
     suppressed:tuple=()     # never written
     at_first:tuple=()       # not written as the first token
-    most_initial:int=50     # the largest first timestamp
+    most_initial:int=50     # the largest first timestamp, in steps of 20 ms
 
 def forbid(
     rules:Rules,

@@ -67,7 +67,7 @@ def check_chunk_graph(
 
 # %% ../../nbs/streams/20_chunk_graph.ipynb #20560f05
 class ChunkGraph:
-    "An exported encoder; each stream runs on one CPU thread."
+    "An exported encoder, shared by its streams; a chunk runs on one CPU thread."
     def __init__(self,
         folder,          # with model.onnx, model.int8.onnx and tokens.txt
         int8:bool=False, # use the int8 weights

@@ -77,7 +77,7 @@ def write_ctranslate(
 class TranslatedWhisper(Whisper):
     "A Whisper whose network is run by CTranslate2."
     def __init__(self,
-        folder,          # with model.bin, from `write_ctranslate`
+        folder,          # with model.bin, from `write_ctranslate`; int8 products if its name is int8, else float32
         config:dict,     # of the trained model, its `window` cut or full
         tokenizer,
         threads:int=1,

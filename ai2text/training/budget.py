@@ -96,11 +96,11 @@ class Clocks:
 # %% ../../nbs/training/00_budget.ipynb #4f8a3692
 @dataclass
 class Every:
-    "A cadence in steps or in minutes of the run; 0 = never."
+    "A cadence in steps of the run, or in minutes since the last time; 0 = never."
     steps: int = 0
     minutes: float = 0.
 
     def due(self, step:int, hours:float, last_step:int, last_hours:float)->bool:
-        "Whether it is due."
+        "Whether it is due now; never twice at one step."
         if step == last_step: return False
         return bool(self.steps and step % self.steps == 0 or self.minutes and hours - last_hours >= self.minutes/60)

@@ -62,7 +62,7 @@ def about(
     try:
         summary = read_json(Path(folder)/"checkpoint.json")
         return summary if all((Path(folder)/name).stat().st_size == size for name,size in summary["files"].items()) else None
-    except (OSError, ValueError): return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError): return None # missing, cut, or of another format
 
 def load_checkpoint(
     folder:Path,         # a complete checkpoint
@@ -228,7 +228,7 @@ def unpack_run(
     files:dict, # name, as in `pack_run` -> a function that yields its blocks of bytes, and raises for a wrong hash
     top:Path,   # ROOT/MODEL/FINGERPRINT, of the same recipe
 )->Path:        # top/BUDGET
-    "Install a packed run; `ConfigError` for files that are not one."
+    "Install a packed run. `ConfigError`, and nothing written, for foreign names, wrong bytes, budget or recipe, incomplete checkpoints."
     with atomic_folder(top/".arrived") as part:
         for name,blocks in files.items():
             if not TRAVELS.fullmatch(name): raise ConfigError(f"{name}: no file of a run has such a name; nothing was taken")
@@ -295,7 +295,7 @@ def list_runs(
     keep:int=1,       # number of runs of each model that --prune keeps
     root=None,        # the project's folder; None: found from the current one
 )->str:               # one line per run
-    "The training runs of a project, newest first."
+    "The training runs of a project, newest first, for `ai2text runs`."
     if keep < 0: raise ConfigError(f"--keep {keep}: give 0 or more")
     folder = Layout(find_root(root)).runs
     rows = prune_runs(folder, keep) if prune else runs(folder)

@@ -11,8 +11,7 @@ from ..core.sections import InitConfig
 from ..core.files import write_json
 from ..core.layout import Layout
 from ..text.tokenizer import load_tokenizer
-from ..models.store import build_model
-from ..models.store import save_model
+from ..models.store import build_model, save_model
 from ..core.code import identity
 from .advice import START, is_released
 from .checkpoint import run_folder

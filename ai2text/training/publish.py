@@ -56,7 +56,7 @@ def publish(
 def summary(
     root:Path=None, # folder with params.yaml; None: found from the current one
 )->str:
-    "Results of finished runs, state of unfinished ones, and where the reports are."
+    "Results of finished runs, state of unfinished ones, and where the reports are; `FileNotFoundError` without results."
     layout, lines = Layout(root or find_root()), []
     for folder in sorted((layout.root/"results").glob("*/metrics.json")):
         name = folder.parent.name

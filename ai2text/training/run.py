@@ -195,7 +195,7 @@ def join(
     machine:int,    # number of this machine, from 1; machine 0 runs `dvc repro`
     root:Path=None, # folder with params.yaml; None: found from the current one
 )->str:
-    "Join a training run as a further machine, until its end."
+    "Join a training run as a further machine, until its end; `ConfigError` for a wrong number or missing data."
     layout = Layout(root or find_root())
     values = load_params(layout.root/"params.yaml")
     models = values.get("models") or {}

@@ -81,7 +81,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step:int):
-        "Update the average after `step`."
+        "Update the average after `step` steps."
         weight = 1 - min(self.decay, (1 + step)/(10 + step))
         torch._foreach_lerp_(list(self.average.values()), list(self.params.values()), weight)
 
@@ -709,7 +709,7 @@ def fit(self:TrainerOptimized,
     go_on:bool=False,                   # resume also a run that `request_stop` ended
     evaluate_start:bool=False,          # evaluate before the first step, for pretrained weights
 )->dict:                                # the content of `result.json`
-    "Train until the budget is used up, from the last checkpoint in the run folder; for a finished run only return its result."
+    "Train to the end of the budget, from the last checkpoint in the run folder; a finished run is only loaded, with its result."
     self.budget, self.observers = budget, list(observers) if self.ranks.main else []
     self.folder = Path(run_folder) if run_folder and self.ranks.main else None
     self.evaluate, self.evaluate_every, self.checkpoint_every, self.monitor, self.keep = (
