@@ -82,9 +82,10 @@ def _middle(latency:list)->dict:
 
 def text_after(
     model:dict,    # as of `gather`
+    chunk:int=0,   # of a streaming model, encoder frames; 0: its shortest
 )->float:          # seconds
     "The longest time from a sound to its text: to the end of its chunk, or of its utterance (of middle length), and its computation."
-    if model["streams"]: return STREAM_FRAME*min(map(int, model["streams"]))*(1 + model["real_time_factor"])
+    if model["streams"]: return STREAM_FRAME*(chunk or min(map(int, model["streams"])))*(1 + model["real_time_factor"])
     middle = _middle(model["latency"])
     return middle["audio_seconds"] + middle["seconds"] if middle else float("inf")
 
@@ -126,6 +127,12 @@ def recommend(
             )
         elif not sure:
             out["doubts"].append(f"{best['model']} and {o['model']} do not differ significantly on test ({evidence})")
+    if config.latency and best["streams"]:
+        chunk = max((c for c in map(int, best["streams"]) if text_after(best, c) <= config.latency))
+        out["doubts"].append(
+            f"{best['model']} is ranked by its WER with full context; in chunks of {1000*STREAM_FRAME*chunk:.0f} ms, the longest in time, "
+            f"it is {best['streams'][str(chunk)]:.1%} on test, against {best['wer']:.1%}"
+        )
     if len(models) == 1: out["doubts"].append("there is no other model to compare with")
     if apart > 0.05: out["doubts"].append(f"the training times differ by {apart:.0%}")
     out["doubts"].append("one run of each model: another seed may order them otherwise")

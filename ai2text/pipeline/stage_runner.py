@@ -334,10 +334,10 @@ def _kernel_class(root:Path, scratch:Path, watch):
 
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #65632cbf
 class StageError(RuntimeError):
-    "A stage that did not finish; `code` is the exit status."
-    def __init__(self, text:str, code:int=1):
+    "A stage that did not finish; `exit_status` is that of the command."
+    def __init__(self, text:str, exit_status:int=1):
         super().__init__(text)
-        self.code = code
+        self.exit_status = exit_status
 
 def _parent()->int:
     "The parent process; -1 if it is gone. A child of DVC has DVC's session; the process that adopts orphans has another."

@@ -116,7 +116,8 @@ def judge(
         out["disagreement"] = edits/words if words else None
     both = {r["id"] for r in rows["A"]} & {r["id"] for r in rows["B"]}
     if both: out["difference"] = paired_difference(*([r for r in rows[n] if r["id"] in both] for n in "AB")) | dict(paired=True)
-    elif rows["A"] and rows["B"] and not shadow: out["difference"] = rate_difference(rows["A"], rows["B"]) | dict(paired=False)
+    elif not shadow and all(sum(r["words"] for r in rows[n]) for n in "AB"):
+        out["difference"] = rate_difference(rows["A"], rows["B"]) | dict(paired=False)
     out["correlations"] = {}
     for name,(_,results,_) in sides.items():
         rate = {r["id"]: r["errors"]/r["words"] for r in rows[name] if r["words"]}
