@@ -111,7 +111,7 @@ def smooth(
 
 # %% ../../nbs/decoding/00_ngram_lm.ipynb #53fa6839
 class LM:
-    "An n-gram model; `about` describes its text and parameters."
+    "An n-gram model; `about` has its parameters and counts of its text."
     def __init__(self,
         words:list[str],       # id -> word, the three special ones first
         levels:list[Level],    # order 1, 2, ...

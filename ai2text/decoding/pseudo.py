@@ -185,7 +185,7 @@ def _reject_reason(f:dict, cfg:PseudoConfig)->tuple|None:
     "Why an utterance is rejected: reason and detail, or None."
     if not f["text"]: return "no words", "the teacher recognised none"
     if f["confidence"] < cfg.threshold: return "below threshold", f"confidence {f['confidence']:.3f}"
-    if not agrees(f, cfg.agreement): return "heard otherwise", f"{f['differs']:.0%} of the words differ in the second decoding"
+    if not agrees(f, cfg.agreement): return "decodings differ", f"{f['differs']:.0%} of the words differ in the second decoding"
 
 def make_pseudo(
     cfg:PseudoConfig,

@@ -117,5 +117,5 @@ def choose_readings(
     changed, sure = sum(not f["first"] for f in found), sum(f["margin"] is None or f["margin"] >= margin for f in found)
     return (f"{out}: {len(found)} of {len(rows)} utterances have several readings; in {changed} another than the first was spoken, "
         f"{sure} are decided by {margin:g} or more. " +
-            ("Run `dvc repro`: prepare uses it" if out == layout.root/Path(configured or "").expanduser()
+            ("Run `dvc repro`: prepare uses it" if configured and out.resolve() == (layout.root/Path(configured).expanduser()).resolve()
             else "Set prepare.spoken in params.yaml to it") + ", and the models are trained again")

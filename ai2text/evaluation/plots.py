@@ -231,7 +231,7 @@ def _trade(models:list, looks:list, ax):
     on = [points[i] for i in pareto_front(points)]
     if len(points) > 1:
         ax.step([x for x, _ in on], [y for _, y in on], where="post", color="0.46", linestyle=":", zorder=0, label="Pareto front")
-    ax.set(xlabel="latency of an utterance of median length, ms", ylabel="WER on test, %")
+    ax.set(xlabel="latency, middle range of lengths, ms", ylabel="WER on test, %")
     ax.margins(.25)
     ax.legend()
 

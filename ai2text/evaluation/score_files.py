@@ -34,8 +34,9 @@ def _lines(path)->list[str]:
     except UnicodeDecodeError as e: raise ConfigError(f"{path}: not UTF-8 ({e}); save it as UTF-8") from None
     lines = [line.rstrip("\n") for line in io.StringIO(text, newline=None)]
     behind = [_TRN.fullmatch(line) for line in lines if line.strip()]
-    # sclite: the id follows the text
-    if all(behind) and len({m[2] for m in behind}) == len(behind) > 1: lines = [f"{m[2]}\t{m[1]}" for m in behind]
+    # sclite: the id follows the text; a single line in parentheses may also be text
+    least = 1 if path.suffix == ".trn" else 2
+    if all(behind) and len({m[2] for m in behind}) == len(behind) >= least: lines = [f"{m[2]}\t{m[1]}" for m in behind]
     if not lines: raise ConfigError(f"{path}: the file is empty; give an utterance a line")
     return lines
 

@@ -52,6 +52,7 @@ def tune_lm(
 )->str:
     "Tune the weights and write them into the folder of the language model, or beside an ARPA file."
     if beam < 0: raise ConfigError(f"--beam {beam}: give 1 or more hypotheses, or 0 for the usual number")
+    if utterances < 0: raise ConfigError(f"--utterances {utterances}: give 1 or more, or 0 for all")
     layout = Layout(root or find_root())
     recogniser = load_model(layout.model(model), load_tokenizer(layout.tokenizer))
     if getattr(recogniser, "writes", False):

@@ -133,10 +133,9 @@ def main(
     function, debug, command = options.pop("function"), options.pop("debug"), options.pop("command")
     try: result = function(**options)
     except (ValueError, OSError, RuntimeError, MemoryError, FloatingPointError) as e:
-        code = getattr(e, "code", 2)
-        if debug or isinstance(e, RuntimeError) and not hasattr(e, "code"): raise
+        if debug or isinstance(e, RuntimeError) and not hasattr(e, "exit_status"): raise
         print(f"ai2text {command}: {e}", file=sys.stderr)
-        return code
+        return getattr(e, "exit_status", 2)
     except KeyboardInterrupt:
         if debug: raise
         return 130

@@ -30,7 +30,7 @@ from ..evaluation.score_split import split_loader
 from ..training.advice import train_values
 from ..training.trainer import Progress
 from ..training.setup import set_up
-from .stage_runner import chosen_milestones
+from .stage_runner import check_names, chosen_milestones
 
 # %% ../../nbs/pipeline/05_dry_run.ipynb #bf7b1483
 class TensorMemory(TorchDispatchMode):
@@ -279,6 +279,7 @@ def train(
     "Train a few steps on the prepared data and report speed and memory; under torchrun, in all its processes."
     layout = Layout(root or find_root())
     values = load_params(layout.root/"params.yaml")
+    check_names(values)
     models = values.get("models") or {}
     if not models: raise ConfigError("params.yaml: models: there is none; write one")
     model = model or next(iter(models))

@@ -29,17 +29,25 @@ EACH = dict(corpus="corpora", pseudo="pseudo", init="models", train="models", ev
 # section -> name of the option and of the notebook's parameter for an item
 SINGULAR = dict(corpora="corpus", pseudo="corpus", models="model", plans="plan")
 
+def _no_items(part:str, items)->ConfigError:
+    option = SINGULAR[part]
+    return ConfigError(f"params.yaml: {part}: {items!r}; write the name of a {option} beneath it, and its keys beneath that")
+
 def check_names(
     params:dict, # the content of params.yaml
 ):
-    "Raise `ConfigError` for a name of a corpus, model or plan that cannot be part of ids, paths and stage names."
+    "Raise `ConfigError` for a name of a corpus, model or plan that cannot be part of ids, paths and stage names, or for no sections."
     for part in SINGULAR:
+        if not isinstance(params.get(part) or {}, dict): raise _no_items(part, params[part])
         for name in params.get(part) or {}:
             if not isinstance(name, str): raise ConfigError(f"params.yaml: {part}: {name!r} is no text; write it in quotes: '{name}'")
     for name in params.get("models") or {}:
         if name in ("init", "runs", "export") or not re.fullmatch(r"\w[\w-]*", str(name)) or str(name).endswith("-eval"):
             raise ConfigError(f"params.yaml: models: {name!r} is no name for a model; use letters, digits, _ and -; "
                               "init, runs, export and names ending in -eval are reserved for other folders")
+    for name,item in (params.get("models") or {}).items():
+        if not isinstance(item, dict):
+            raise ConfigError(f"params.yaml: models.{name}: {item!r} is no section; write its keys beneath `{name}:`")
     exported, models = (params.get("export") or {}).get("model"), params.get("models") or {}
     if exported is not None and models and exported not in [*models]:
         raise ConfigError(f"params.yaml: export.model: {exported!r} is none of the models; write one of {', '.join(map(str, models))}")
@@ -65,8 +73,7 @@ def pick_item(
             raise ConfigError(f"stage {name}: --{option} {given[option]}: this stage is the same for all {other}; leave --{option} out")
     if not section: return "", None, None
     option, items = SINGULAR[section], params.get(section)
-    if not isinstance(items, dict) or not items:
-        raise ConfigError(f"params.yaml: {section}: {items!r}; write the name of a {option} beneath it, and its keys beneath that")
+    if not isinstance(items, dict) or not items: raise _no_items(section, items)
     key = given.get(option)
     if key is None: raise ConfigError(f"stage {name}: runs once a {option}; add --{option} and one of {', '.join(items)}")
     if key not in items:
@@ -109,7 +116,8 @@ def stage_parameters(
     _, config = stage_section(name, params, each, key)
     corpora = params.get("corpora") or {}
     values = dict(workspace=".", config=config, stream=params.get("stream") or {}, corpora=[*corpora, *(params.get("pseudo") or {})],
-                  sources={k: (v or {}).get("source", "demo") for k,v in corpora.items()}, models=list(params.get("models") or {}))
+                  sources={k: v.get("source", "demo") if isinstance(v, dict) else "demo" for k,v in corpora.items()},
+                  models=list(params.get("models") or {}))
     if each: values[SINGULAR[each]] = key
     if each == "models": values |= dict(model_params=item, milestone_list=chosen_milestones(params))
     for parameter in wanted:
@@ -213,10 +221,11 @@ def write_starts(
     "Write digests of initial weights and of outside lists into the folder `starts`; the entry of what is not on this machine stays."
     layout = Layout(find_root(root))
     params = load_params(layout.root/"params.yaml")
+    check_names(params)
     models, known = params.get("models") or {}, lambda name: read_json(p) if (p := layout.starts/f"{name}.json").is_file() else {}
     with atomic_folder(layout.starts) as part:
         for name,item in models.items():
-            now = start_of(str((item or {}).get("init", "scratch")), layout.root)
+            now = start_of(str(item.get("init", "scratch")), layout.root)
             missing = "files" not in now and known(name).get("init") == now["init"]
             write_json(part/f"{name}.json", known(name) if missing else now)
         for stage in ("corpus", "pseudo"):
@@ -325,10 +334,10 @@ def _kernel_class(root:Path, scratch:Path, watch):
 
 # %% ../../nbs/pipeline/00_stage_runner.ipynb #65632cbf
 class StageError(RuntimeError):
-    "A stage that did not finish; `code` is the exit status."
-    def __init__(self, text:str, code:int=1):
+    "A stage that did not finish; `exit_status` is that of the command."
+    def __init__(self, text:str, exit_status:int=1):
         super().__init__(text)
-        self.code = code
+        self.exit_status = exit_status
 
 def _parent()->int:
     "The parent process; -1 if it is gone. A child of DVC has DVC's session; the process that adopts orphans has another."

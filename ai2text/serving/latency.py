@@ -169,19 +169,18 @@ async def load(
     **how,                 # of `stream_session`: chunk, token, fast
 )->list[SessionLog]:
     "Send sessions in several streams, in real time."
-    loop, blocks, out = asyncio.get_running_loop(), {}, []
-    for s in what: blocks[s.id] = s.blocks()
+    loop, blocks, out = asyncio.get_running_loop(), [s.blocks() for s in what], []
     begin, turns = loop.time() + 0.05, iter(range(len(what))) if not seconds else None
     async def stream(number):
         start = begin + stagger*number/streams
         while True:
             turn = next(turns, None) if turns else number
             if turn is None or seconds and start - begin >= seconds: return
-            session, number = what[turn % len(what)], number + streams
+            turn, number = turn % len(what), number + streams
             await asyncio.sleep(start - loop.time())
-            h = await stream_session(http, url, session, start, blocks[session.id], **how)
+            h = await stream_session(http, url, what[turn], start, blocks[turn], **how)
             out.append(h)
-            start = max(start + (0 if how.get("fast") else session.duration), loop.time()) + pause
+            start = max(start + (0 if how.get("fast") else h.duration), loop.time()) + pause
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
         await asyncio.gather(*map(stream, range(streams)))
     return out

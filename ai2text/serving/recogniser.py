@@ -30,7 +30,7 @@ class Recogniser:
     def __init__(self,
         bundle,          # its folder, or a `Bundle`
         lm=None,         # folder of a language model, or an ARPA file
-        hotwords=(),     # likely words and phrases
+        hotwords=(),     # likely words and phrases, as of `Decoder`
         int8:bool=False, # 8-bit weights
         **decoding,      # other arguments of `Decoder`
     ):

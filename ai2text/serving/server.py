@@ -390,7 +390,7 @@ class Service:
 # %% ../../nbs/serving/60_server.ipynb #cdf13808
 @patch
 def about(self:Service)->str:
-    "The settings in effect, in lines."
+    "The settings in effect, as lines of text."
     b, n = self.bundle, self.workers.count
     rate = f", a result each {0.04*b.config['chunk_size']:g} s" if b.streams else ""
     return "\n".join([

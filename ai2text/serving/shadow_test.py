@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .bundle import check_bundle
 from .recogniser import load_recogniser
 from ..core.files import read_jsonl, write_json
 from ..core.params import ConfigError
@@ -115,7 +116,8 @@ def judge(
         out["disagreement"] = edits/words if words else None
     both = {r["id"] for r in rows["A"]} & {r["id"] for r in rows["B"]}
     if both: out["difference"] = paired_difference(*([r for r in rows[n] if r["id"] in both] for n in "AB")) | dict(paired=True)
-    elif rows["A"] and rows["B"] and not shadow: out["difference"] = rate_difference(rows["A"], rows["B"]) | dict(paired=False)
+    elif not shadow and all(sum(r["words"] for r in rows[n]) for n in "AB"):
+        out["difference"] = rate_difference(rows["A"], rows["B"]) | dict(paired=False)
     out["correlations"] = {}
     for name,(_,results,_) in sides.items():
         rate = {r["id"]: r["errors"]/r["words"] for r in rows[name] if r["words"]}
@@ -166,6 +168,7 @@ def run_shadow_test(
 )->str:                  # a table
     "Compare two bundles on recorded streams, as a shadow test or as A/B; raises `ConfigError`."
     if streams < 1: raise ConfigError(f"--streams {streams}: give 1 or more")
+    if utterances < 0: raise ConfigError(f"--utterances {utterances}: give 1 or more, or 0 for all")
     if not audio.is_file():
         raise ConfigError(f"{audio}: no such manifest; write a line of JSON with id and audio_filepath for each recording")
     what = sessions(read_jsonl(audio)[:utterances or None], audio.parent)
@@ -175,8 +178,9 @@ def run_shadow_test(
         raise ConfigError(f"--share {share}: of {len(what)} sessions none goes to {' and '.join(empty)}; "
                           "give another share, or more recordings")
     bundles = dict(A=a, B=b)
+    checked = {name: check_bundle(folder) for name,folder in bundles.items()} # a trained model cannot be served
+    normaliser = checked["A"].normaliser # raises for that of another version, before anything is streamed
     recognisers = {name: load_recogniser(folder) for name,folder in bundles.items()}
-    normaliser = recognisers["A"].bundle.normaliser # raises for that of another version, before anything is streamed
     with contextlib.ExitStack() as stack:
         services = {name: stack.enter_context(served(folder, int8=int8, vad=vad)) for name,folder in bundles.items()}
         before = {name: s.processor() for name,s in services.items()}
