@@ -27,7 +27,6 @@ from ..text.tokenizer import Tokenizer, min_frames
 SPLITS = ("train", "dev", "test")
 
 # %% ../../nbs/corpora/40_checks.ipynb #d2f25776
-_FRAME_RATE = 50         # power measurements a second
 _ROUNDING = 2.**-30 / 12 # power of the rounding noise of 16 bits
 
 def signal_to_noise(powers)->float:
@@ -174,7 +173,7 @@ def _draw_speakers(sizes:dict, wanted:float, seed:int)->set:
     order = sorted(sizes, key=lambda speaker: hashlib.sha256(f"{seed} {speaker}".encode()).digest())
     drawn, total = set(), 0
     for speaker in order:
-        if total + sizes[speaker] <= wanted: drawn, total = drawn | {speaker}, total + sizes[speaker]
+        if total + sizes[speaker] <= wanted: drawn.add(speaker); total += sizes[speaker]
     return drawn or set(sorted(order, key=sizes.get)[:1] if len(order) > 1 else [])
 
 def _draw_utterances(rows:list[dict], wanted:float, cfg:PrepareConfig, split:str)->list[str]:
