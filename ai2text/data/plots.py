@@ -16,8 +16,9 @@ from .shard_index import Index
 def shard_rows(index:Index, most:int=12)->list:
     "Table rows of shards and their total, at most `most` shards; `of PCM` is the size relative to 16-bit samples, empty for mixed rates."
     def row(name, samples, seconds, size, digest):
+        of_pcm = f"{size/(2*index.sample_rate*seconds):.0%}" if index.sample_rate else ""
         return {"shard": name, "utterances": samples, "minutes": f"{seconds/60:,.1f}",
-                "MB": f"{size/1e6:,.1f}", "of PCM": f"{size/(2*index.sample_rate*seconds):.0%}" if index.sample_rate else "", "SHA-256": digest}
+                "MB": f"{size/1e6:,.1f}", "of PCM": of_pcm, "SHA-256": digest}
     rows = [row(s["file"], s["samples"], s["seconds"], s["bytes"], s["sha256"][:12]) for s in index.shards]
     if len(rows) > most: rows = [*rows[:most - 1], dict.fromkeys(rows[0], "..."), rows[-1]]
     return [*rows, row("all", len(index), index.seconds, sum(s["bytes"] for s in index.shards), "")]
