@@ -27,7 +27,6 @@ from ..text.tokenizer import Tokenizer, min_frames
 SPLITS = ("train", "dev", "test")
 
 # %% ../../nbs/corpora/40_checks.ipynb #d2f25776
-_FRAME_RATE = 50         # power measurements a second
 _ROUNDING = 2.**-30 / 12 # power of the rounding noise of 16 bits
 
 def signal_to_noise(powers)->float:
@@ -110,7 +109,7 @@ REASONS = {
 
 # %% ../../nbs/corpora/40_checks.ipynb #409da624
 def check_text(row:dict, foreign:str="keep")->tuple|None:
-    "Reject a text that cannot be learned; `foreign` is the policy for foreign letters."
+    "Reject a row if its `text_raw` or `text` cannot be learned; `foreign` is the policy for foreign letters."
     if found := MARKUP.search(TAG.sub(" ", row["text_raw"])): return "markup", found[0]
     if not row["text"]: return "empty transcript", repr(row["text_raw"])
     if found := wrong_script(row["text"]): return "wrong script", ", ".join(found)
@@ -123,7 +122,7 @@ def decibels(level:float)->float:
     return 20 * np.log10(max(level, 1e-6))
 
 def check_audio(row:dict, facts:dict, cfg:PrepareConfig)->tuple|None:
-    "Reject a recording by the facts of its `probe`, or whose length does not fit its text."
+    "Reject a row by the facts of its recording (`probe`), or if its length in s does not fit its `text`."
     if "reason" in facts: return facts["reason"], facts["detail"]
     seconds = facts["duration"]
     if seconds > cfg.max_seconds: return "too long", f"{'over ' if 'longer' in facts else ''}{seconds:.1f} s"
@@ -174,7 +173,7 @@ def _draw_speakers(sizes:dict, wanted:float, seed:int)->set:
     order = sorted(sizes, key=lambda speaker: hashlib.sha256(f"{seed} {speaker}".encode()).digest())
     drawn, total = set(), 0
     for speaker in order:
-        if total + sizes[speaker] <= wanted: drawn, total = drawn | {speaker}, total + sizes[speaker]
+        if total + sizes[speaker] <= wanted: drawn.add(speaker); total += sizes[speaker]
     return drawn or set(sorted(order, key=sizes.get)[:1] if len(order) > 1 else [])
 
 def _draw_utterances(rows:list[dict], wanted:float, cfg:PrepareConfig, split:str)->list[str]:
@@ -274,7 +273,7 @@ def check_duplicates(rows:list[dict], samples:dict):
 _FRAMES_PER_SECOND = 25 # outputs of the models: 100 feature frames, subsampled by 4
 
 def outputs(row:dict)->int:
-    "The number of model outputs of a recording."
+    "The number of model outputs of a recording, from its `duration` in s."
     return int(row["duration"] * _FRAMES_PER_SECOND)
 
 def needed(rows:list[dict], tokenizer:Tokenizer)->list[int]:
@@ -282,7 +281,7 @@ def needed(rows:list[dict], tokenizer:Tokenizer)->list[int]:
     return [min_frames(tokenizer.encode(row["text"])) for row in rows]
 
 def check_time(rows:list[dict], tokenizer:Tokenizer):
-    "A check that rejects infeasible utterances of train."
+    "A check that rejects utterances of train that are too short for CTC to emit their text."
     least = {row["id"]: count for row, count in zip(rows, needed(rows, tokenizer))}
     def check(row):
         if row["split"] == "train" and least[row["id"]] > outputs(row):
@@ -290,7 +289,7 @@ def check_time(rows:list[dict], tokenizer:Tokenizer):
     return check
 
 def describe(rows:list[dict], tokenizer:Tokenizer)->dict:
-    "Statistics of the rows of a split."
+    "Statistics of the rows of a split; `infeasible`: too short for CTC to emit their text."
     seconds, infeasible = (sum(row["duration"] for row in rows),
         sum(count > outputs(row) for row, count in zip(rows, needed(rows, tokenizer))))
     return dict(

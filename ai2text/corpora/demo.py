@@ -73,7 +73,7 @@ def _utterances(line:int, sentence:str, split:str, count:int, seed:int):
         yield Utterance(f"{line:05d}-{number}", sentence, split, voice)
 
 def plan_demo(sentences:list, cfg:DemoConfig)->list[Utterance]:
-    "The utterances of sentences with voices and splits, sorted by id; `ConfigError` if dev and test leave none to train on."
+    "The utterances of sentences (as of `demo_sentences`), sorted by id; `ConfigError` if dev and test leave none to train on."
     chosen = sorted(sentences, key=lambda s: generator(cfg.seed, f"deal {s[0]}").random())[:cfg.sentences or None]
     if (held_out := cfg.dev_sentences + cfg.test_sentences) >= len(chosen):
         raise ConfigError(f"dev_sentences + test_sentences = {held_out} leave nothing of {len(chosen)} sentences to train on; lower them "
@@ -119,5 +119,5 @@ def record(utterance:Utterance, folder:Path, seed:int=0)->dict:
 
 # %% ../../nbs/corpora/10_demo.ipynb #33a883c7
 def regenerate(cfg:DemoConfig, row:dict, source:Path=None)->Utterance:
-    "The utterance of a row of the demo's manifest, with the text of a folder or the package."
+    "The utterance of a row of the demo's manifest, with the text of the folder `source` or of the package."
     return next(u for u in plan_demo(demo_sentences(source)[0], cfg) if row["id"] == f"{row['corpus']}-{u.id}")

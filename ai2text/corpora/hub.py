@@ -138,12 +138,12 @@ def import_huggingface(cfg:CorpusConfig, source:Path|None):
                 detail="the file is of none of train, dev, valid and test, as others are, and is left out")
             continue
         with _network(f"{url}/{name}" if url else str(source/name)):
-            for sound,cells in _rows(name, opened(), cfg.columns):
+            for line,(sound,cells) in enumerate(_rows(name, opened(), cfg.columns), 1):
                 done += 1
                 entry = fields(cells, cfg.columns)
                 path = sound.get("path") or ""
                 id = str(entry["id"]) if "id" in cfg.columns else Path(path).stem or str(entry["id"])
                 entry["id"] = id if id and id not in taken else f"{id or split_of(name) or 'row'}-{done:07d}"
                 taken.add(entry["id"])
-                yield (dict(file=name, line=done) | entry | dict(split=entry["split"] or split_of(*name.split("/")[::-1]))
+                yield (dict(file=name, line=line) | entry | dict(split=entry["split"] or split_of(*name.split("/")[::-1]))
                     | _sound(sound, entry["id"], url))

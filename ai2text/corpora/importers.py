@@ -142,10 +142,10 @@ def read_subtitles(text:str)->list[dict]:
 _LABEL = re.compile(r"[ \t]*(\d+(?:[.,]\d+)?)[ \t]+(\d+(?:[.,]\d+)?)(?:[ \t]+(\S.*))?")
 _SILENCE = {"", "sil", "sp", "spn", "pau", "<sil>", "<p:>", "#", "-", "_"}
 
-def read_labels(text:str)->list[dict]:
-    "Entries of lines `start end text`, in s or in HTK's units of 100 ns; none if another line is among them."
+def read_labels(text:str)->list[dict]|None:
+    "Entries of lines `start end text`, in s or in HTK's units of 100 ns, without silences; None if another line is among them."
     lines = [_LABEL.fullmatch(line.rstrip()) for line in text.splitlines() if line.strip()]
-    if not all(lines): return []
+    if not all(lines): return None
     lines = [[m[0], *(m[n].replace(",", ".") for n in (1, 2)), m[3]] for m in lines] # Audacity writes the decimal separator of the locale
     unit = 1e-7 if all("." not in m[1] + m[2] for m in lines) and max((int(m[2]) for m in lines), default=0) >= 100_000 else 1
     return [dict(offset=round(float(m[1])*unit, 7), end=round(float(m[2])*unit, 7), text_raw=m[3]) for m in lines
@@ -161,7 +161,7 @@ def read_textgrid(
 )->list[dict]:    # entries: offset, end, text_raw, speaker
     "The intervals of a TextGrid that have a text; `ValueError` for another file."
     tokens = [m[1].replace('""', '"') if m[2] is None else float(m[2]) for m in _TOKEN.finditer(text)]
-    if tokens[:2] != ["ooTextFile", "TextGrid"]: raise ValueError("it is not a TextGrid")
+    if tokens[:2] not in (["ooTextFile", "TextGrid"], ["ooTextFile short", "TextGrid"]): raise ValueError("it is not a TextGrid")
     take, tiers = iter(tokens[4:]), {}
     try:
         for _ in range(int(next(take))):
@@ -229,7 +229,8 @@ def _transcript_beside(files:Files, name:str, beside:dict, tier:str="")->list[di
             return (read_textgrid(text, tier) if kind == ".textgrid" else read_subtitles(text)) or [dict(reason="no transcript",
                 detail=f"{os.path.basename(path)}: no text with times")]
     except ValueError as e: return [dict(reason="no transcript", detail=f"{os.path.basename(path)}: {e}")]
-    labels = read_labels(text) if kind == ".lab" or "\t" in text and re.search(r"\d[.,]\d", text) else []
+    labels = read_labels(text) if kind == ".lab" or "\t" in text and re.search(r"\d[.,]\d", text) else None
+    if labels == [] and text.strip(): return [dict(reason="no transcript", detail=f"{os.path.basename(path)}: no text with times")]
     return labels or [dict(text_raw=" ".join(text.split()))]
 
 def import_vlsp(cfg:CorpusConfig, source:Path):

@@ -148,13 +148,14 @@ def import_lhotse(cfg:CorpusConfig, source:Path):
     "the folder of the recordings of lhotse manifests: *cuts*.jsonl.gz, or *recordings* and *supervisions*, there or in `transcripts`"
     lists = [(path, about, json_lines(path)) for path,about in find_lists(cfg, source, "*cuts*.json*", "*recordings*.json*",
         "*supervisions*.json*")]
-    def of(*keys):
-        return [(about | where, row) for _,about,rows in lists for where,row in rows if "reason" in where or all(k in row for k in keys)]
-    recordings, cuts = {row["id"]: row for _,row in of("sources", "id") if row}, of("supervisions")
+    def of(*kinds): # rows with all keys of one of the kinds, and lines that are not JSON
+        return [(about | where, row) for _,about,rows in lists for where,row in rows if "reason" in where
+            or any(all(k in row for k in keys) for keys in kinds)]
+    recordings, cuts = {row["id"]: row for _,row in of(("sources", "id")) if row}, of(("supervisions",), ("tracks",))
     if not any(row for _,row in cuts) and not recordings:
         raise ConfigError(f"{lists[0][0]}: has neither cuts nor recordings of lhotse; give a folder with cuts, or with recordings and "
             f"supervisions")
-    for where,row in cuts if any(row for _,row in cuts) else of("recording_id", "start"):
+    for where,row in cuts if any(row for _,row in cuts) else of(("recording_id", "start")):
         try:
             yield from (where | entry for entry in ([{}] if not row else _cut(row) if "supervisions" in row or "tracks" in row
                 else [_supervised(row, recordings.get(row["recording_id"]))]))

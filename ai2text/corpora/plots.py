@@ -83,7 +83,7 @@ def plot_room(utterance:Utterance, seed:int):
 
 # %% ../../nbs/corpora/60_plots.ipynb #ef9acdc6
 def split_table(rows:list[dict])->list[dict]:
-    "Utterances, hours, speakers and words of a manifest, by split and in all."
+    "Utterances, hours, speakers and words of the rows of a manifest, by split and in all."
     def most(values): return ", ".join(f"{v} {n}" for v,n in Counter(sorted(values)).most_common(5))
     def line(name, part):
         return dict(split=name, utterances=len(part), hours=sum(r["duration"] for r in part)/3600,
@@ -178,7 +178,7 @@ def _panel(axis, label, limits, kept, lost):
     axis.locator_params(axis="x", nbins=5)
 
 def plot_quality(splits:dict, rejects:list[dict], cfg:PrepareConfig, tokenizer:Tokenizer):
-    "A histogram of each measure by split, with its limits."
+    "A histogram of each measure for `splits` (split -> rows) and rejects, with the limits of `cfg`."
     figure, axes = plt.subplots(2, 3, figsize=(10, 5))
     limits = (cfg.min_seconds, cfg.max_seconds), (cfg.min_characters_per_second,
         cfg.max_characters_per_second), (None, 1.), (cfg.silence_db, None), (None, 100*cfg.max_clipped), (None, None)
@@ -192,7 +192,7 @@ def plot_quality(splits:dict, rejects:list[dict], cfg:PrepareConfig, tokenizer:T
 
 # %% ../../nbs/corpora/60_plots.ipynb #c9a4bef3
 def extremes(splits:dict, tokenizer:Tokenizer)->list[dict]:
-    "The kept rows that are shortest, longest, slowest and so on, with `why`."
+    "Of `splits` (split -> rows), the rows that are shortest, longest, slowest and so on, with `why`."
     rows, found = [row for some in splits.values() for row in some], []
     values = quality(rows, tokenizer)
     for name, sign, why in (("seconds", 1, "shortest: {:.2f} s"), ("seconds", -1, "longest: {:.1f} s"),

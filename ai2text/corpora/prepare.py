@@ -46,6 +46,7 @@ def _read_corpus(folder:Path, out_dir:Path)->list[dict]:
     if not rows: raise ConfigError(f"{path}: has no utterances; check the source of the corpus stage")
     for number, row in enumerate(rows, 1):
         row.setdefault("text_raw", row.get("text"))
+        row.setdefault("split", "")
         for key in ("id", "audio_filepath", "text_raw"):
             if not isinstance(row.get(key), str): raise ConfigError(f"{path}, line {number}: {key} is {row.get(key)!r}; write a string")
         # half of a surrogate pair cannot be encoded
@@ -207,7 +208,7 @@ def prepare(
     for name in (*(f"{split}.jsonl" for split in SPLITS), "stats.json", NORMALISER_FILE): (out_dir/name).unlink(missing_ok=True)
     folders = _corpus_folders(corpora_dir, names)
     rejects, rows = [], [row for folder in folders for row in _read_corpus(folder, out_dir)]
-    total, given = len(rows), {row.get("split", "") for row in rows if not row.get("teacher")}
+    total, given = len(rows), {row["split"] for row in rows if not row.get("teacher")}
     normaliser = make_normaliser(cfg, root)
     readings = _normalise_all(rows, normaliser, cfg, executor)
     spoken = _choose_spoken(rows, _read_spoken(Path(root)/Path(cfg.spoken).expanduser()) if cfg.spoken else {})

@@ -183,8 +183,11 @@ def _impulse_response(rng:np.random.Generator)->np.ndarray:
 # %% ../../nbs/corpora/00_tts.ipynb #946fe40f
 _SNR_DB, _LEVEL_DB = (18, 45), (-20, -1) # speech over noise; the loudest sample, to full scale
 
-def room(wave_T:np.ndarray, rng:np.random.Generator)->np.ndarray:
-    "Clean speech at 16 kHz as a microphone in a room would record it: float32 in [-1, 1], of the same length and without delay."
+def room(
+    wave_T:np.ndarray, # (T,) clean speech at 16 kHz
+    rng:np.random.Generator, # of `generator`
+)->np.ndarray:         # (T,) float32 in [-1, 1], without delay
+    "Speech as a microphone in a room would record it."
     h_T = _impulse_response(rng)
     n = _fast_length(len(wave_T) + len(h_T))
     hz_F = np.fft.rfftfreq(n, 1/SAMPLE_RATE)

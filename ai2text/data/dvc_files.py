@@ -144,5 +144,5 @@ def tracked(
 
 # %% ../../nbs/data/30_dvc_files.ipynb #7e94b0d6
 def packed(layout:Layout, name:str)->Path:
-    "The folder of a model's published run, tracked by DVC."
+    "The folder of the published run of a model, tracked by DVC."
     return layout.root/"models/runs"/name

@@ -91,7 +91,7 @@ def counts_of(corpus, weights, seed:int=0, epoch:int=0)->np.ndarray:
 
 # %% ../../nbs/data/40_sampler.ipynb #d04ae237
 def share(plan:list, rank:int=0, world:int=1, start:int=0)->list:
-    "The micro-batches of a rank, (number, utterances), of an epoch of which all ranks together have done `start`."
+    "The micro-batches, (number, utterances), of `rank` of `world` processes after the first `start` of a plan, which are done."
     whole = start + (len(plan) - start)//world*world
     mine = [(i, plan[i]) for i in range(start + rank, whole, world)]
     if whole < len(plan): mine.append((whole + rank, np.array_split(np.concatenate(plan[whole:]), world)[rank]))

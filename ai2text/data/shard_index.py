@@ -27,7 +27,7 @@ class ShardError(ConfigError):
     "Invalid shards or sources; the message names file, key and fix."
 
 def members(block)->dict:
-    "The members of an utterance, extension -> content, without a copy; `ValueError` if the bytes are not tar members."
+    "The members of an utterance, extension -> content, as views of its bytes; `ValueError` if these are not tar members."
     view, found, at = memoryview(block), {}, 0
     while at + BLOCKSIZE <= len(view) and view[at]:
         header = bytes(view[at:at+BLOCKSIZE])
@@ -51,7 +51,7 @@ def _extension(name:str)->str:
 
 # %% ../../nbs/data/00_shard_index.ipynb #77fa7826
 def utterance_text(found:dict)->dict:
-    "The metadata of an utterance, at least `text`; `ValueError` without a text."
+    "The metadata of an utterance, at least `text`, from its `members`; `ValueError` without a text."
     if "json" in found:
         try: about = json.loads(bytes(found["json"]))
         except ValueError as e: raise ValueError(f"its JSON cannot be read ({e})") from e
@@ -62,7 +62,7 @@ def utterance_text(found:dict)->dict:
     return {**about, "text": text}
 
 def member_audio(found:dict):
-    "The audio member of an utterance; `ValueError` if there is none."
+    "The bytes of an utterance's audio file, from its `members`; `ValueError` if there is none."
     for suffix in AUDIO_SUFFIXES:
         if suffix[1:] in found: return found[suffix[1:]]
     raise ValueError(f"has no audio: none of {', '.join(AUDIO_SUFFIXES)} among {', '.join(found)}")

@@ -372,7 +372,7 @@ def create_shards(
     max_reject_share:float=0.1, # largest share of rejects
     normaliser:str="",       # of the transcripts: a normaliser.json, or a folder that has one; empty = that of the project or the package
 )->Index:
-    "Write shards and their normaliser from a folder and a JSON file; the index lists rejects with reasons."
+    "Write shards and their normaliser from a folder and a JSON file; the index lists rejects; `ShardError` if they are too many."
     normaliser, where = find_normaliser(normaliser)
     if normaliser is None:
         raise ShardError("normaliser none: training needs normalised transcripts; name a normaliser.json, or omit the option")

@@ -69,7 +69,7 @@ DOUBTS  = 3            # weight of the prior noise, in evaluations
 
 def sample_curves(
     at_N3,      # `features` of the evaluations; leading axes for many curves
-    log_wer_N,
+    log_wer_N,  # logarithms of the error rates
     noise_N,    # standard deviations; inf where there is no evaluation
     now,        # share of the schedule at the last one
     c:Constants,

@@ -118,7 +118,7 @@ class RunLog:
         self.finished = self.reason = None
 
     def add(self, entry:dict):
-        "Take the next entry; an unknown kind only advances the clock."
+        "Add the next entry; one of an unknown kind only advances the clock."
         if entry["kind"] == "start": self._start(entry)
         attempt = self.attempts[-1]
         attempt["seconds"] = max(attempt["seconds"], entry["seconds"])
@@ -399,7 +399,7 @@ class TTQTracker:
         self.run_log, self._file = RunLog(), None
 
     @property
-    def truth(self)->Path: return self.log_file.with_suffix(".jsonl")
+    def truth(self)->Path: return self.log_file.with_suffix(".jsonl") # the entries, from which `log_file` is computed
     @property
     def log(self)->dict: return self.run_log.view() # after the first entry of this process
     @property

@@ -69,7 +69,7 @@ class Purchases:
     def middle(self): return np.median(self.wer_SO, axis=0)
 
     def row(self, i:int, target=None)->dict:
-        "An option in numbers."
+        "Option `i` in numbers: hours, cost, 80% interval of WER, and the probability of a WER of at most `target`."
         low, middle, high = np.quantile(self.wer_SO[:,i], (.1, .5, .9))
         probability = None if target is None else float((self.wer_SO[:,i] <= target).mean())
         return dict(
@@ -93,7 +93,7 @@ def owned(surface:Surface, prices:Prices)->float:
     return prices.owned or max(p.label_hours for p in surface.points)
 
 def grid(surface:Surface, prices:Prices)->Purchases:
-    "All options."
+    "All options: labels from those available, and training from the shortest run, up to `MAX_EXTRAPOLATION` times the largest."
     points, have = surface.points, owned(surface, prices)
     most = max(MAX_EXTRAPOLATION*max(p.label_hours for p in points), have)
     labels = np.geomspace(have, most, 28) if prices.label and most > have else np.array([have])
@@ -146,7 +146,7 @@ def experiments(
     surface:Surface,
     prices:Prices,
     at:dict,               # option whose prediction is to become surer
-    count:int=3,
+    count:int=3,           # runs at most
     all_labels:float=None, # label hours of the workspace, as of `all_label_hours`; None: those that are available
 )->list[dict]:             # the best first; `share` is None for a run that needs more labels than the workspace has
     "Short runs, with the share of the prediction's variance at `at` that each is expected to remove after those before it."
@@ -245,7 +245,7 @@ def plan_headline(plan:dict)->str:
     return "; ".join(parts)
 
 def plan_text(plan:dict)->str:
-    "A plan as text."
+    "A plan as text: answers with 80% intervals, what a further sum buys, the next short runs, caveats."
     prices, target, limit = plan["prices"], plan["target"], f"{MAX_EXTRAPOLATION} times the largest run"
     def option(o):
         bought = max(0, o["label_hours"] - prices["owned"])
