@@ -205,7 +205,7 @@ def judge_confident_forecasts(curves, cuts=(.4, .5, .6, .7, .8), gains=(.97, .95
         found["inside"] += bool(seen.end[0] <= curve.wer[-1] <= seen.end[2])
         found["told"] += [(seen.arrive(best*gain).probability, bool((curve.wer[n:] <= best*gain).any())) for gain in gains]
     sure = [true for probability,true in found["told"] if probability > .9]
-    return found | dict(promises=len(sure), failed=len(sure) - sum(sure))
+    return found | dict(confident=len(sure), failed=len(sure) - sum(sure))
 
 
 def total(found)->dict:
@@ -263,14 +263,14 @@ def test_forecast_is_better_than_the_baselines(heldout):
 def test_confident_forecasts_are_correct(synthetic):
     "At most one in ten fails over all kinds; failures are of kinds that the past does not show: divergence, plateau, overfit."
     found = total(list(synthetic.values()))
-    assert found["promises"] >= 500 and found["failed"] <= 0.1 * found["promises"], {
-        kind: (o["promises"], o["failed"]) for kind, o in synthetic.items()
+    assert found["confident"] >= 500 and found["failed"] <= 0.1 * found["confident"], {
+        kind: (o["confident"], o["failed"]) for kind, o in synthetic.items()
     }
 
 
 def test_confident_forecasts_of_real_runs_are_correct(heldout):
     found = judge_confident_forecasts(heldout, CUTS)
-    assert found["promises"] >= 10 and found["failed"] <= .1*found["promises"], found
+    assert found["confident"] >= 10 and found["failed"] <= .1*found["confident"], found
 
 @pytest.mark.slow
 def test_rising_and_late_curves_are_refused(synthetic):

@@ -158,7 +158,7 @@ def test_only_rank_0_writes_and_the_view_is_replaced_atomically(tracker, clock, 
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError): log_evaluations(first, clock, [.4])
     assert len(view(first)["history"]) == 1                       # the old view is intact, and the log has the new entry
-    assert len(load_log(first.truth)["history"]) == 2
+    assert len(load_log(first.entries_file)["history"]) == 2
 
 def test_a_second_writer_is_an_error(tracker, clock):
     first = tracker()
@@ -173,7 +173,7 @@ def test_a_full_disk_leaves_whole_entries(tracker, clock, monkeypatch):
     with pytest.raises(OSError, match="No space left"): log_evaluations(run, clock, [.4])
     monkeypatch.undo()
     log_evaluations(run, clock, [.3])
-    assert read_entries(run.truth)[1] == 0 and [h["val_wer"] for h in view(run)["history"]] == [.5, .3]
+    assert read_entries(run.entries_file)[1] == 0 and [h["val_wer"] for h in view(run)["history"]] == [.5, .3]
 
 # Forecasts in the log
 
@@ -209,7 +209,7 @@ def test_a_forecast_follows_each_evaluation_and_nothing_else(tracker, clock):
         run.beat(step=105)
     run.saved(105)
     with pytest.warns(UserWarning): run.log_epoch(11, 1., math.nan, step=110)
-    kinds = [e["kind"] for e in read_entries(run.truth)[0]]
+    kinds = [e["kind"] for e in read_entries(run.entries_file)[0]]
     assert [kinds[i+1] for i,k in enumerate(kinds[:-1]) if k == "evaluation"] == ["forecast"]*10 and kinds.count("forecast") == 10
     assert [f["refused"] is None for f in view(run)["forecasts"]] == [False]*4 + [True]*6
     assert view(run)["calibration"]["forecasts"] == 10 and view(run)["calibration"]["refused"] == 4
@@ -218,9 +218,9 @@ def test_a_forecast_follows_each_evaluation_and_nothing_else(tracker, clock):
 def test_killed_between_evaluation_and_forecast(tracker, clock, torn):
     run = tracker()
     half_a_run(run, clock)
-    lines = run.truth.read_bytes().splitlines(keepends=True)
-    run.truth.write_bytes(b"".join(lines[:-1]) + lines[-1][:torn])
-    assert len(load_log(run.truth)["history"]) == 10
+    lines = run.entries_file.read_bytes().splitlines(keepends=True)
+    run.entries_file.write_bytes(b"".join(lines[:-1]) + lines[-1][:torn])
+    assert len(load_log(run.entries_file)["history"]) == 10
     again = tracker()
     half_a_run(again, clock, 12, 11)
     log = view(again)
@@ -229,9 +229,9 @@ def test_killed_between_evaluation_and_forecast(tracker, clock, torn):
 def test_a_log_without_forecasts_is_read(tracker, clock):
     run = tracker()
     half_a_run(run, clock)
-    before, old = view(run), [line for line in run.truth.read_text().splitlines(keepends=True) if '"kind": "forecast"' not in line]
-    run.truth.write_text("".join(old))
-    log = load_log(run.truth)
+    before, old = view(run), [line for line in run.entries_file.read_text().splitlines(keepends=True) if '"kind": "forecast"' not in line]
+    run.entries_file.write_text("".join(old))
+    log = load_log(run.entries_file)
     assert log["forecasts"] == [] and log["calibration"]["forecasts"] == 0 and forecast_run(log) == forecast_run(before)
     assert {k: v for k, v in log.items() if k not in ("forecasts", "calibration")} == {
         k: v for k, v in before.items() if k not in ("forecasts", "calibration")
@@ -246,7 +246,7 @@ def test_forecasts_are_scored_when_the_outcome_is_known(tracker, clock):
     half_a_run(run, clock, 20, 11)                    # 20% after 6 hours; the budget of 10% is spent after 9
     scores = view(run)["calibration"]
     twenty = [f for f in view(run)["forecasts"] if any(m["wer"] == .2 for m in f["milestones"])]
-    assert scores["n_covered"] == len(twenty) == 7 and scores["scored"] == 7 + 13 and scores["promises"] == scores["kept"]
+    assert scores["n_covered"] == len(twenty) == 7 and scores["scored"] == 7 + 13 and scores["confident"] == scores["correct"]
     assert scores["covered"] >= .8 and scores["hours_error"] < .1 and scores["brier"] < .1
 
 def test_forecasts_of_another_schedule_are_not_scored(tracker, clock, tmp_path):
@@ -254,8 +254,8 @@ def test_forecasts_of_another_schedule_are_not_scored(tracker, clock, tmp_path):
     half_a_run(run, clock)
     run.saved(80)
     longer = TTQTracker(PLAN, tmp_path/"longer/ttq_log.json", clock=clock, announce=len)
-    longer.adopt(run.truth, 80)
-    assert read_entries(longer.truth)[0][-1]["step"] == 80
+    longer.adopt(run.entries_file, 80)
+    assert read_entries(longer.entries_file)[0][-1]["step"] == 80
     half_a_run(longer, clock, 40, 9, of=40)
     log = view(longer)
     assert [bool(f.get("void")) for f in log["forecasts"]] == [True]*10 + [False]*32

@@ -57,18 +57,18 @@ def reliability(
     confidence_N,      # confidences of words
     right_N,     # whether each is right
     bins:int=10, # of equal width
-)->list[dict]:   # low, high, words, said (mean confidence), came (share of right words)
+)->list[dict]:   # low, high, words, confidence (mean), correct (share of words)
     "The non-empty bins."
     confidence_N, right_N = np.asarray(confidence_N, float), np.asarray(right_N, bool)
     at = np.minimum((confidence_N*bins).astype(int), bins - 1)
-    return [dict(low=k/bins, high=(k + 1)/bins, words=int((at == k).sum()), said=round(float(confidence_N[at == k].mean()), 4),
-        came=round(float(right_N[at == k].mean()), 4)) for k in np.unique(at).tolist()]
+    return [dict(low=k/bins, high=(k + 1)/bins, words=int((at == k).sum()), confidence=round(float(confidence_N[at == k].mean()), 4),
+        correct=round(float(right_N[at == k].mean()), 4)) for k in np.unique(at).tolist()]
 
 def calibration_error(
     rows:list, # of `reliability`
 )->float:
     "Expected calibration error: mean difference of confidence and share of right words, over all words."
-    return round(sum(r["words"]*abs(r["said"] - r["came"]) for r in rows)/sum(r["words"] for r in rows), 4)
+    return round(sum(r["words"]*abs(r["confidence"] - r["correct"]) for r in rows)/sum(r["words"] for r in rows), 4)
 
 def learn_calibration(
     raw_N,   # confidences of words

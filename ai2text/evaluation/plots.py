@@ -189,7 +189,7 @@ def plot_reliability(
     figure, ax = plt.subplots(figsize=(5.4, 3.2))
     ax.plot([0, 1], [0, 1], color="0.46", ls=":", label="perfect calibration")
     for name,rows in bins.items():
-        x, y, words = ([r[k] for r in rows] for k in ("said", "came", "words"))
+        x, y, words = ([r[k] for r in rows] for k in ("confidence", "correct", "words"))
         line, = ax.plot(x, y, lw=1, label=name)
         ax.scatter(x, y, [4 + 120*n/sum(words) for n in words], color=line.get_color())
     ax.set(xlabel="confidence of a word", ylabel="share of correct words", xlim=(-.02, 1.02), ylim=(-.02, 1.02))

@@ -234,7 +234,7 @@ CONFIDENT = .9 # probability above which a forecast is called confident
 
 def score_forecasts(
     rows:list[dict],  # `forecast_outcomes`, of one run or several
-)->dict:  # scored, brier, promises (confident forecasts), kept (those that were correct), covered, n_covered, hours_error
+)->dict:  # scored, brier, confident (forecasts), correct (of these), covered, n_covered, hours_error
     "Brier score, confident forecasts and correct ones, share of intervals that cover the time, its median relative error; None: no data."
     scored, crossed = [r for r in rows if r["in_budget"] is not None], [r for r in rows if r["covered"] is not None]
     confident = [r["in_budget"] for r in scored if r["probability"] > CONFIDENT]
@@ -242,7 +242,7 @@ def score_forecasts(
     error = statistics.median([r["error"] for r in crossed]) if crossed else math.inf
     return dict(
         scored=len(scored), brier=mean([(r["probability"] - r["in_budget"]) ** 2 for r in scored]),
-        promises=len(confident), kept=sum(confident), covered=mean([r["covered"] for r in crossed]),
+        confident=len(confident), correct=sum(confident), covered=mean([r["covered"] for r in crossed]),
         n_covered=len(crossed), hours_error=round(error, 6) if error < math.inf else None
     )
 
@@ -399,7 +399,7 @@ class TTQTracker:
         self.run_log, self._file = RunLog(), None
 
     @property
-    def truth(self)->Path: return self.log_file.with_suffix(".jsonl") # the entries, from which `log_file` is computed
+    def entries_file(self)->Path: return self.log_file.with_suffix(".jsonl") # the entries, from which `log_file` is computed
     @property
     def log(self)->dict: return self.run_log.view() # after the first entry of this process
     @property
@@ -433,11 +433,12 @@ def _begin(self:TTQTracker):
     "Before the first entry: read the earlier attempts and begin a new one."
     self._begun, torn = True, {}
     if self._rank == 0:
-        if self.log_file.exists() and not self.truth.exists():
+        if self.log_file.exists() and not self.entries_file.exists():
             raise ConfigError(
-                f"{self.log_file}: {self.truth.name} is missing beside it; restore it, or move {self.log_file.name} away to begin a new log"
+                f"{self.log_file}: {self.entries_file.name} is missing beside it; restore it, or move {self.log_file.name} away to "
+                "begin a new log"
             )
-        self._file = EntryFile(self.truth)
+        self._file = EntryFile(self.entries_file)
         for e in self._file.entries: self.run_log.add(e)
         if self._file.torn: torn = dict(repaired_bytes=self._file.torn)
     self._append("start", **self._start, **torn)
@@ -504,8 +505,9 @@ def adopt(self:TTQTracker,
     at = [i for i,e in enumerate(entries) if e["kind"] == "checkpoint" and e["step"] == step]
     # a run that was killed between checkpoint and entry has no entry of the checkpoint
     last = max(at or [i for i,e in enumerate(entries) if e.get("step", math.inf) <= step], default=0)
-    if self.truth.exists(): raise ConfigError(f"{self.truth}: exists already; adopt a log before the first entry, or move this file away")
-    write_jsonl(self.truth, entries[:last+1])
+    if self.entries_file.exists():
+        raise ConfigError(f"{self.entries_file}: exists already; adopt a log before the first entry, or move this file away")
+    write_jsonl(self.entries_file, entries[:last+1])
 
 @patch
 def saved(self:TTQTracker,
@@ -621,8 +623,8 @@ class TTQObserver:
 
     def on_start(self, trainer):
         origin, step = getattr(trainer, "continued_from", None), trainer.state.step
-        if origin and not self.tracker.truth.exists():
-            parent_log = Path(origin).parents[1]/self.tracker.truth.name # RUN/checkpoints/step-000100
+        if origin and not self.tracker.entries_file.exists():
+            parent_log = Path(origin).parents[1]/self.tracker.entries_file.name # RUN/checkpoints/step-000100
             if parent_log.exists(): self.tracker.adopt(parent_log, step)
         self.startup, self.before = self.tracker.seconds, trainer.clocks.read()
         budget = asdict(trainer.budget)

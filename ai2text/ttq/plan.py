@@ -226,7 +226,7 @@ def make_plan(
     )
     predicted = {"for the budget": for_budget, "to the target, even odds": ways.get("even"), "to the target, sure": ways.get("sure")}
     predicted |= {f"experiment {i}": e for i,e in enumerate(plan["experiments"], 1)}
-    plan["said"] = [
+    plan["predictions"] = [
         dict(what=what) | {k: o[k] for k in ("label_hours", "audio_hours", "parameters", "low", "middle", "high")}
         for what, o in predicted.items()
         if o
@@ -301,7 +301,7 @@ def score_plan(
     new = [p for p in points if list(p.id) not in known and same(p)]
     return [dict(what=s["what"], run=p.name, wer=p.wer, **{k: s[k] for k in ("middle", "low", "high")},
                  error=abs(s["middle"]/max(p.wer, 1e-4) - 1), covered=s["low"] <= p.wer <= s["high"])
-            for s in plan["said"] for p in new if close(p, s)]
+            for s in plan.get("predictions", ()) for p in new if close(p, s)]
 
 def score_plans(folder, points)->str: # "" if nothing can be scored yet
     "Predictions of earlier plans beside their runs, as text."

@@ -220,8 +220,8 @@ def calibration_rows(
     rows = [
         ("forecasts", c["forecasts"]), ("refused, too early or too uncertain", c["refused"]),
         ("forecasts of a milestone with a known outcome", c["scored"]), ("Brier score (0 is best)", c["brier"]),
-        (f"confident forecasts (probability above {CONFIDENT:.0%})", c["promises"]),
-        ("confident and correct", c["kept"]), ("times to target that were forecast", c["n_covered"]),
+        (f"confident forecasts (probability above {CONFIDENT:.0%})", c.get("confident")),
+        ("confident and correct", c.get("correct")), ("times to target that were forecast", c["n_covered"]),
         ("of these within the 80% interval", percent(c["covered"])),
         ("median error of the time to target", percent(c["hours_error"]))
     ]
