@@ -140,6 +140,7 @@ def read_subtitles(text:str)->list[dict]:
     return found
 
 _LABEL = re.compile(r"[ \t]*(\d+(?:[.,]\d+)?)[ \t]+(\d+(?:[.,]\d+)?)(?:[ \t]+(\S.*))?")
+_SCORED = re.compile(r"(.*\S)[ \t]+-?\d+\.\d+")
 _SILENCE = {"", "sil", "sp", "spn", "pau", "<sil>", "<p:>", "#", "-", "_"}
 
 def read_labels(text:str)->list[dict]|None:
@@ -148,6 +149,8 @@ def read_labels(text:str)->list[dict]|None:
     if not all(lines): return None
     lines = [[m[0], *(m[n].replace(",", ".") for n in (1, 2)), m[3]] for m in lines] # Audacity writes the decimal separator of the locale
     unit = 1e-7 if all("." not in m[1] + m[2] for m in lines) and max((int(m[2]) for m in lines), default=0) >= 100_000 else 1
+    if unit < 1 and all(_SCORED.fullmatch(m[3] or "") for m in lines): # HTK writes a score behind each label
+        lines = [[*m[:3], _SCORED.fullmatch(m[3])[1]] for m in lines]
     return [dict(offset=round(float(m[1])*unit, 7), end=round(float(m[2])*unit, 7), text_raw=m[3]) for m in lines
         if (m[3] or "").lower() not in _SILENCE]
 
@@ -191,7 +194,7 @@ def import_folder(cfg:CorpusConfig, source:Path):
     files, folders = Files(source), []
     def fail(e): raise ConfigError(f"{e.filename}: cannot be read ({e.strerror}); change its permissions") from e
     for folder,below,names in os.walk(source, onerror=fail):
-        below.sort()
+        below[:] = sorted(name for name in below if not name.startswith("."))
         for name in below:
             if os.path.islink(os.path.join(folder, name)):
                 yield dict(file=name, reason="outside of the folder", detail="links to folders are not followed")

@@ -168,7 +168,7 @@ def import_wenet(cfg:CorpusConfig, source:Path):
     for path,about in find_lists(cfg, source, "data.list"):
         about |= dict(split=about["split"] or "dev"*(path.parent.name == "cv"))
         lines = read_lines(path)
-        if all(line.lstrip().startswith("{") for _,line in lines):
+        if lines and lines[0][1].lstrip().startswith("{"):
             for where,row in json_lines(path):
                 yield with_split(where | fields(row, dict(offset="start", end="end") | dict(cfg.columns or {})), about)
             continue

@@ -7,7 +7,7 @@ __all__ = ['MAX_SECONDS', 'safe_key', 'read_pcm', 'tar_end', 'writer_versions', 
            'collect_shards', 'write_shards', 'create_shards', 'Problem', 'verify', 'check_shards']
 
 # %% ../../nbs/data/10_shards.ipynb #31d6b7ab
-import contextlib, fcntl, hashlib, json, marshal, os, re, shutil, socket, sys, tarfile, time, zlib
+import contextlib, fcntl, hashlib, json, marshal, os, re, shutil, socket, sys, tarfile, time, unicodedata, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -350,8 +350,8 @@ def _read_transcripts(path)->tuple[dict, list]:
 def _find_audio(folder, id:str)->Path:
     "The recording of an id, relative to the folder; `ValueError` if there is none."
     root = Path(folder).resolve()
-    for suffix in (*AUDIO_SUFFIXES, ""):
-        path = root/f"{id}{suffix}"
+    names = dict.fromkeys(unicodedata.normalize(form, id) for form in ("NFC", "NFD")) # macOS decomposes the names of files
+    for path in (root/f"{name}{suffix}" for name in (id, *names) for suffix in (*AUDIO_SUFFIXES, "")):
         if path.suffix.lower() not in AUDIO_SUFFIXES or not os.path.isfile(path): continue # os.path: also for names that are too long
         if not path.resolve().is_relative_to(root): raise ValueError("leads out of the audio folder")
         return path.relative_to(root)

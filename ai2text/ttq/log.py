@@ -471,7 +471,7 @@ def log_epoch(self:TTQTracker,
     wer = float(val_wer)
     if not 0 <= wer < math.inf:
         warnings.warn(f"{self.log_file}: epoch {epoch}: val_wer is {wer}; recorded as invalid")
-        more, wer = more | dict(problem=f"val_wer was {wer}"), None
+        more, wer = more | dict(problem=f"val_wer was {wer}", interval=None), None
     if more.get("interval") is not None and not (len(more["interval"]) == 2 and more["interval"][0] <= more["interval"][1]):
         raise ValueError(f"log_epoch: interval: {more['interval']!r} is not (low, high)")
     achieved = self._append("evaluation", epoch=epoch, train_loss=float(train_loss), val_wer=wer, **more)
