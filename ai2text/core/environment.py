@@ -10,8 +10,6 @@ __all__ = ['LIBRARIES', 'PIPELINE_OUTPUTS', 'PROCESS', 'M_TRIM_THRESHOLD', 'M_MM
 import ctypes, importlib.metadata, importlib.util, os, platform, re, resource, subprocess, sys
 from pathlib import Path
 
-import torch
-
 from .. import __version__
 from .files import sha256, write_json
 
@@ -21,6 +19,7 @@ PIPELINE_OUTPUTS = ("results", "comparison", "papermill_runs", "dvc.lock", "READ
 
 def environment()->dict: # name -> string or number
     "Revision and uncommitted changes, pins, versions, hardware; what cannot be found is `unknown` or `none`."
+    import torch
     def output(*command):
         try: return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip("\n") # nosec B603 # constant, no shell
         except (OSError, subprocess.TimeoutExpired): return ""
@@ -59,10 +58,14 @@ def _resident(field:str)->int:
 class PeakMemory:
     "The peak memory of a `with` block: `bytes`, and `how` it was measured."
     bytes, how = 0, ""
-    def __init__(self, device): self.cuda = torch.device(device).type == "cuda"
+    def __init__(self, device): self.cuda = str(device).startswith("cuda")
 
     def __enter__(self):
-        if self.cuda: torch.cuda.reset_peak_memory_stats(); self.how = "allocated by torch on the GPU"; return self
+        if self.cuda:
+            import torch
+            torch.cuda.reset_peak_memory_stats()
+            self.how = "allocated by torch on the GPU"
+            return self
         self.how = "resident set of the process, Python and libraries included"
         try:
             (PROCESS/"clear_refs").write_text("5")
@@ -72,13 +75,18 @@ class PeakMemory:
         return self
 
     def __exit__(self, *error):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
-        self.bytes = torch.cuda.max_memory_allocated() if self.cuda else peak if self.how.endswith("began") else _resident("VmHWM") or peak
+        if self.cuda: self.bytes = peak_memory("cuda"); return
+        self.bytes = 0 if self.how.endswith("began") else _resident("VmHWM")
+        self.bytes = self.bytes or peak_memory("cpu")
 
 # %% ../../nbs/core/40_environment.ipynb #94846a1a
-def peak_memory(device:torch.device)->int:
+def peak_memory(
+    device, # a torch.device, or its name
+)->int:
     "Bytes: on a GPU the peak of torch's allocations, else the peak of the process."
-    if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
+    if str(device).startswith("cuda"):
+        import torch
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
 
 class RecordPeakMemory:
