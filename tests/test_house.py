@@ -268,12 +268,12 @@ def test_every_import_is_required():
 
 
 def pins():
-    "The pins of constraints.txt by name; two if Python 3.10 has an older version."
+    "The pins of constraints.txt by name; two if an older Python has an older version."
     found = {}
     for line in (ROOT/"constraints.txt").read_text().splitlines():
         if not line or line.startswith("#"): continue
-        assert re.fullmatch(r'[A-Za-z0-9._-]+==[^ ;@]+( ; python_version '
-                            r'(<|>=) "3\.\d+")?', line), f"constraints.txt: {line!r} is not a plain pin"
+        assert re.fullmatch(r'[A-Za-z0-9._-]+==[^ ;@]+( ; python_(full_)?version '
+                            r'(<|>=) "3\.\d+(\.\d+)?")?', line), f"constraints.txt: {line!r} is not a plain pin"
         pin = Requirement(line)
         found.setdefault(canonicalize_name(pin.name), []).append(pin)
     return found
