@@ -15,6 +15,7 @@ import pytest
 from execnb.nbio import dict2nb, nb2str
 from nbdev.clean import clean_nb
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from conftest import LIBRARY, NOTEBOOKS, ROOT, RUNNABLE, STAGES
@@ -291,6 +292,18 @@ def test_requirement_is_pinned_and_installed(requirement):
         if here(requirement) and here(pin):
             assert pin.specifier.contains(installed := importlib.metadata.version(requirement.name)), (
                 f"{installed} is installed, not {pin}; run make setup")
+
+
+def test_pins_are_of_the_oldest_python_that_they_are_for():
+    required = {(canonicalize_name(d.metadata["Name"]), d.version): d.metadata["Requires-Python"] for d in importlib.metadata.distributions()}
+    wrong = []
+    for name, lines in pins().items():
+        for pin in lines:
+            oldest = re.search(r'>= "([\d.]+)"', str(pin.marker)) # else the oldest of all
+            oldest = oldest[1] if oldest else importlib.metadata.metadata("ai2text")["Requires-Python"].removeprefix(">=")
+            python = required.get((name, next(iter(pin.specifier)).version))
+            if python and not SpecifierSet(python).contains(oldest + ".0"*(oldest.count(".") == 1)): wrong.append(f"{pin}: needs Python {python}")
+    assert not wrong
 
 
 def test_torch_and_torchaudio_have_one_version():
