@@ -39,15 +39,14 @@ def check_names(
     "Raise `ConfigError` for a name of a corpus, model or plan that cannot be part of ids, paths and stage names, or for no sections."
     for part in SINGULAR:
         if not isinstance(params.get(part) or {}, dict): raise _no_items(part, params[part])
-        for name in params.get(part) or {}:
+        for name,item in (params.get(part) or {}).items():
             if not isinstance(name, str): raise ConfigError(f"params.yaml: {part}: {name!r} is no text; write it in quotes: '{name}'")
+            if not isinstance(item, dict) and (item is not None or part == "models"): # a model needs its family
+                raise ConfigError(f"params.yaml: {part}.{name}: {item!r} is no section; write its keys beneath `{name}:`")
     for name in params.get("models") or {}:
         if name in ("init", "runs", "export") or not re.fullmatch(r"\w[\w-]*", str(name)) or str(name).endswith("-eval"):
             raise ConfigError(f"params.yaml: models: {name!r} is no name for a model; use letters, digits, _ and -; "
                               "init, runs, export and names ending in -eval are reserved for other folders")
-    for name,item in (params.get("models") or {}).items():
-        if not isinstance(item, dict):
-            raise ConfigError(f"params.yaml: models.{name}: {item!r} is no section; write its keys beneath `{name}:`")
     exported, models = (params.get("export") or {}).get("model"), params.get("models") or {}
     if exported is not None and models and exported not in [*models]:
         raise ConfigError(f"params.yaml: export.model: {exported!r} is none of the models; write one of {', '.join(map(str, models))}")
@@ -97,7 +96,7 @@ def stage_section(
     "The checked section of a stage; raises `ConfigError` naming file and key."
     if name not in SECTIONS: return "", None
     where, values = (f"{each}.{key}", params[each][key]) if each and each != "models" else (name, params.get(name))
-    item = params["models"][key] if each == "models" and isinstance(params["models"][key], dict) else {}
+    item = params["models"][key] if each == "models" else {}
     if not isinstance(values, dict):
         raise ConfigError(f"params.yaml: {where}: {values!r} is no section; write its keys beneath `{where.split('.')[-1]}:`")
     section(name, values, f"params.yaml: {where}")
@@ -116,8 +115,7 @@ def stage_parameters(
     _, config = stage_section(name, params, each, key)
     corpora = params.get("corpora") or {}
     values = dict(workspace=".", config=config, stream=params.get("stream") or {}, corpora=[*corpora, *(params.get("pseudo") or {})],
-                  sources={k: v.get("source", "demo") if isinstance(v, dict) else "demo" for k,v in corpora.items()},
-                  models=list(params.get("models") or {}))
+                  sources={k: (v or {}).get("source", "demo") for k,v in corpora.items()}, models=list(params.get("models") or {}))
     if each: values[SINGULAR[each]] = key
     if each == "models": values |= dict(model_params=item, milestone_list=chosen_milestones(params))
     for parameter in wanted:
