@@ -139,7 +139,7 @@ def test_latency_figures_of_a_real_service(service, tmp_path):
     chunks = int((logs[0].duration - EDGE)/0.32)
     assert f["service"]["n"] >= 4*(chunks - 1) and f["word"]["n"] == 4*len(spans) and f["flicker"] == 0
     for h in logs:
-        needs = [n for _, n, _ in h.told]
+        needs = [n for _, n, _ in h.results]
         assert needs == sorted(needs) and needs[-1] >= h.duration - 0.01  # nothing was dropped
         assert np.all(np.diff([when for _, when in h.sent]) > 0) and h.final > h.done >= h.duration
     # a tone of 0.24 s is recognised before it ends

@@ -70,7 +70,7 @@ class SessionLog:
     id: str
     duration: float                            # of its audio
     sent: list = field(default_factory=list)   # each block: (seconds of audio so far, time)
-    told: list = field(default_factory=list)   # each result: (time, seconds of audio it needed, transcript so far)
+    results: list = field(default_factory=list) # each result: (time, seconds of audio it needed, transcript so far)
     done: float = 0.                           # when `Done` was sent
     final: float = 0.                          # when the last message arrived
     text: str = ""                             # the final transcript
@@ -81,15 +81,15 @@ class SessionLog:
 def service_latencies(h:SessionLog)->list[float]:
     "Of each partial result whose audio was sent before `Done`."
     audio, at = (np.array(c) for c in zip(*h.sent)) if h.sent else (np.zeros(0),)*2
-    block = np.searchsorted(audio + 1e-6, [needs for _,needs,_ in h.told])
-    return [when - float(at[i]) for (when,_,_),i in zip(h.told, block) if i < len(at)]
+    block = np.searchsorted(audio + 1e-6, [needs for _,needs,_ in h.results])
+    return [when - float(at[i]) for (when,_,_),i in zip(h.results, block) if i < len(at)]
 
 # %% ../../nbs/serving/80_latency.ipynb #cbaea918
 def word_latencies(h:SessionLog)->list[float]:
     "Of each recognised word: from its spoken end to the first transcript that has it for good."
     if not h.about or not h.about.words: return []
     final = h.text.split()
-    shown = [*((when, text.split()) for when,_,text in h.told), (h.final, final)]
+    shown = [*((when, text.split()) for when,_,text in h.results), (h.final, final)]
     since = [h.final]*len(final)
     for i,word in enumerate(final):
         for when,words in reversed(shown):
@@ -106,7 +106,7 @@ def word_latencies(h:SessionLog)->list[float]:
 def flicker(h:SessionLog)->tuple[int,int]:
     "Words changed or taken back, and words shown."
     shown, changed, before = 0, 0, []
-    for words in [text.split() for *_,text in h.told] + [h.text.split()]:
+    for words in [text.split() for *_,text in h.results] + [h.text.split()]:
         same = [a == b for a,b in zip(before, words)]
         changed += same.count(False) + max(0, len(before) - len(words))
         shown += same.count(False) + max(0, len(words) - len(before))
@@ -150,8 +150,8 @@ async def stream_session(
             h.sent.append((samples/SAMPLE_RATE, loop.time() - start))
             yield block
     def on_message(message):
-        needs = message.get("needs", message.get("decoded", chunk*(len(h.told) + 1)) + EDGE)
-        h.told.append((loop.time() - start, needs, segments.add(message)))
+        needs = message.get("needs", message.get("decoded", chunk*(len(h.results) + 1)) + EDGE)
+        h.results.append((loop.time() - start, needs, segments.add(message)))
     def on_end(): h.done = loop.time() - start
     try: await talk(http, url, logged(), on_message, on_end, token)
     except OSError as e: h.error = str(e)
